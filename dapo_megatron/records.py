@@ -1,0 +1,78 @@
+"""The records that travel: a prompt, a response to it, and the group of responses to one prompt.
+
+They carry what deeper asynchrony needs (version spans, per-token masks, turns), and a schema version, because they are
+also what batch dumps and checkpoints hold.
+"""
+
+from typing import Literal
+
+import msgspec
+
+from dapo_megatron.algorithm.reward import Verdict
+
+SCHEMA = 1
+
+
+class Prompt(msgspec.Struct, frozen=True):
+    """One question, ready to be sent to an engine."""
+
+    id: str
+    """Stable name: source file and row."""
+    input_ids: list[int]
+    ground_truth: str
+    text: str
+    """The question as a person reads it."""
+    row: int
+    """Row in the source file, from 0."""
+
+
+class VersionSpan(msgspec.Struct, array_like=True, frozen=True):
+    """Tokens [start, end) of a response were sampled by this policy version."""
+
+    version: int
+    start: int
+    end: int
+
+
+class Response(msgspec.Struct):
+    """One sampled response; token_ids, loss_mask and rollout_logprobs have one entry a token."""
+
+    prompt_id: str
+    sample: int
+    """Index within the group, from 0."""
+    token_ids: list[int]
+    """As the engine returned them, the stop token included: text is never tokenised again."""
+    loss_mask: list[bool]
+    """False where a token is not the policy's own (tool output) or must not be trained."""
+    rollout_logprobs: list[float]
+    """Log-probability with which the engine sampled each token, after temperature."""
+    version_spans: list[VersionSpan]
+    finish_reason: Literal["stop", "length"]
+    text: str
+    verdict: Verdict = "unknown"
+    accuracy_reward: float = 0.0
+    overlong_penalty: float = 0.0
+    advantage: float = 0.0
+    turns: int = 1
+    token_arrays: dict[str, list[float]] = {}
+    """Optional per-token arrays by name (routed experts, for example)."""
+    schema: int = SCHEMA
+
+    @property
+    def reward(self) -> float:
+        """R = R_acc + R_len."""
+        return self.accuracy_reward + self.overlong_penalty
+
+
+class Group(msgspec.Struct):
+    """The G responses to one prompt."""
+
+    order: int
+    """Issue order: groups are consumed by it, never by who finished first."""
+    prompt: Prompt
+    responses: list[Response]
+
+    @property
+    def oldest_version(self) -> int:
+        """The oldest policy version that sampled a token of this group."""
+        return min(span.version for response in self.responses for span in response.version_spans)
