@@ -1,7 +1,7 @@
 """The DAPO objective (arXiv 2503.14476, equations 8, 10, 12): Clip-Higher per token, and each token's weight.
 
-The loss of a mini-batch is the sum over its tokens of weight * loss. Every denominator is in the weights, known
-before the forward pass, so the sum may be split over micro-batches and ranks in any way.
+The loss of a mini-batch is the sum over its tokens of weight * loss. Every denominator is in the weights,
+known before the forward pass, so the sum may be split over micro-batches and ranks in any way.
 """
 
 from collections.abc import Sequence
@@ -86,7 +86,7 @@ def token_weights(active_tokens: Sequence[Sequence[int]], aggregation: Aggregati
 
     Returns:
         Weights in the shape of `active_tokens`. A fully masked response has 0 tokens and weight 0.0; it is
-        not an active response, and a group of only such is not an active group. With nothing active all are 0.0.
+        not an active response, and a group of only such is not an active group. Nothing active: all are 0.0.
 
     Raises:
         ValueError: unknown aggregation.
