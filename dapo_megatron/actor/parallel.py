@@ -1,0 +1,65 @@
+"""The trainer's process groups: megatron-core's model-parallel groups plus one gloo group for control messages."""
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from dapo_megatron.config import RunConfig
+from dapo_megatron.errors import DapoError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where this rank stands; sizes and ranks are megatron-core's."""
+
+    rank: int
+    tp_size: int
+    tp_rank: int
+    pp_size: int
+    pp_rank: int
+    dp_size: int
+    dp_rank: int
+    control: dist.ProcessGroup
+    """All ranks, gloo, with the deadline of waiting for a batch: for messages and verdicts, never for tensors."""
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank holds the output layer."""
+        return self.pp_rank == self.pp_size - 1
+
+
+def init_parallel(config: RunConfig) -> Layout:
+    """Join the default group (rank and address from torchrun's environment) and build megatron-core's groups.
+
+    Raises:
+        DapoError: the number of launched ranks is not what the layout needs.
+    """
+    deadline = timedelta(seconds=config.trainer.collective_timeout_s)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=deadline)
+    if dist.get_world_size() != config.world_size:
+        raise DapoError(
+            f"the actor's layout needs {config.world_size} ranks (TP x PP x DP), {dist.get_world_size()} were started"
+        )
+    actor = config.actor
+    mpu.initialize_model_parallel(
+        tensor_model_parallel_size=actor.tensor_model_parallel_size,
+        pipeline_model_parallel_size=actor.pipeline_model_parallel_size,
+        distributed_timeout_minutes=max(1, int(config.trainer.collective_timeout_s / 60)),
+    )
+    torch.manual_seed(config.seed)
+    model_parallel_cuda_manual_seed(config.seed)
+    return Layout(
+        rank=dist.get_rank(),
+        tp_size=mpu.get_tensor_model_parallel_world_size(),
+        tp_rank=mpu.get_tensor_model_parallel_rank(),
+        pp_size=mpu.get_pipeline_model_parallel_world_size(),
+        pp_rank=mpu.get_pipeline_model_parallel_rank(),
+        dp_size=mpu.get_data_parallel_world_size(),
+        dp_rank=mpu.get_data_parallel_rank(),
+        control=dist.new_group(backend="gloo", timeout=timedelta(seconds=config.trainer.batch_timeout_s)),
+    )

@@ -1,0 +1,51 @@
+"""What the trainer receives for one rollout step: mini-batches, their data-parallel shards, packed micro-batches."""
+
+import msgspec
+import numpy as np
+
+SCHEMA = 1
+
+
+class MicroBatch(msgspec.Struct, eq=False):
+    """Whole sequences packed one after the other: T tokens go through the model in one pass.
+
+    Position t predicts token t + 1 of its sequence, so everything about a token stands where it is the *label*.
+    Padding, where there is any, is the last entry of `cu_seqlens`: a sequence of its own with weight 0.
+    """
+
+    tokens: np.ndarray
+    """[T] int64: prompt then response of each sequence; padding is 0."""
+    labels: np.ndarray
+    """[T] int64: the next token of the same sequence; 0 at its last position and in padding."""
+    position_ids: np.ndarray
+    """[T] int64: restarts at 0 with each sequence."""
+    cu_seqlens: np.ndarray
+    """[n + 1] int32: boundaries of the n sequences, from 0 to T."""
+    weights: np.ndarray
+    """[T] float32: weight of the label's loss; 0 for prompt, padding, masked tokens and last positions."""
+    advantages: np.ndarray
+    """[T] float32: advantage of the response that the label belongs to; 0 where the label is no response token."""
+    rollout_logprobs: np.ndarray
+    """[T] float32: log-probability (natural log) the engine sampled the label with; 0 where there is none."""
+    active: np.ndarray
+    """[T] bool: the label is a response token that is trained."""
+    sequences: list[tuple[str, int]]
+    """(prompt id, sample index) of each sequence, in order, padding left out."""
+
+
+class MiniBatch(msgspec.Struct, eq=False):
+    """One optimizer update."""
+
+    shards: list[list[MicroBatch]]
+    """[data-parallel rank][i]; every rank has at least one micro-batch."""
+
+
+class StepBatch(msgspec.Struct, eq=False):
+    """All updates of one rollout step."""
+
+    step: int
+    version: int
+    """Policy version that is trained."""
+    mini_batches: list[MiniBatch]
+    metrics: dict[str, float]
+    schema: int = SCHEMA

@@ -1,0 +1,79 @@
+"""Sequences -> one packed micro-batch: the arrays that the actor reads, and the checks on what they are made from."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from dapo_megatron.batching.batch import MicroBatch
+from dapo_megatron.errors import DapoError
+from dapo_megatron.records import Prompt, Response
+
+
+class Sample(NamedTuple):
+    """One sequence to train on, before it is packed."""
+
+    prompt: Prompt
+    response: Response
+    weight: float
+    """Weight of each of its trained tokens."""
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and response."""
+        return len(self.prompt.input_ids) + len(self.response.token_ids)
+
+
+def check_response(prompt: Prompt, response: Response) -> None:
+    """Raise DapoError unless prompt and response can be trained on (a user's own rollout function makes them)."""
+    where = f"prompt '{prompt.id}', response {response.sample}"
+    if not prompt.input_ids:
+        raise DapoError(f"{where}: the prompt has no tokens, so nothing predicts the response's first one")
+    for name in ("loss_mask", "rollout_logprobs"):
+        entries, tokens = len(getattr(response, name)), len(response.token_ids)
+        if entries != tokens:
+            raise DapoError(
+                f"{where}: {name} has {entries} entries for {tokens} tokens; rollout.function must agree"
+            )
+
+
+def pack_micro_batch(samples: Sequence[Sample], pad_multiple: int) -> MicroBatch:
+    """Concatenate `samples` and pad the total to a positive multiple of `pad_multiple` tokens.
+
+    Without samples the result is padding alone: what a data-parallel rank without work runs.
+    """
+    lengths = [sample.length for sample in samples]
+    padding = -sum(lengths) % pad_multiple if samples else pad_multiple
+    if padding:
+        lengths.append(padding)
+    cu_seqlens = np.cumsum([0, *lengths], dtype=np.int32)
+    total = int(cu_seqlens[-1])
+
+    batch = MicroBatch(
+        tokens=np.zeros(total, np.int64),
+        labels=np.zeros(total, np.int64),
+        position_ids=np.concatenate([np.arange(length, dtype=np.int64) for length in lengths]),
+        cu_seqlens=cu_seqlens,
+        weights=np.zeros(total, np.float32),
+        advantages=np.zeros(total, np.float32),
+        rollout_logprobs=np.zeros(total, np.float32),
+        active=np.zeros(total, np.bool_),
+        sequences=[(sample.prompt.id, sample.response.sample) for sample in samples],
+    )
+    for sample, start in zip(samples, cu_seqlens.tolist(), strict=False):
+        _write(batch, sample, start)
+    return batch
+
+
+def _write(batch: MicroBatch, sample: Sample, start: int) -> None:
+    prompt, response = sample.prompt, sample.response
+    end = start + sample.length
+    batch.tokens[start:end] = prompt.input_ids + response.token_ids
+    batch.labels[start : end - 1] = batch.tokens[start + 1 : end]
+
+    # The prompt's last token predicts the response's first, so labels lie one position before their tokens.
+    labels = slice(start + len(prompt.input_ids) - 1, end - 1)
+    batch.active[labels] = response.loss_mask
+    batch.weights[labels] = np.where(response.loss_mask, sample.weight, 0.0)
+    batch.advantages[labels] = response.advantage
+    batch.rollout_logprobs[labels] = response.rollout_logprobs

@@ -1,0 +1,53 @@
+"""Two small bin problems, solved greedily and deterministically: equal shards, and bins under a budget.
+
+Both work on lengths in tokens and return indices into them.
+"""
+
+import heapq
+from collections.abc import Sequence
+
+
+def balance(lengths: Sequence[int], shards: int) -> list[list[int]]:
+    """Spread items over `shards` so that the sums are nearly equal: longest first, each to the lightest shard.
+
+    The heaviest shard exceeds the mean by less than the longest item, and the optimum by at most a third
+    (Graham 1969, "Bounds on multiprocessing timing anomalies"). Ties go to the earlier item and the lower shard.
+
+    Returns:
+        [shards] lists of indices, longest item first; empty lists where there are fewer items than shards.
+    """
+    parts: list[list[int]] = [[] for _ in range(shards)]
+    lightest = [(0, shard) for shard in range(shards)]
+    for item in _longest_first(lengths):
+        load, shard = heapq.heappop(lightest)
+        parts[shard].append(item)
+        heapq.heappush(lightest, (load + lengths[item], shard))
+    return parts
+
+
+def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Pack items into bins of at most `budget` tokens: longest first, each into the fullest bin it fits in.
+
+    An item longer than the budget stands alone. No two bins could be merged within the budget.
+
+    Returns:
+        Lists of indices, none of them empty; the bin with the longest item first, so that a budget that is too
+        large for the device's memory shows at once.
+    """
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for item in _longest_first(lengths):
+        fits = [b for b in range(len(bins)) if room[b] >= lengths[item]]
+        if fits:
+            best = min(fits, key=lambda b: room[b])
+        else:
+            best = len(bins)
+            bins.append([])
+            room.append(budget)
+        bins[best].append(item)
+        room[best] -= lengths[item]
+    return bins
+
+
+def _longest_first(lengths: Sequence[int]) -> list[int]:
+    return sorted(range(len(lengths)), key=lambda item: -lengths[item])

@@ -1,0 +1,33 @@
+"""The sharded parameters -> whole Hugging Face tensors, one pipeline stage at a time."""
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+from megatron.core.models.gpt import GPTModel
+
+from dapo_megatron.weights.families import ModelShape
+from dapo_megatron.weights.importer import named_parameters
+from dapo_megatron.weights.table import from_shards, rules
+
+
+def export_stage(model: GPTModel, shape: ModelShape) -> Iterator[tuple[str, torch.Tensor]]:
+    """Gather this stage's parameters over tensor parallelism, one at a time.
+
+    Collective over the tensor-parallel group. Yields (Hugging Face name, whole tensor) on TP rank 0 and nothing on the
+    others; the output layer of a tied model is skipped, because the embedding stands for it.
+    """
+    table = rules(shape)
+    group = mpu.get_tensor_model_parallel_group()
+    size, rank = dist.get_world_size(group), dist.get_rank(group)
+    for name, parameter in named_parameters(model).items():
+        if name == "output_layer.weight" and shape.tied:
+            continue
+        rule, data = table[name], parameter.detach()
+        shards = [data]
+        if size > 1 and rule.kind != "whole":
+            shards = [torch.empty_like(data) for _ in range(size)] if rank == 0 else None
+            dist.gather(data.contiguous(), shards, group=group, group_dst=0)
+        if rank == 0:
+            yield from zip(rule.hf, from_shards(rule, shape, shards), strict=True)

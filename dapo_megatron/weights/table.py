@@ -1,0 +1,149 @@
+"""The one table between Hugging Face tensors and Megatron parameters, and the pure layout changes it names.
+
+Used by import, export and resharding alike. A rule says which Hugging Face tensors make one Megatron parameter and how
+that parameter is split over tensor-parallel ranks. Megatron fuses q, k, v into one matrix, interleaved by key-value
+group (megatron-core attention.py, get_query_key_value_tensors), and gate, up into one, each rank holding its slice of
+both (megatron-core mlp.py, gated_linear_unit).
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from dapo_megatron.errors import DapoError
+from dapo_megatron.weights.families import ModelShape
+
+Kind = Literal["whole", "rows", "columns", "qkv", "gate_up"]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One Megatron parameter of one layer (or of the model), with its Hugging Face tensors in order."""
+
+    megatron: str
+    hf: tuple[str, ...]
+    kind: Kind
+
+
+def rules(shape: ModelShape) -> dict[str, Rule]:
+    """Every parameter of the model by its Megatron name with the model-wide layer number.
+
+    With tied embeddings `output_layer.weight` (it exists on the last pipeline stage) reads the embedding too.
+    """
+    table = [
+        Rule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "rows"),
+        Rule("decoder.final_layernorm.weight", ("model.norm.weight",), "whole"),
+        Rule("output_layer.weight", ("model.embed_tokens.weight" if shape.tied else "lm_head.weight",), "rows"),
+    ]
+    for i in range(shape.layers):
+        table += _layer_rules(shape, f"decoder.layers.{i}.", f"model.layers.{i}.")
+    return {rule.megatron: rule for rule in table}
+
+
+def _layer_rules(shape: ModelShape, m: str, h: str) -> list[Rule]:
+    attention, mlp = h + "self_attn.", h + "mlp."
+    qkv = (attention + "q_proj", attention + "k_proj", attention + "v_proj")
+    out = [
+        Rule(m + "input_layernorm.weight", (h + "input_layernorm.weight",), "whole"),
+        Rule(m + "self_attention.linear_qkv.weight", tuple(n + ".weight" for n in qkv), "qkv"),
+        Rule(m + "self_attention.linear_proj.weight", (attention + "o_proj.weight",), "columns"),
+        Rule(m + "pre_mlp_layernorm.weight", (h + "post_attention_layernorm.weight",), "whole"),
+        Rule(m + "mlp.linear_fc1.weight", (mlp + "gate_proj.weight", mlp + "up_proj.weight"), "gate_up"),
+        Rule(m + "mlp.linear_fc2.weight", (mlp + "down_proj.weight",), "columns"),
+    ]
+    if shape.family.qkv_bias:
+        out.append(Rule(m + "self_attention.linear_qkv.bias", tuple(n + ".bias" for n in qkv), "qkv"))
+    if shape.family.qk_norm:
+        out.append(Rule(m + "self_attention.q_layernorm.weight", (attention + "q_norm.weight",), "whole"))
+        out.append(Rule(m + "self_attention.k_layernorm.weight", (attention + "k_norm.weight",), "whole"))
+    return out
+
+
+# TransformerEngine's fused layers hold the preceding norm under the linear's own name.
+_ALIASES = (
+    (".self_attention.linear_qkv.layer_norm_weight", ".input_layernorm.weight"),
+    (".mlp.linear_fc1.layer_norm_weight", ".pre_mlp_layernorm.weight"),
+)
+
+
+def canonical_name(name: str, first_layer: int) -> str:
+    """The table's name of a parameter of one pipeline stage.
+
+    Args:
+        name: from `named_parameters()` of the bare GPTModel.
+        first_layer: model-wide number (from 0) of the stage's first layer.
+    """
+    for alias, plain in _ALIASES:
+        name = name.replace(alias, plain)
+    return re.sub(r"(?<=decoder\.layers\.)\d+", lambda m: str(int(m[0]) + first_layer), name)
+
+
+def hf_names(shape: ModelShape) -> set[str]:
+    """Every tensor of the Hugging Face checkpoint."""
+    return {name for rule in rules(shape).values() for name in rule.hf}
+
+
+def check_names(present: set[str], shape: ModelShape, where: str) -> None:
+    """Account for every tensor of a checkpoint.
+
+    Raises:
+        DapoError: names a missing or an unexpected tensor.
+    """
+    expected = hf_names(shape)
+    # A tied checkpoint may repeat the embedding under the head's name; old ones carry rotary buffers.
+    present = {n for n in present if not n.endswith("rotary_emb.inv_freq") and not (shape.tied and n == "lm_head.weight")}
+    if missing := sorted(expected - present):
+        raise DapoError(f"{where}: {len(missing)} tensors are missing, the first is {missing[0]}")
+    if extra := sorted(present - expected):
+        raise DapoError(f"{where}: {len(extra)} tensors are not part of the model, the first is {extra[0]}")
+
+
+def hf_shapes(rule: Rule, shape: ModelShape) -> list[tuple[int, ...]]:
+    """Shapes of a rule's Hugging Face tensors, in order."""
+    q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    if rule.kind == "qkv":
+        tail = (shape.hidden,) if rule.megatron.endswith("weight") else ()
+        return [(n, *tail) for n in (q, kv, kv)]
+    if rule.kind == "gate_up":
+        return [(shape.ffn, shape.hidden)] * 2
+    if rule.kind == "rows":
+        return [(shape.vocab, shape.hidden)]
+    if rule.kind == "columns":
+        return [(shape.hidden, q if "linear_proj" in rule.megatron else shape.ffn)]
+    return [(shape.head_dim if "_layernorm" in rule.megatron and ".self_attention." in rule.megatron else shape.hidden,)]
+
+
+def to_shard(rule: Rule, shape: ModelShape, tensors: list[torch.Tensor], tp_size: int, tp_rank: int) -> torch.Tensor:
+    """One rank's slice of a Megatron parameter from its whole Hugging Face tensors."""
+    if rule.kind == "whole":
+        return tensors[0]
+    if rule.kind == "columns":
+        return tensors[0].chunk(tp_size, dim=1)[tp_rank]
+    if rule.kind == "rows":
+        return tensors[0].chunk(tp_size, dim=0)[tp_rank]
+    if rule.kind == "gate_up":
+        return torch.cat([t.chunk(tp_size, dim=0)[tp_rank] for t in tensors])
+    tail = tensors[0].shape[1:]
+    groups = [t.reshape(shape.kv_heads, -1, *tail) for t in tensors]  # [kv heads, rows of that head, ...]
+    fused = torch.cat(groups, dim=1)
+    return fused.chunk(tp_size, dim=0)[tp_rank].reshape(-1, *tail)
+
+
+def from_shards(rule: Rule, shape: ModelShape, shards: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The whole Hugging Face tensors from the slices of all tensor-parallel ranks; inverse of to_shard."""
+    if rule.kind == "whole":
+        return [shards[0]]
+    if rule.kind == "columns":
+        return [torch.cat(shards, dim=1)]
+    if rule.kind == "rows":
+        return [torch.cat(shards, dim=0)]
+    if rule.kind == "gate_up":
+        halves = [s.chunk(2, dim=0) for s in shards]
+        return [torch.cat([h[0] for h in halves]), torch.cat([h[1] for h in halves])]
+    tail = shards[0].shape[1:]
+    fused = torch.cat(shards).reshape(shape.kv_heads, -1, *tail)
+    q_rows = shape.heads // shape.kv_heads * shape.head_dim
+    parts = fused.split([q_rows, shape.head_dim, shape.head_dim], dim=1)
+    return [p.reshape(-1, *tail).contiguous() for p in parts]

@@ -1,0 +1,77 @@
+"""Run a function on several gloo ranks: processes forked from one that has imported everything already."""
+
+import multiprocessing
+import os
+import queue
+import socket
+import time
+import traceback
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+if not torch.cuda.is_available():
+    from dapo_megatron.compat import adam, megatron_cpu
+
+    megatron_cpu.install()
+    adam.install()
+
+DEADLINE_S = 120.0
+
+
+def free_port() -> int:
+    """A TCP port that was free a moment ago."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def run_ranks(world: int, function, *args, deadline_s: float = DEADLINE_S) -> list:
+    """[function(*args) of each rank]; results must be picklable.
+
+    Raises:
+        AssertionError: with the traceback of the rank that failed first, or the ranks that never answered.
+    """
+    context = multiprocessing.get_context("fork")
+    answers = context.Queue()
+    port = free_port()
+    ranks = [context.Process(target=_rank, args=(r, world, port, function, args, answers)) for r in range(world)]
+    for p in ranks:
+        p.start()
+    results, end = {}, time.monotonic() + deadline_s
+    try:
+        while len(results) < world:
+            try:
+                rank, error, result = answers.get(timeout=0.2)
+            except queue.Empty:
+                late = time.monotonic() > end
+                dead = [r for r, p in enumerate(ranks) if not p.is_alive() and r not in results and p.exitcode]
+                if late or dead:
+                    raise AssertionError(f"ranks without an answer: {set(range(world)) - set(results)}") from None
+                continue
+            if error:
+                raise AssertionError(f"rank {rank} of {world}:\n{error}")
+            results[rank] = result
+    finally:
+        for p in ranks:
+            p.join(5 if len(results) == world else 0)
+            if p.is_alive():
+                p.kill()
+                p.join()
+    return [results[r] for r in range(world)]
+
+
+def _rank(rank, world, port, function, args, answers):
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank)
+    )
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group("gloo", timeout=timedelta(seconds=DEADLINE_S))
+        answers.put((rank, None, function(*args)))
+        dist.barrier()
+        dist.destroy_process_group()
+    except BaseException:
+        answers.put((rank, traceback.format_exc(), None))
+        raise

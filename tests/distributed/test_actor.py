@@ -1,0 +1,104 @@
+"""The actor against transformers, and against itself under other layouts."""
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from tests.distributed.harness import run_ranks  # first: patches megatron-core on machines without CUDA
+from tests.tiny import groups, hf_folder, run_config
+
+from dapo_megatron.actor.actor import Actor
+from dapo_megatron.actor.objectives import PolicyObjective
+from dapo_megatron.actor.parallel import init_parallel
+from dapo_megatron.batching.build import build_step_batch
+from dapo_megatron.weights.exporter import export_stage
+from dapo_megatron.weights.families import model_shape
+
+LAYOUTS = {
+    "one": {},
+    "tp2_sp": {"tensor_model_parallel_size": 2},
+    "tp2": {"tensor_model_parallel_size": 2, "sequence_parallel": False},
+    "pp2": {"pipeline_model_parallel_size": 2},
+    "dp2": {"data_parallel_size": 2},
+}
+MODELS = [("llama", False), ("qwen2", True), ("qwen2", False), ("qwen3", True), ("qwen3", False)]
+
+
+def actor_on_rank(config):
+    layout = init_parallel(config)
+    shape = model_shape(transformers.AutoConfig.from_pretrained(config.model.path))
+    actor = Actor(config, shape, layout)
+    actor.load_hf(config.model.path)
+    return actor
+
+
+def step_batch(config, micro_batch_tokens):
+    return build_step_batch(
+        groups(),
+        step=1,
+        version=0,
+        seed=0,
+        mini_batch_groups=2,
+        aggregation="token",
+        data_parallel_size=config.actor.data_parallel_size,
+        micro_batch_tokens=micro_batch_tokens,
+        pad_multiple=config.actor.tensor_model_parallel_size,
+    )
+
+
+def one_step(config, micro_batch_tokens):
+    """{(prompt, sample): log-probs} before the step, metrics of both updates, weights after them."""
+    actor = actor_on_rank(config)
+    batch = step_batch(config, micro_batch_tokens)
+    scored, metrics = {}, []
+    shards = [m.shards[actor.layout.dp_rank] for m in batch.mini_batches]
+    old = [actor.logprobs(shard) for shard in shards]
+    for shard, values in zip(shards, old, strict=True):
+        for micro_batch, logprobs in zip(shard, values, strict=False):
+            rows = micro_batch.active.nonzero()[0]
+            owner = np.searchsorted(micro_batch.cu_seqlens, rows, side="right") - 1
+            for i, name in enumerate(micro_batch.sequences):
+                scored[name] = logprobs[torch.from_numpy(owner == i)].numpy()
+    for shard, values in zip(shards, old, strict=True):
+        metrics.append(actor.update(shard, PolicyObjective(config.algorithm), values))
+    weights = {n: t.numpy().copy() for n, t in export_stage(actor.model.module, actor.shape)}
+    return scored, metrics, weights
+
+
+def merged(results):
+    scored, weights = {}, {}
+    for s, _, w in results:
+        scored |= s
+        weights |= w
+    return scored, results[0][1], weights
+
+
+@pytest.mark.parametrize(("kind", "tied"), MODELS)
+def test_logprobs_equal_transformers(tmp_path, kind, tied):
+    path = hf_folder(tmp_path, kind, tied)
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
+    for name in ("tp2_sp", "pp2"):
+        scored, _, _ = merged(run_ranks(2, one_step, run_config(path, actor=LAYOUTS[name]), 40))
+        for group in groups():
+            for response in group.responses:
+                ids = torch.tensor([group.prompt.input_ids + response.token_ids])
+                with torch.no_grad():
+                    full = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+                expected = full[len(group.prompt.input_ids) - 1 :].numpy()
+                np.testing.assert_allclose(scored[group.prompt.id, response.sample], expected, atol=2e-5)
+
+
+@pytest.mark.parametrize(("kind", "tied"), [("qwen2", True), ("qwen3", False)])
+def test_every_layout_makes_the_same_update(tmp_path, kind, tied):
+    path = hf_folder(tmp_path, kind, tied)
+    reference = merged(run_ranks(1, one_step, run_config(path), 1000))
+    for name, actor in list(LAYOUTS.items())[1:]:
+        for budget in (24, 1000):
+            _, metrics, weights = merged(run_ranks(2, one_step, run_config(path, actor=actor), budget))
+            for got, expected in zip(metrics, reference[1], strict=True):
+                for key in expected:
+                    assert got[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-6), (name, budget, key)
+            assert weights.keys() == reference[2].keys()
+            for key, value in weights.items():
+                np.testing.assert_allclose(value, reference[2][key], atol=2e-6, err_msg=f"{name} {budget} {key}")

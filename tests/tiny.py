@@ -1,0 +1,88 @@
+"""Tiny models, prompts and configs that the tests share."""
+
+from pathlib import Path
+
+import torch
+import transformers
+
+from dapo_megatron.config import RunConfig
+from dapo_megatron.records import Group, Prompt, Response, VersionSpan
+
+KINDS = {
+    "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+    "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
+    "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+}
+
+
+def hf_folder(path: Path, kind: str = "qwen3", tied: bool = True, layers: int = 2, vocab: int = 64, seed: int = 0) -> Path:
+    """A random Hugging Face checkpoint whose norms and biases are not trivial."""
+    config_class, model_class = KINDS[kind]
+    extra = {} if kind == "qwen2" else {"head_dim": 16}
+    config = config_class(
+        vocab_size=vocab,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=tied,
+        eos_token_id=1,
+        bos_token_id=0,
+        pad_token_id=0,
+        **extra,
+    )
+    torch.manual_seed(seed)
+    model = model_class(config).float()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * (0.1 if p.dim() == 1 else 0.05))
+    model.save_pretrained(path)
+    return path
+
+
+def run_config(path: Path, **sections: dict) -> RunConfig:
+    """A float32 config for a tiny model; keyword arguments replace sections."""
+    tree = {
+        "model": {"path": str(path), "dtype": "float32"},
+        "data": {"train": "unused.jsonl", "max_prompt_tokens": 32},
+        "rollout": {"prompts_per_step": 4, "group_size": 4, "max_response_tokens": 32},
+        "algorithm": {"overlong_cache": 8},
+        "engine": {"context_length": 512},
+        "optimizer": {"lr": 1e-3, "warmup_steps": 2},
+        "trainer": {"mini_batch_prompts": 2, "collective_timeout_s": 60},
+    }
+    for name, section in sections.items():
+        tree[name] = tree.get(name, {}) | section
+    return RunConfig.model_validate(tree)
+
+
+def groups(n: int = 4, size: int = 4, vocab: int = 64, seed: int = 0) -> list[Group]:
+    """Random groups of unequal lengths with advantages of zero mean."""
+    g = torch.Generator().manual_seed(seed)
+
+    def ints(low: int, high: int, count: int) -> list[int]:
+        return torch.randint(low, high, (count,), generator=g).tolist()
+
+    out = []
+    for order in range(n):
+        prompt = Prompt(id=f"p{order}", input_ids=ints(2, vocab, ints(3, 9, 1)[0]), ground_truth="1", text="", row=order)
+        responses = []
+        for sample in range(size):
+            length = ints(1, 12, 1)[0]
+            responses.append(
+                Response(
+                    prompt_id=prompt.id,
+                    sample=sample,
+                    token_ids=ints(2, vocab, length),
+                    loss_mask=[True] * length,
+                    rollout_logprobs=(-torch.rand(length, generator=g) * 4).tolist(),
+                    version_spans=[VersionSpan(0, 0, length)],
+                    finish_reason="stop",
+                    text="",
+                    advantage=(sample - (size - 1) / 2),
+                )
+            )
+        out.append(Group(order=order, prompt=prompt, responses=responses))
+    return out
