@@ -11,9 +11,13 @@ MAX_TEXT_CHARS = 200_000
 MAX_ANSWER_CHARS = 10_000
 """What is longer is no final answer."""
 
-# As the DAPO recipe (verl, utils/reward_score/math_dapo.py): anywhere in a line, in any case. Opening markup
-# is skipped even over a line break, for answers that are displayed below their `Answer:`.
-_ANSWER = re.compile(r"\banswer[\s*_]*[:：](?:[\s*_`$]|\\[\[(])*", re.IGNORECASE)
+# As the DAPO recipe (verl, utils/reward_score/math_dapo.py), anywhere in a line; but in lower case only where
+# it begins one, because solutions go on with "we check our answer: ...". Opening markup is skipped even over
+# a line break, for answers that are displayed below their `Answer:`.
+_ANSWER = re.compile(
+    r"(?:(?i:^[ \t>#*_]*(?:the )?(?:final )?answer)|\bA(?:nswer|NSWER))[\s*_]*[:：](?:[\s*_`$]|\\[\[(])*",
+    re.MULTILINE,
+)
 _BRACE = re.compile(r"\\[{}]|(?P<boxed>\\boxed\s*\{)|(?P<open>\{)|(?P<close>\})")
 _INTEGER = re.compile(r"(?P<sign>[+-]?)(?:\\?\$)?(?P<digits>[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.0*)?")
 _WRAPPERS = (("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"))

@@ -65,22 +65,9 @@ class GradingPool:
         Raises:
             DapoError: the grader cannot be loaded, or no worker is ready within `START_TIMEOUT_S`.
         """
-        # Replacing a killed worker then costs a fork, not the import of sympy.
-        self._context.set_forkserver_preload([EQUIVALENCE.partition(":")[0]] if self._quick else [])
-        ready = self._pool.schedule(check_grader, (self._reference, self._memory_mb))
         try:
-            await asyncio.wait_for(asyncio.wrap_future(ready), START_TIMEOUT_S)
-        except TimeoutError:
-            await self._close()
-            raise DapoError(
-                f"grader {self._reference!r}: no worker ready after {START_TIMEOUT_S:.0f} s"
-            ) from None
-        except RuntimeError:
-            await self._close()
-            raise DapoError(
-                f"grader {self._reference!r}: its process dies while it imports the grader"
-            ) from None
-        except DapoError:
+            await self._start()
+        except BaseException:  # also when cancelled: there is no __aexit__ after a failed __aenter__
             await self._close()
             raise
         return self
@@ -99,6 +86,18 @@ class GradingPool:
                 return "right" if quick else "wrong"
             text = answer
         return await self._ask_worker(text, truth)
+
+    async def _start(self) -> None:
+        # Replacing a killed worker then costs a fork, not the import of sympy.
+        self._context.set_forkserver_preload([EQUIVALENCE.partition(":")[0]] if self._quick else [])
+        ready = self._pool.schedule(check_grader, (self._reference, self._memory_mb))
+        name = f"grader {self._reference!r}"
+        try:
+            await asyncio.wait_for(asyncio.wrap_future(ready), START_TIMEOUT_S)
+        except TimeoutError:
+            raise DapoError(f"{name}: no worker was ready after {START_TIMEOUT_S:.0f} s") from None
+        except RuntimeError:  # the pool breaks when its workers die before they take work
+            raise DapoError(f"{name}: its process dies while it imports the grader") from None
 
     async def _ask_worker(self, text: str, truth: str) -> Verdict:
         self._in_flight += 1

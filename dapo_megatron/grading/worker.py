@@ -1,22 +1,23 @@
 """What runs inside a grading worker: load the grader, set the limits, grade."""
 
 import contextlib
-import ctypes
 import functools
 import importlib
 import logging
 import math
+import multiprocessing
+import os
 import resource
 import signal
+import threading
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing.connection import wait
 
 from dapo_megatron.errors import DapoError
 
 Grader = Callable[[str, str], bool]
-
-PR_SET_PDEATHSIG = 1
 
 
 def load_grader(reference: str) -> Grader:
@@ -46,11 +47,19 @@ def start_worker(reference: str, memory_mb: int) -> None:
     """Initializer of a worker process: nothing it does may outlive its time limit or its parent."""
     # Pebble's SIGTERM handler is Python code, which a long computation in C does not get to.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    threading.Thread(target=_die_with_the_caller, daemon=True).start()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own time limits are off
     with contextlib.suppress(DapoError):  # `check_grader` tells the user
         _limited_grader(reference, memory_mb)
+
+
+def _die_with_the_caller() -> None:
+    """A killed caller stops no worker; one whose answer holds the interpreter meets its CPU limit instead."""
+    caller = multiprocessing.parent_process()
+    if caller is not None:
+        wait([caller.sentinel])
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def check_grader(reference: str, memory_mb: int) -> None:

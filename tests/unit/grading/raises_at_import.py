@@ -1,0 +1,3 @@
+"""A user module that cannot be imported."""
+
+raise ValueError("no licence")

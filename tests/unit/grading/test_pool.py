@@ -1,0 +1,206 @@
+"""The grading pool against answers and graders that hang, crash, raise and eat memory."""
+
+import asyncio
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dapo_megatron.errors import DapoError
+from dapo_megatron.grading.pool import DEFAULT_GRADER, GradingPool
+from dapo_megatron.grading.worker import load_grader
+
+
+@pytest.fixture(autouse=True)
+def graders_can_be_imported(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+
+
+def grade_all(pairs, grader=DEFAULT_GRADER, workers=2, timeout_s=2.0, memory_mb=256):
+    """Verdicts on (text, truth) pairs graded at once, the unknowns by reason, and the seconds it took."""
+
+    async def run():
+        async with GradingPool(grader, workers, timeout_s, memory_mb) as pool:
+            start = time.perf_counter()
+            verdicts = await asyncio.gather(*(pool.grade(text, truth) for text, truth in pairs))
+            return verdicts, dict(pool.unknown), time.perf_counter() - start
+
+    result = asyncio.run(asyncio.wait_for(run(), 120))
+    assert multiprocessing.active_children() == []
+    return result
+
+
+@pytest.mark.parametrize(
+    "text, truth, verdict",
+    [
+        ("Answer:34", "34", "right"),
+        ("Answer: 34.0", "34", "right"),
+        ("**Answer:** 34", "34", "right"),
+        ("Answer: 1,234", "1234", "right"),
+        ("Answer: \\frac{1}{2}", "0.5", "right"),
+        ("Answer: \\frac{1}{2}", "0.25", "wrong"),
+        ("\ud800\udfff Answer: 34 \udc00", "34", "wrong"),
+        ("\ud800 text \udc00\nAnswer: 34", "34", "right"),
+        ("\udc00\nAnswer: \\frac{68}{2}", "34", "right"),
+        ("no answer", "34", "wrong"),
+    ],
+)
+def test_verdicts_of_the_default_grader(text, truth, verdict):
+    assert grade_all([(text, truth)])[0] == [verdict]
+
+
+def test_hostile_answers_are_never_right_and_do_not_stop_the_others():
+    hostile = [
+        "Answer: 9^9^9^9",
+        "Answer: 100000000!",
+        "Answer: " + "(" * 2000 + "34" + ")" * 2000,
+        "Answer: 10^{10^{10}}",
+        "Answer: " + "{" * 2000 + "35" + "}" * 2000,
+        "x" * 1_000_000,
+        "Answer: " + "x" * 1_000_000,
+        "Answer: \ud800",
+    ]
+    good = ["Answer: \\frac{68}{2}"] * 4
+    verdicts, unknown, seconds = grade_all([(text, "34") for text in hostile + good])
+    assert "right" not in verdicts[: len(hostile)]
+    assert verdicts[len(hostile) :] == ["right"] * 4
+    assert sum(unknown.values()) == verdicts.count("unknown") > 0
+    assert seconds < 20
+
+
+def test_the_fast_path_needs_no_worker_and_little_time():
+    texts = ["Let us think. " * 300 + f"\nAnswer: {number}" for number in range(1000)]
+    verdicts, unknown, seconds = grade_all([(text, "34") for text in texts])
+    assert verdicts.count("right") == 1 and unknown == {}
+    assert seconds < 1.0
+
+
+def test_the_caller_imports_neither_torch_nor_sympy():
+    code = (
+        "import sys, dapo_megatron.grading.pool; print({'torch', 'sympy', 'math_verify'} & set(sys.modules))"
+    )
+    root = Path(__file__).parents[3]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "set()\n", done.stderr
+
+
+def test_workers_do_not_import_torch():
+    verdicts, _, _ = grade_all([("torch", ""), ("sys", "")], grader="hostile_graders:reports_its_modules")
+    assert verdicts == ["wrong", "right"]
+
+
+def test_a_user_grader_gets_the_whole_text_and_always_a_worker():
+    pairs = [("3 apples", "34"), ("4 apples", "34"), ("3" * 1_000_000, "34")]
+    verdicts, unknown, _ = grade_all(pairs, grader="hostile_graders:first_character")
+    assert verdicts == ["right", "wrong", "right"] and unknown == {}
+
+
+@pytest.mark.parametrize(
+    "grader, bad, reason",
+    [
+        ("hangs", "hang", "timeout"),
+        ("spins", "any", "timeout"),
+        ("exits", "exit", "crashed"),
+        ("quits", "any", "raised"),
+        ("eats_memory", "eat", "raised"),
+        ("raises", "any", "raised"),
+    ],
+)
+def test_a_bad_grader_gives_unknown(grader, bad, reason):
+    verdicts, unknown, seconds = grade_all(
+        [(bad, "34")] * 3, grader=f"hostile_graders:{grader}", timeout_s=1.0
+    )
+    assert verdicts == ["unknown"] * 3
+    # A crash before the pool has read that the worker took the answer looks like a time-out to it.
+    assert sum(unknown.values()) == 3 and (reason in unknown or grader == "exits")
+    assert seconds < 15
+
+
+@pytest.mark.parametrize("grader, bad", [("hangs", "hang"), ("exits", "exit"), ("eats_memory", "eat")])
+def test_other_answers_are_graded_beside_a_bad_one(grader, bad):
+    pairs = [("34", "34"), (bad, "34"), ("35", "34")] + [("34", "34")] * 20 + [(bad, "34"), ("34", "34")]
+    verdicts, _, seconds = grade_all(pairs, grader=f"hostile_graders:{grader}", timeout_s=1.0)
+    expected = ["unknown" if text == bad else "right" if text == truth else "wrong" for text, truth in pairs]
+    assert verdicts == expected
+    assert seconds < 15
+
+
+def test_good_answers_do_not_wait_for_a_hanging_one():
+    async def run():
+        async with GradingPool("hostile_graders:hangs", workers=2, timeout_s=20.0, memory_mb=256) as pool:
+            hanging = asyncio.create_task(pool.grade("hang", "34"))
+            verdicts = await asyncio.wait_for(
+                asyncio.gather(*(pool.grade("34", "34") for _ in range(50))), 10
+            )
+            assert verdicts == ["right"] * 50 and not hanging.done()
+            hanging.cancel()
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def test_killed_workers_are_replaced():
+    async def run():
+        async with GradingPool("hostile_graders:hangs", workers=2, timeout_s=5.0, memory_mb=256) as pool:
+            assert await pool.grade("34", "34") == "right"
+            for worker in multiprocessing.active_children():
+                os.kill(worker.pid, 9)
+            await asyncio.sleep(0.5)
+            assert await pool.grade("34", "34") == "right"
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def test_workers_die_with_the_caller():
+    code = (
+        "import asyncio, multiprocessing, os\n"
+        "from dapo_megatron.grading.pool import GradingPool\n"
+        "async def run():\n"
+        "    async with GradingPool('hostile_graders:hangs', 2, 60.0, 256) as pool:\n"
+        "        waiting = asyncio.create_task(pool.grade('hang', '34'))\n"
+        "        await asyncio.sleep(0.5)\n"
+        "        print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)\n"
+        "        os.kill(os.getpid(), 9)\n"
+        "asyncio.run(run())\n"
+    )
+    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[3])])
+    caller = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=60,
+    )
+    workers = [int(pid) for pid in caller.stdout.split()]
+    assert len(workers) == 2
+    end = time.monotonic() + 10
+    while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+
+
+@pytest.mark.parametrize(
+    "reference, message",
+    [
+        ("no_colon", "not of the form package.module:function"),
+        (":function", "not of the form package.module:function"),
+        ("no_such_package.module:grade", "importing no_such_package.module failed"),
+        ("hostile_graders:no_such_function", "has no function no_such_function"),
+        ("hostile_graders:not_callable", "has no function not_callable"),
+        ("raises_at_import:grade", "importing raises_at_import failed .ValueError: no licence"),
+    ],
+)
+def test_a_bad_reference_is_one_clear_line(reference, message):
+    with pytest.raises(DapoError, match=message) as caught:
+        load_grader(reference)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(DapoError, match=message):
+        grade_all([("34", "34")], grader=reference)
+
+
+def test_a_grader_whose_import_ends_the_process_is_one_clear_line():
+    with pytest.raises(DapoError, match="its process dies while it imports the grader"):
+        grade_all([("34", "34")], grader="exits_at_import:grade")
