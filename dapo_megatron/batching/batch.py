@@ -1,4 +1,4 @@
-"""What the trainer receives for one rollout step: mini-batches, their data-parallel shards, packed micro-batches."""
+"""What the trainer receives for one step: mini-batches, their data-parallel shards, packed micro-batches."""
 
 import msgspec
 import numpy as np
@@ -9,7 +9,7 @@ SCHEMA = 1
 class MicroBatch(msgspec.Struct, eq=False):
     """Whole sequences packed one after the other: T tokens go through the model in one pass.
 
-    Position t predicts token t + 1 of its sequence, so everything about a token stands where it is the *label*.
+    Position t predicts token t + 1 of its sequence: what belongs to a token stands where it is the *label*.
     Padding, where there is any, is the last entry of `cu_seqlens`: a sequence of its own with weight 0.
     """
 
@@ -24,7 +24,7 @@ class MicroBatch(msgspec.Struct, eq=False):
     weights: np.ndarray
     """[T] float32: weight of the label's loss; 0 for prompt, padding, masked tokens and last positions."""
     advantages: np.ndarray
-    """[T] float32: advantage of the response that the label belongs to; 0 where the label is no response token."""
+    """[T] float32: advantage of the label's response; 0 where the label is no response token."""
     rollout_logprobs: np.ndarray
     """[T] float32: log-probability (natural log) the engine sampled the label with; 0 where there is none."""
     active: np.ndarray

@@ -1,7 +1,7 @@
 """Kept groups -> mini-batches -> data-parallel shards -> packed micro-batches. Pure and deterministic.
 
-Which groups share an update, and the weight of every token, are settled before the layout is looked at: the update is
-the same under any data parallelism and any token budget.
+Which groups share an update, and the weight of every token, are settled before the layout is looked at: the
+update is the same under any data parallelism and any token budget.
 """
 
 import hashlib

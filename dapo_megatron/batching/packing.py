@@ -1,4 +1,4 @@
-"""Sequences -> one packed micro-batch: the arrays that the actor reads, and the checks on what they are made from."""
+"""Sequences -> one packed micro-batch: the arrays that the actor reads, and the checks on their source."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -25,7 +25,7 @@ class Sample(NamedTuple):
 
 
 def check_response(prompt: Prompt, response: Response) -> None:
-    """Raise DapoError unless prompt and response can be trained on (a user's own rollout function makes them)."""
+    """Raise DapoError unless they can be trained on (a user's own rollout function makes responses)."""
     where = f"prompt '{prompt.id}', response {response.sample}"
     if not prompt.input_ids:
         raise DapoError(f"{where}: the prompt has no tokens, so nothing predicts the response's first one")

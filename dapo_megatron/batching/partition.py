@@ -8,10 +8,11 @@ from collections.abc import Sequence
 
 
 def balance(lengths: Sequence[int], shards: int) -> list[list[int]]:
-    """Spread items over `shards` so that the sums are nearly equal: longest first, each to the lightest shard.
+    """Spread items over `shards` to nearly equal sums: longest first, each to the lightest shard.
 
     The heaviest shard exceeds the mean by less than the longest item, and the optimum by at most a third
-    (Graham 1969, "Bounds on multiprocessing timing anomalies"). Ties go to the earlier item and the lower shard.
+    (Graham 1969, "Bounds on multiprocessing timing anomalies"). Ties go to the earlier item and the lower
+    shard.
 
     Returns:
         [shards] lists of indices, longest item first; empty lists where there are fewer items than shards.
@@ -31,7 +32,7 @@ def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
     An item longer than the budget stands alone. No two bins could be merged within the budget.
 
     Returns:
-        Lists of indices, none of them empty; the bin with the longest item first, so that a budget that is too
+        Lists of indices, none of them empty; the bin with the longest item comes first, so that a budget too
         large for the device's memory shows at once.
     """
     bins: list[list[int]] = []

@@ -1,0 +1,44 @@
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dapo_megatron.batching.partition import balance, pack
+
+lengths_lists = st.lists(st.integers(1, 60), max_size=40)
+
+
+@given(lengths_lists, st.integers(1, 9))
+def test_balance_places_every_item_once_and_bounds_the_heaviest_shard(lengths, shards):
+    parts = balance(lengths, shards)
+
+    assert sorted(item for part in parts for item in part) == list(range(len(lengths)))
+    loads = [sum(lengths[item] for item in part) for part in parts]
+    mean = sum(loads) / shards
+    assert max(loads) <= mean + max(lengths, default=0) * (1 - 1 / shards)
+    # Graham's bound for longest-first, against a lower bound of the optimum.
+    optimum = max(mean, max(lengths, default=0))
+    if len(lengths) > shards:
+        two_share = sorted(lengths, reverse=True)[shards - 1 : shards + 1]
+        optimum = max(optimum, sum(two_share))
+    assert max(loads) <= (4 / 3) * optimum
+
+
+def test_balance_by_hand():
+    # 9 and 8 open a shard each, 7 joins 8, 6 joins 9, then the shards are equal and the lower one gets 5.
+    assert balance([5, 6, 7, 8, 9], 2) == [[4, 1, 0], [3, 2]]
+    assert balance([3], 3) == [[0], [], []]
+
+
+@given(lengths_lists, st.integers(0, 80))
+def test_pack_respects_the_budget_and_leaves_no_two_bins_to_merge(lengths, budget):
+    bins = pack(lengths, budget)
+
+    assert sorted(item for b in bins for item in b) == list(range(len(lengths)))
+    loads = [sum(lengths[item] for item in b) for b in bins]
+    assert all(b for b in bins)
+    assert all(load <= budget or len(b) == 1 for load, b in zip(loads, bins, strict=True))
+    assert all(x + y > budget for i, x in enumerate(loads) for y in loads[:i])
+
+
+def test_pack_by_hand():
+    # 12 exceeds the budget; 8 and 5 open bins (8 + 5 > 10); 4 fits with 5 only; 2 fills the bin of 8.
+    assert pack([8, 5, 4, 2, 12], 10) == [[4], [0, 3], [1, 2]]
