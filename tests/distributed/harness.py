@@ -11,11 +11,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-if not torch.cuda.is_available():
-    from dapo_megatron.compat import adam, megatron_cpu
+from dapo_megatron.compat import prepare_trainer
 
-    megatron_cpu.install()
-    adam.install()
+prepare_trainer()
 
 DEADLINE_S = 120.0
 

@@ -1,0 +1,70 @@
+"""The actor's distributed checkpoint: weights, optimizer and schedule, loadable under any layout."""
+
+from pathlib import Path
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core import parallel_state as mpu
+
+from dapo_megatron.actor.actor import Actor
+from dapo_megatron.checkpoint import store
+from dapo_megatron.config import RunConfig
+from dapo_megatron.errors import DapoError
+
+
+def save_checkpoint(config: RunConfig, actor: Actor, step: int, version: int, controller: bytes) -> None:
+    """Write and publish the checkpoint of a finished step; collective over all ranks.
+
+    Args:
+        controller: the state that came with the step's batch (used on rank 0).
+    """
+    run_dir, control = Path(config.run_dir), actor.layout.control
+    partial = run_dir / "checkpoints" / f".step_{step:06d}.partial"
+    if actor.layout.rank == 0:
+        store.open_partial(run_dir, step)
+    dist.barrier(group=control)
+    dist_checkpointing.save(_state(actor, is_loading=False), str(partial / "model"), ("torch_dist", 1))
+    dist.barrier(group=control)
+    if actor.layout.rank == 0:
+        layout = actor.layout
+        manifest = store.Manifest(
+            step=step,
+            version=version,
+            updates=actor.schedule.num_steps,
+            architecture=actor.shape.family.architecture,
+            layout={"tp": layout.tp_size, "pp": layout.pp_size, "dp": layout.dp_size},
+        )
+        store.publish(partial, run_dir, manifest, controller, config.trainer.keep_checkpoints)
+
+
+def load_checkpoint(actor: Actor, path: Path) -> store.Manifest:
+    """Restore weights, optimizer and schedule; collective over all ranks.
+
+    Raises:
+        DapoError: it is of another model, or the schedule that came back is not the manifest's.
+    """
+    manifest = store.read_manifest(path)
+    if manifest.architecture != actor.shape.family.architecture:
+        raise DapoError(f"{path} holds a {manifest.architecture}, the run is for a {actor.shape.family.architecture}")
+    loaded = dist_checkpointing.load(_state(actor, is_loading=True), str(path / "model"))
+    actor.model.module.load_state_dict(loaded["model"])
+    actor.optimizer.load_state_dict(loaded["optimizer"])
+    actor.schedule.load_state_dict(loaded["schedule"])
+    if actor.schedule.num_steps != manifest.updates:
+        raise DapoError(
+            f"{path}: the schedule came back at update {actor.schedule.num_steps}, the manifest says {manifest.updates}"
+        )
+    return manifest
+
+
+def _state(actor: Actor, *, is_loading: bool) -> dict:
+    metadata = {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "singleton_local_shards": False,
+        "chained_optim_avoid_prefix": True,
+        "dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True),
+    }
+    state = {"model": actor.model.module.sharded_state_dict(metadata=metadata)}
+    state["optimizer"] = actor.optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
+    state["schedule"] = actor.schedule.state_dict()
+    return state

@@ -1,0 +1,126 @@
+"""The command line: dapo-megatron run | config | report | demo."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from dapo_megatron.config import RunConfig, check_model, fields, load_config, value_of
+from dapo_megatron.errors import DapoError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, help="DAPO on Megatron and SGLang.")
+
+Recipe = Annotated[Path, typer.Argument(help="YAML recipe, such as launch/recipes/demo.yaml")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, as many as needed")]
+
+
+@app.command(
+    epilog="Examples:  dapo-megatron run launch/recipes/demo.yaml trainer.steps=5   |   "
+    "dapo-megatron run launch/recipes/demo.yaml --resume   |   dapo-megatron run my.yaml --dry-run"
+)
+def run(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint in run_dir.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Check everything and print what would be started.")] = False,
+) -> None:
+    """Run a job on this machine: engines, controller and trainer ranks."""
+    config = load_config(recipe, overrides or [])
+    check_inputs(config)
+    if dry_run:
+        _print_plan(config)
+        return
+    from launch.local import run_local
+
+    try:
+        print(f"report: {run_local(config, resume=resume)}")
+    except KeyboardInterrupt:
+        print("interrupted: every process was stopped; go on with --resume", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
+@app.command(epilog="Example:  dapo-megatron demo actor.pipeline_model_parallel_size=2 actor.tensor_model_parallel_size=1")
+def demo(overrides: Overrides = None) -> None:
+    """Train a tiny model to add on this machine's CPU, every part real, in minutes."""
+    from launch.demo import prepare, run_folder
+
+    prepare(Path("demo"))
+    run(Path("launch/recipes/demo.yaml"), [f"run_dir={run_folder(Path('runs'))}", *(overrides or [])])
+
+
+@app.command(epilog="Example:  dapo-megatron config launch/recipes/demo.yaml --explain")
+def config(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    explain: Annotated[bool, typer.Option(help="Print every option with its documentation.")] = False,
+) -> None:
+    """Check a recipe and print what it comes to."""
+    checked = load_config(recipe, overrides or [])
+    console = Console()
+    if explain:
+        table = Table("option", "value", "what it is", title=str(recipe))
+        for name, _, doc in fields():
+            table.add_row(name, str(value_of(checked, name)), doc)
+        console.print(table)
+    _print_derived(checked, console)
+
+
+@app.command(epilog="Example:  dapo-megatron report runs/demo")
+def report(run_dir: Annotated[Path, typer.Argument(help="Folder of a run.")]) -> None:
+    """Write report.html from a run folder."""
+    from dapo_megatron.observe.report import write_report
+
+    print(write_report(run_dir))
+
+
+def check_inputs(config: RunConfig) -> None:
+    """Check what a run reads before anything is started.
+
+    Raises:
+        DapoError: a file is missing or the model does not fit the layout.
+    """
+    import transformers
+
+    from dapo_megatron.weights.families import model_shape
+
+    folder = Path(config.model.path)
+    if not (folder / "config.json").exists():
+        raise DapoError(f"model.path={folder} has no config.json: give a Hugging Face checkpoint folder")
+    for name, path in (("data.train", config.data.train), ("data.eval", config.data.eval)):
+        if path is not None and not Path(path).exists():
+            raise DapoError(f"{name}={path} does not exist")
+    hf = transformers.AutoConfig.from_pretrained(folder)
+    check_model(config, hf)
+    model_shape(hf)
+
+
+def _print_plan(config: RunConfig) -> None:
+    from launch.engine import engine_command
+
+    console = Console()
+    _print_derived(config, console)
+    console.print("engine:", " ".join(engine_command(config, "127.0.0.1", 0, cpu=False)), soft_wrap=True)
+    console.print(f"controller: 1 process; trainer: {config.world_size} ranks; run folder: {config.run_dir}")
+
+
+def _print_derived(config: RunConfig, console: Console) -> None:
+    table = Table("derived value", "", title="what follows")
+    for name, value in config.derived().items():
+        table.add_row(name, str(value))
+    console.print(table)
+
+
+def main() -> None:
+    """Entry point: a DapoError is one line on stderr and exit code 1."""
+    try:
+        app()
+    except DapoError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

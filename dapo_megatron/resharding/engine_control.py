@@ -1,0 +1,129 @@
+"""Control calls to one SGLang server: pausing, weight-update sessions, versions. Never through a router."""
+
+import re
+import time
+from typing import Any
+
+import httpx
+
+from dapo_megatron.errors import DapoError
+from dapo_megatron.resharding.plan import Bucket
+
+SESSIONS_SINCE = (0, 5, 20)
+"""First SGLang release whose weight updates must stand between begin_weight_update and end_weight_update."""
+
+
+class EngineControl:
+    """One server, told by its URL; every call has a deadline, and its error names the server and the call."""
+
+    def __init__(self, url: str, timeout_s: float):
+        self.url = url
+        self._http = httpx.Client(base_url=url, timeout=httpx.Timeout(timeout_s, connect=10.0))
+        self.has_sessions = False
+        self.tensor_parallel_size = 1
+
+    def wait_ready(self, timeout_s: float) -> None:
+        """Wait until the server answers, then read its release and its tensor parallelism.
+
+        Raises:
+            DapoError: it did not answer in time.
+        """
+        end = time.monotonic() + timeout_s
+        while True:
+            try:
+                if self._http.get("/model_info", timeout=5.0).status_code == 200:
+                    break
+            except httpx.TransportError:
+                pass
+            if time.monotonic() > end:
+                raise DapoError(f"engine {self.url} did not answer within {timeout_s:.0f} s: see logs/engine-*.log")
+            time.sleep(0.25)
+        info = self._call("GET", "/server_info")
+        release = tuple(int(n) for n in re.findall(r"\d+", info["version"])[:3])
+        self.has_sessions = release >= SESSIONS_SINCE
+        self.tensor_parallel_size = info["tp_size"]
+
+    def pause(self) -> None:
+        """Stop generating; running requests return to the queue and are computed anew under the next weights."""
+        self._call("POST", "/pause_generation", {"mode": "retract"})
+
+    def resume(self) -> None:
+        """Go on generating."""
+        self._call("POST", "/continue_generation", {})
+
+    def begin_update(self) -> None:
+        """Open a weight-update session, where the server has such."""
+        if self.has_sessions:
+            self._call("POST", "/begin_weight_update", {})
+
+    def end_update(self) -> None:
+        """Close the weight-update session."""
+        if self.has_sessions:
+            self._call("POST", "/end_weight_update", {})
+
+    def flush_cache(self) -> None:
+        """Drop the KV cache that the old weights produced."""
+        self._call("POST", "/flush_cache")
+
+    def set_version(self, version: int) -> None:
+        """Name the weights that are served now."""
+        self._call("POST", "/update_weight_version", {"new_version": str(version), "abort_all_requests": False})
+
+    def version(self) -> str:
+        """Name of the weights that are served."""
+        return self._call("GET", "/model_info")["weight_version"]
+
+    def join_group(self, group: str, address: str, port: int, rank: int, world: int, backend: str) -> None:
+        """Join the process group of a sender; blocks until all its members have joined."""
+        body = {
+            "master_address": address,
+            "master_port": port,
+            "rank_offset": rank,
+            "world_size": world,
+            "group_name": group,
+            "backend": backend,
+        }
+        self._call("POST", "/init_weights_update_group", body)
+
+    def leave_group(self, group: str) -> None:
+        """Leave a sender's process group."""
+        self._call("POST", "/destroy_weights_update_group", {"group_name": group})
+
+    def receive_bucket(self, group: str, bucket: Bucket) -> None:
+        """Receive one bucket broadcast by the group's rank 0 and load it; blocks until it is loaded."""
+        body = {
+            "names": list(bucket.names),
+            "dtypes": [bucket.dtype] * len(bucket.names),
+            "shapes": [list(s) for s in bucket.shapes],
+            "group_name": group,
+            "load_format": "flattened_bucket",
+            "flush_cache": False,
+        }
+        self._call("POST", "/update_weights_from_distributed", body)
+
+    def prompt_logprobs(self, prompts: list[list[int]]) -> list[list[float]]:
+        """Log-probs of every prompt's tokens but the first, at temperature 1."""
+        body = {
+            "input_ids": prompts,
+            "sampling_params": {"temperature": 1.0, "max_new_tokens": 1},
+            "return_logprob": True,
+            "logprob_start_len": 0,
+        }
+        replies = self._call("POST", "/generate", body)
+        return [[entry[0] for entry in r["meta_info"]["input_token_logprobs"][1:]] for r in replies]
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._http.close()
+
+    def _call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+        try:
+            reply = self._http.request(method, path, json=body)
+        except httpx.TimeoutException:
+            raise DapoError(f"engine {self.url} did not answer {path} in time: see logs/engine-*.log") from None
+        except httpx.TransportError as e:
+            raise DapoError(f"engine {self.url} is gone ({path}: {e}): see logs/engine-*.log") from None
+        data = reply.json() if "json" in reply.headers.get("content-type", "") else reply.text
+        if reply.status_code != 200 or (isinstance(data, dict) and data.get("success") is False):
+            raise DapoError(f"engine {self.url} refused {path}: HTTP {reply.status_code} {str(data)[:500]}")
+        return data

@@ -1,0 +1,167 @@
+"""Send the sharded policy to the engines: one weight-update session, pipeline stage by pipeline stage.
+
+    all engines      pause (retract) and open a session                          trainer rank 0
+    each stage       gather over TP -> bucket -> broadcast -> engines load it    its dp0/tp0 rank (the sender)
+    all engines      close the session, flush the KV cache, set the version, go on, report the version back
+
+Every phase ends in an exchange of verdicts among all ranks, so that a failure on one of them stops the step on all with
+the same message instead of a hang.
+"""
+
+import socket
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+from dapo_megatron.actor.actor import Actor
+from dapo_megatron.actor.model import DTYPES
+from dapo_megatron.config import RunConfig
+from dapo_megatron.errors import DapoError
+from dapo_megatron.resharding.engine_control import EngineControl
+from dapo_megatron.resharding.group import free_port, join_as_sender, sender_address
+from dapo_megatron.resharding.plan import Bucket, plan_buckets
+from dapo_megatron.weights.exporter import export_names, export_stage
+
+
+class Pusher:
+    """Every trainer rank holds one; `connect`, `push` and `close` are collective over all of them."""
+
+    def __init__(self, config: RunConfig, actor: Actor, engine_urls: list[str]):
+        self.actor, self.layout, self.config = actor, actor.layout, config
+        self.dtype = config.engine_dtype
+        self.is_sender = self.layout.dp_rank == 0 and self.layout.tp_rank == 0
+        timeout = config.trainer.collective_timeout_s
+        self.engines = [EngineControl(url, timeout) for url in engine_urls] if self._talks else []
+        self._threads = ThreadPoolExecutor(max_workers=max(1, len(engine_urls)))
+        self._group: dist.ProcessGroup | None = None
+        self._group_name = ""
+
+    @property
+    def _talks(self) -> bool:
+        return self.is_sender or self.layout.rank == 0
+
+    def connect(self) -> None:
+        """Wait for the engines, then open one group from each pipeline stage's sender to all of them.
+
+        Raises:
+            DapoError: an engine did not answer or could not join.
+        """
+        with self._agreed("connecting to the engines"):
+            for engine in self.engines:
+                engine.wait_ready(self.config.engine.start_timeout_s)
+        for stage in range(self.layout.pp_size):
+            with self._agreed(f"opening the weight group of pipeline stage {stage}"):
+                if self.is_sender and self.layout.pp_rank == stage:
+                    self._open_group(stage)
+
+    def push(self, version: int) -> dict[str, float]:
+        """Make `version` live on every engine.
+
+        Returns:
+            sync/seconds and sync/bytes.
+
+        Raises:
+            DapoError: names the server and the bucket that failed.
+        """
+        began, sent = time.monotonic(), 0
+        with self._agreed("pausing the engines"):
+            if self.layout.rank == 0:
+                self._on_all(lambda e: (e.pause(), e.begin_update()))
+        for stage in range(self.layout.pp_size):
+            with self._agreed(f"sending the weights of pipeline stage {stage}"):
+                if self.layout.dp_rank == 0 and self.layout.pp_rank == stage:
+                    sent = self._send_stage()
+        with self._agreed(f"making version {version} live"):
+            if self.layout.rank == 0:
+                self._on_all(lambda e: self._make_live(e, version))
+        total = torch.tensor(float(sent if self.is_sender else 0), dtype=torch.float64)
+        dist.all_reduce(total, group=self.layout.control)
+        return {"sync/seconds": time.monotonic() - began, "sync/bytes": float(total)}
+
+    def close(self) -> None:
+        """Close the connections; the groups end with the processes."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        for engine in self.engines:
+            engine.close()
+
+    def _open_group(self, stage: int) -> None:
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        name, port, timeout = f"weights-{stage}-{time.time_ns()}", free_port(), self.config.trainer.collective_timeout_s
+        address = sender_address([e.url for e in self.engines])
+        world = 1 + sum(e.tensor_parallel_size for e in self.engines)
+        rank, joins = 1, []
+        for engine in self.engines:
+            joins.append(self._threads.submit(engine.join_group, name, address, port, rank, world, backend))
+            rank += engine.tensor_parallel_size
+        self._group, self._group_name = join_as_sender(name, address, port, world, backend, timeout), name
+        for join in joins:
+            join.result()
+
+    def _send_stage(self) -> int:
+        """Collective over the stage's tensor-parallel ranks; returns the bytes sent."""
+        buckets = plan_buckets(
+            export_names(self.actor.model.module, self.actor.shape), self.dtype, self.config.resharding.bucket_mb << 20
+        )
+        tensors = export_stage(self.actor.model.module, self.actor.shape)
+        if not self.is_sender:
+            for _ in tensors:
+                pass
+            return 0
+        for bucket in buckets:
+            self._send_bucket(bucket, [next(tensors) for _ in bucket.names])
+        if next(tensors, None) is not None:
+            raise DapoError("the push plan does not name every tensor of the stage")
+        return sum(b.bytes for b in buckets)
+
+    def _send_bucket(self, bucket: Bucket, tensors: list[tuple[str, torch.Tensor]]) -> None:
+        if tuple(name for name, _ in tensors) != bucket.names:
+            raise DapoError(f"the push plan expects {bucket.names[0]} ..., the model has {tensors[0][0]} ...")
+        flat = torch.cat([t.to(DTYPES[self.dtype]).contiguous().view(-1).view(torch.uint8) for _, t in tensors])
+        loads = [(e, self._threads.submit(e.receive_bucket, self._group_name, bucket)) for e in self.engines]
+        try:
+            dist.broadcast(flat, group=self._group, group_src=0)
+        except RuntimeError as e:
+            raise DapoError(f"broadcasting {_label(bucket)} to {self._urls()} failed: {str(e)[:200]}") from None
+        for engine, load in loads:
+            try:
+                load.result()
+            except DapoError as e:
+                raise DapoError(f"{_label(bucket)} did not arrive at {engine.url}: {e}") from None
+
+    def _make_live(self, engine: EngineControl, version: int) -> None:
+        engine.end_update()
+        engine.flush_cache()
+        engine.set_version(version)
+        engine.resume()
+        served = engine.version()
+        if served != str(version):
+            raise DapoError(f"engine {engine.url} serves version {served} after version {version} was pushed")
+
+    def _on_all(self, call: Callable[[EngineControl], object]) -> None:
+        for done in [self._threads.submit(call, e) for e in self.engines]:
+            done.result()
+
+    def _urls(self) -> str:
+        return ", ".join(e.url for e in self.engines)
+
+    @contextmanager
+    def _agreed(self, what: str) -> Iterator[None]:
+        """Run a phase, then let all ranks know whether it failed on one of them."""
+        error = None
+        try:
+            yield
+        except DapoError as e:
+            error = f"{e}"
+        errors: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, error, group=self.layout.control)
+        first = next(((rank, e) for rank, e in enumerate(errors) if e is not None), None)
+        if first is not None:
+            raise DapoError(f"{what} failed on trainer rank {first[0]} ({socket.gethostname()}): {first[1]}")
+
+
+def _label(bucket: Bucket) -> str:
+    return f"bucket {bucket.names[0]} .. {bucket.names[-1]} ({bucket.bytes} bytes)"

@@ -1,0 +1,62 @@
+"""Entry point of a trainer rank; torchrun (or srun) starts one for each device."""
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from dapo_megatron.compat import prepare_trainer
+
+prepare_trainer()
+
+import transformers
+
+from dapo_megatron.actor.actor import Actor
+from dapo_megatron.actor.parallel import init_parallel
+from dapo_megatron.checkpoint.store import latest
+from dapo_megatron.config import check_model, load_config
+from dapo_megatron.errors import DapoError
+from dapo_megatron.resharding.push import Pusher
+from dapo_megatron.trainer.loop import train
+from dapo_megatron.trainer.run_link import RunLink
+from dapo_megatron.weights.families import model_shape
+
+
+def main() -> int:
+    """Train; 1 after an error, which is one line on stderr."""
+    parser = argparse.ArgumentParser(prog="python -m dapo_megatron.trainer", description=__doc__)
+    parser.add_argument("--config", required=True, help="the run's config.yaml")
+    parser.add_argument("--link", required=True, help="the controller's address")
+    parser.add_argument("--engines", required=True, nargs="+", help="URLs of the SGLang servers")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the run folder")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    try:
+        _train(args)
+    except DapoError as e:
+        print(f"error: {e}", file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+def _train(args: argparse.Namespace) -> None:
+    config = load_config(args.config)
+    hf = transformers.AutoConfig.from_pretrained(config.model.path)
+    check_model(config, hf)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    layout = init_parallel(config)
+    actor = Actor(config, model_shape(hf), layout)
+    pusher = Pusher(config, actor, args.engines)
+    try:
+        resume = latest(Path(config.run_dir)) if args.resume else None
+        train(config, actor, RunLink(config, layout, args.link), pusher, resume)
+    finally:
+        pusher.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

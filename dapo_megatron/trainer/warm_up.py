@@ -1,0 +1,95 @@
+"""Supervised training with the project's own actor, on one rank: what the demo's model starts from.
+
+    python -m dapo_megatron.trainer.warm_up --config CONFIG --out FOLDER --updates 250 --batch 256
+
+Reads data.train of the config, whose rows hold `response` besides the prompt, and writes a Hugging Face folder.
+"""
+
+import argparse
+import json
+import random
+import shutil
+import sys
+from pathlib import Path
+
+from dapo_megatron.compat import prepare_trainer
+
+prepare_trainer()
+
+import transformers
+from safetensors.torch import save_file
+
+from dapo_megatron.actor.actor import Actor
+from dapo_megatron.actor.objectives import SupervisedObjective
+from dapo_megatron.actor.parallel import init_parallel
+from dapo_megatron.batching.build import build_step_batch
+from dapo_megatron.config import RunConfig, load_config
+from dapo_megatron.records import Group, Prompt, Response, VersionSpan
+from dapo_megatron.weights.exporter import export_stage
+from dapo_megatron.weights.families import model_shape
+
+
+def main() -> int:
+    """Train and save."""
+    parser = argparse.ArgumentParser(prog="python -m dapo_megatron.trainer.warm_up", description=__doc__)
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--updates", required=True, type=int)
+    parser.add_argument("--batch", required=True, type=int, help="examples an update")
+    args = parser.parse_args()
+    config = load_config(args.config)
+    layout = init_parallel(config)
+    actor = Actor(config, model_shape(transformers.AutoConfig.from_pretrained(config.model.path)), layout)
+    actor.load_hf(config.model.path)
+    examples = supervised_groups(config)
+    for update in range(1, args.updates + 1):
+        metrics = actor.update(_batch(config, examples, update, args.batch), SupervisedObjective(), None)
+        if update % 25 == 0:
+            print(f"update {update}/{args.updates} loss {metrics['policy/loss']:.3f}", flush=True)
+    _save(actor, Path(config.model.path), args.out)
+    return 0
+
+
+def supervised_groups(config: RunConfig) -> list[Group]:
+    """One group of one response for each row; the end token is part of the response."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(config.model.path)
+    groups = []
+    for i, line in enumerate(Path(config.data.train).read_text().splitlines()):
+        row = json.loads(line)
+        prompt_ids = tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]
+        ids = [*tokenizer(row["response"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        prompt = Prompt(id=str(i), input_ids=prompt_ids, ground_truth="", text=row["prompt"], row=i)
+        n = len(ids)
+        response = Response(prompt.id, 0, ids, [True] * n, [0.0] * n, [VersionSpan(0, 0, n)], "stop", row["response"])
+        groups.append(Group(i, prompt, [response]))
+    return groups
+
+
+def _batch(config: RunConfig, examples: list[Group], update: int, size: int):
+    chosen = random.Random(f"{config.seed}/{update}").sample(examples, size)
+    batch = build_step_batch(
+        chosen,
+        step=update,
+        version=0,
+        seed=config.seed,
+        mini_batch_groups=size,
+        aggregation="token",
+        data_parallel_size=1,
+        micro_batch_tokens=config.actor.micro_batch_tokens,
+        pad_multiple=1,
+    )
+    return batch.mini_batches[0].shards[0]
+
+
+def _save(actor: Actor, source: Path, out: Path) -> None:
+    aside = out.with_name(out.name + ".partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    shutil.copytree(source, aside, ignore=shutil.ignore_patterns("*.safetensors"))
+    tensors = {name: tensor.clone() for name, tensor in export_stage(actor.model.module, actor.shape)}
+    save_file(tensors, aside / "model.safetensors", metadata={"format": "pt"})
+    shutil.rmtree(out, ignore_errors=True)
+    aside.rename(out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""The embedded demo task: two-digit addition, a tiny Qwen3-shaped model with its own tokenizer, made on the spot."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+from dapo_megatron.errors import DapoError
+
+CHARACTERS = "0123456789+="
+ANSWER = "Answer: "
+"""One token: what the default grader looks for, at the price of one."""
+HELD_OUT = 200
+WARM_UP_UPDATES = 155
+WARM_UP_BATCH = 256
+
+
+def prepare(folder: Path) -> None:
+    """Make data, model and its supervised warm-up under `folder`, unless they are there already.
+
+    Raises:
+        DapoError: the warm-up failed; names its log.
+    """
+    if (folder / "model" / "model.safetensors").exists():
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    print("preparing the demo: two-digit addition, a tiny Qwen3 model, supervised warm-up (a minute, kept for later)")
+    _write_data(folder, random.Random(0))
+    _write_model(folder / "untrained")
+    _warm_up(folder)
+
+
+def run_folder(parent: Path) -> Path:
+    """The first of runs/demo, runs/demo-2, ... that is free."""
+    number = 1
+    while (folder := parent / ("demo" if number == 1 else f"demo-{number}")).exists():
+        number += 1
+    return folder
+
+
+def _write_data(folder: Path, rng: random.Random) -> None:
+    pairs = [(a, b) for a in range(10, 100) for b in range(10, 100)]
+    rng.shuffle(pairs)
+    for name, part in (("eval", pairs[:HELD_OUT]), ("train", pairs[HELD_OUT:])):
+        with (folder / f"{name}.jsonl").open("w") as f:
+            for a, b in part:
+                row = {"prompt": f"{a}+{b}=", "answer": str(a + b), "response": f"{ANSWER}{a + b}"}
+                f.write(json.dumps(row) + "\n")
+
+
+def _write_model(path: Path) -> None:
+    tokens = ["<pad>", "<eos>", *CHARACTERS, ANSWER]
+    vocab = len(tokens) + len(tokens) % 2  # even, so that it can be split in two
+    tokenizer = Tokenizer(models.WordLevel({t: i for i, t in enumerate(tokens)}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(f"{ANSWER}|."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>"
+    ).save_pretrained(path)
+    torch.manual_seed(0)
+    config = transformers.Qwen3Config(
+        vocab_size=vocab,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    transformers.Qwen3ForCausalLM(config).float().save_pretrained(path)
+
+
+def _warm_up(folder: Path) -> None:
+    recipe = {
+        "model": {"path": str(folder / "untrained"), "dtype": "float32"},
+        "data": {"train": str(folder / "train.jsonl"), "max_prompt_tokens": 16},
+        "rollout": {"prompts_per_step": 1, "max_response_tokens": 12},
+        "algorithm": {"overlong_cache": 4},
+        "optimizer": {"lr": 1e-3, "warmup_steps": 20, "weight_decay": 0.0},
+        "trainer": {"mini_batch_prompts": 1, "steps": WARM_UP_UPDATES},
+    }
+    (folder / "warm_up.yaml").write_text(json.dumps(recipe))
+    log = folder / "warm_up.log"
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1",
+        "-m", "dapo_megatron.trainer.warm_up",
+        "--config", str(folder / "warm_up.yaml"), "--out", str(folder / "model"),
+        "--updates", str(WARM_UP_UPDATES), "--batch", str(WARM_UP_BATCH),
+    ]  # fmt: skip
+    with log.open("wb") as out:
+        done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=out, stderr=out, check=False)
+    if done.returncode:
+        raise DapoError(f"the demo's warm-up failed with exit code {done.returncode}: see {log}")

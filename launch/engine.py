@@ -1,0 +1,51 @@
+"""How an SGLang server is started: its command line and environment. Pure."""
+
+import os
+import sys
+from collections.abc import Mapping
+
+from dapo_megatron.compat import SGLANG_CPU
+from dapo_megatron.config import RunConfig
+
+# Options without which SGLang 0.5.23 does not run on a CPU without AMX: its CPU kernels need AVX512.
+_CPU_ARGS = [
+    "--device", "cpu",
+    "--attention-backend", "torch_native",
+    "--sampling-backend", "pytorch",
+    "--disable-cuda-graph",
+    "--grammar-backend", "none",
+]  # fmt: skip
+
+
+def engine_command(config: RunConfig, host: str, port: int, *, cpu: bool) -> list[str]:
+    """argv of one server. It gets token ids and returns token ids: the tokenizer stays with the controller."""
+    e = config.engine
+    command = [
+        e.python or sys.executable, "-m", "sglang.launch_server",
+        "--model-path", config.model.path,
+        "--host", host,
+        "--port", str(port),
+        "--dtype", config.engine_dtype,
+        "--tp-size", str(e.tensor_parallel_size),
+        "--context-length", str(e.context_length),
+        "--mem-fraction-static", str(e.mem_fraction),
+        "--max-running-requests", str(e.max_running_requests),
+        "--random-seed", str(e.seed),
+        "--skip-tokenizer-init",
+        "--skip-server-warmup",
+        "--sleep-on-idle",
+        "--log-level", "warning",
+    ]  # fmt: skip
+    if e.max_total_tokens is not None:
+        command += ["--max-total-tokens", str(e.max_total_tokens)]
+    return command + (_CPU_ARGS if cpu else []) + list(e.extra_args)
+
+
+def engine_environment(base: Mapping[str, str], *, cpu: bool) -> dict[str, str]:
+    """Environment of a server; on CPU the compat folder comes first on its PYTHONPATH."""
+    environment = dict(base)
+    if cpu:
+        environment["PYTHONPATH"] = os.pathsep.join(p for p in (str(SGLANG_CPU), base.get("PYTHONPATH")) if p)
+        environment["SGLANG_USE_CPU_ENGINE"] = "1"
+        environment.setdefault("OMP_NUM_THREADS", "1")
+    return environment

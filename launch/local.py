@@ -1,0 +1,127 @@
+"""One machine: start the engines, the controller and the trainer ranks, watch them, and end all of them together."""
+
+import os
+import signal
+import socket
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import yaml
+
+from dapo_megatron.checkpoint.store import latest
+from dapo_megatron.config import RunConfig
+from dapo_megatron.errors import DapoError
+from dapo_megatron.observe.progress import ProgressDisplay
+from dapo_megatron.observe.report import write_report
+from launch.engine import engine_command, engine_environment
+from launch.processes import Child, ProcessGroup
+
+LOCALHOST = "127.0.0.1"
+POLL_S = 0.25
+
+
+def run_local(config: RunConfig, *, resume: bool) -> Path:
+    """Run a whole job on this machine; returns the path of its report.
+
+    Raises:
+        DapoError: the run folder is taken (or empty, with resume), or a process died; names its log and shows its end.
+        KeyboardInterrupt: Ctrl-C or SIGTERM.
+    """
+    run_dir = Path(config.run_dir)
+    _prepare(config, run_dir, resume)
+    try:
+        with _interruptible(), ProcessGroup(run_dir / "logs") as group:
+            trainer = _start(config, run_dir, group, resume)
+            with ProgressDisplay(run_dir, config.trainer.steps) as display:
+                _watch(group, trainer, display)
+    finally:
+        if (run_dir / "metrics.jsonl").exists():
+            write_report(run_dir)
+    return run_dir / "report.html"
+
+
+def _prepare(config: RunConfig, run_dir: Path, resume: bool) -> None:
+    if resume:
+        latest(run_dir)
+    elif (run_dir / "metrics.jsonl").exists():
+        raise DapoError(f"{run_dir} holds a run already: go on with --resume, or choose another run_dir=...")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(config.model_dump(), sort_keys=False))
+
+
+def _start(config: RunConfig, run_dir: Path, group: ProcessGroup, resume: bool) -> Child:
+    cpu = not torch.cuda.is_available()
+    environment = dict(os.environ)
+    if cpu:
+        environment["OMP_NUM_THREADS"] = "1"
+    ports = free_ports(config.engine.replicas + 1)
+    urls = [f"http://{LOCALHOST}:{port}" for port in ports[1:]]
+    for i, port in enumerate(ports[1:]):
+        command = engine_command(config, LOCALHOST, port, cpu=cpu)
+        group.start(f"engine-{i}", command, engine_environment(environment, cpu=cpu))
+    shared = ["--config", str(run_dir / "config.yaml"), "--link", f"tcp://{LOCALHOST}:{ports[0]}", "--engines", *urls]
+    group.start("controller", [sys.executable, "-m", "dapo_megatron.rollout", *shared], environment)
+    torchrun = [
+        sys.executable, "-m", "torch.distributed.run",
+        "--standalone", "--nproc-per-node", str(config.world_size),
+        "-m", "dapo_megatron.trainer",
+    ]  # fmt: skip
+    return group.start("trainer", torchrun + shared + (["--resume"] if resume else []), environment)
+
+
+def _watch(group: ProcessGroup, trainer: Child, display: ProgressDisplay) -> None:
+    """Until the trainer ends well.
+
+    Raises:
+        DapoError: a process died first.
+    """
+    while True:
+        display.poll()
+        child = group.first_exited()
+        if child is None:
+            time.sleep(POLL_S)
+            continue
+        if child is trainer and child.process.returncode == 0:
+            display.poll()
+            return
+        if trainer.process.poll() == 0:
+            return
+        raise DapoError(_obituary(child))
+
+
+def _obituary(child: Child) -> str:
+    code = child.process.returncode
+    how = f"was killed by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"ended with exit code {code}"
+    reason = next((line for line in reversed(child.tail(200).splitlines()) if line.startswith("error: ")), None)
+    if reason is not None:
+        return f"the {child.name} stopped: {reason.removeprefix('error: ')} (log: {child.log})"
+    return f"the {child.name} {how}; the end of {child.log}:\n{child.tail()}"
+
+
+@contextmanager
+def _interruptible():
+    """SIGTERM ends the run as Ctrl-C does."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def free_ports(count: int) -> list[int]:
+    """TCP ports of this machine that were free a moment ago."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for s in sockets:
+            s.bind((LOCALHOST, 0))
+        return [s.getsockname()[1] for s in sockets]
+    finally:
+        for s in sockets:
+            s.close()

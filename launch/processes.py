@@ -1,0 +1,95 @@
+"""Child processes with a log each, and the promise that none is left behind."""
+
+import ctypes
+import os
+import signal
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+@dataclass
+class Child:
+    """A started process."""
+
+    name: str
+    process: subprocess.Popen
+    log: Path
+
+    def tail(self, lines: int = 12) -> str:
+        """The last lines of its log."""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+
+class ProcessGroup:
+    """Starts children and ends all of them, with everything they started, when the block is left.
+
+    The launcher adopts orphaned grandchildren (PR_SET_CHILD_SUBREAPER), so that the workers of a killed torchrun or
+    SGLang server are found; children get SIGTERM when the launcher itself is killed (PR_SET_PDEATHSIG).
+    """
+
+    def __init__(self, log_dir: Path, grace_s: float = 5.0):
+        self.log_dir, self.grace_s = log_dir, grace_s
+        self.children: list[Child] = []
+
+    def __enter__(self) -> "ProcessGroup":
+        self.log_dir.mkdir(parents=True, exist_ok=True)
+        _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.stop()
+
+    def start(self, name: str, command: list[str], environment: dict[str, str]) -> Child:
+        """Start a process; its output goes to <log_dir>/<name>.log."""
+        log = self.log_dir / f"{name}.log"
+        with log.open("ab") as out:
+            process = subprocess.Popen(
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C reaches the launcher alone, which ends the rest in order
+                preexec_fn=_die_with_parent,
+            )
+        child = Child(name, process, log)
+        self.children.append(child)
+        return child
+
+    def first_exited(self) -> Child | None:
+        """A child that has ended, if any."""
+        return next((c for c in self.children if c.process.poll() is not None), None)
+
+    def stop(self) -> None:
+        """SIGTERM, then SIGKILL after the grace period, to every descendant of this process."""
+        end = time.monotonic() + self.grace_s
+        _signal(psutil.Process().children(recursive=True), signal.SIGTERM)
+        while (left := psutil.Process().children(recursive=True)) and time.monotonic() < end:
+            psutil.wait_procs(left, timeout=0.2)
+        while left := psutil.Process().children(recursive=True):
+            _signal(left, signal.SIGKILL)
+            psutil.wait_procs(left, timeout=1.0)
+        for child in self.children:
+            child.process.poll()
+
+
+def _signal(processes: list[psutil.Process], number: int) -> None:
+    for process in processes:
+        try:
+            process.send_signal(number)
+        except psutil.NoSuchProcess:
+            continue
+
+
+def _die_with_parent() -> None:
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() == 1:
+        os.kill(os.getpid(), signal.SIGTERM)

@@ -1,0 +1,41 @@
+"""One real SGLang server for the whole session: starting it takes tens of seconds."""
+
+import os
+
+import pytest
+
+from dapo_megatron.resharding.engine_control import EngineControl
+from launch.engine import engine_command, engine_environment
+from tests.distributed.harness import free_port
+from launch.processes import ProcessGroup
+from tests.tiny import hf_folder, run_config
+
+ENGINE = {"context_length": 512, "max_total_tokens": 8192, "mem_fraction": 0.1, "max_running_requests": 64}
+
+
+@pytest.fixture(scope="session")
+def model_path(tmp_path_factory):
+    """A tiny Qwen3 whose folder the server was started from."""
+    return hf_folder(tmp_path_factory.mktemp("model"), "qwen3", tied=True, seed=1)
+
+
+@pytest.fixture(scope="session")
+def engine_url(model_path, tmp_path_factory):
+    """URL of a server that is up."""
+    port = free_port()
+    config = run_config(model_path, engine=ENGINE)
+    with ProcessGroup(tmp_path_factory.mktemp("logs")) as group:
+        child = group.start(
+            "engine-0",
+            engine_command(config, "127.0.0.1", port, cpu=True),
+            engine_environment(os.environ, cpu=True),
+        )
+        url = f"http://127.0.0.1:{port}"
+        control = EngineControl(url, 60)
+        try:
+            control.wait_ready(120)
+        except Exception:
+            print(child.tail(60))
+            raise
+        control.close()
+        yield url
