@@ -314,10 +314,9 @@ def check_model(config: RunConfig, hf: Any) -> None:
     for what, count in (("attention heads", hf.num_attention_heads), ("key-value heads", kv_heads)):
         if count % tp:
             raise DapoError(f"actor.tensor_model_parallel_size={tp} does not divide the model's {count} {what}")
-    if hf.intermediate_size % tp:
-        raise DapoError(
-            f"actor.tensor_model_parallel_size={tp} does not divide the model's intermediate size {hf.intermediate_size}"
-        )
+    for what, count in (("intermediate size", hf.intermediate_size), ("vocabulary of", hf.vocab_size)):
+        if count % tp:
+            raise DapoError(f"actor.tensor_model_parallel_size={tp} does not divide the model's {what} {count}")
     if hf.num_hidden_layers % pp:
         raise DapoError(
             f"actor.pipeline_model_parallel_size={pp} does not divide the model's {hf.num_hidden_layers} layers"

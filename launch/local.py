@@ -78,25 +78,29 @@ def _watch(group: ProcessGroup, trainer: Child, display: ProgressDisplay) -> Non
     Raises:
         DapoError: a process died first.
     """
-    while True:
+    while trainer.process.poll() != 0:
         display.poll()
-        child = group.first_exited()
-        if child is None:
-            time.sleep(POLL_S)
-            continue
-        if child is trainer and child.process.returncode == 0:
-            display.poll()
-            return
-        if trainer.process.poll() == 0:
-            return
-        raise DapoError(_obituary(child))
+        # The controller leaves first when the trainer says goodbye; an engine never leaves by itself.
+        failed = [c for c in group.exited() if c.process.returncode != 0 or c.name.startswith("engine")]
+        if failed:
+            raise DapoError(_obituary(_culprit(failed)))
+        time.sleep(POLL_S)
+    display.poll()
+
+
+def _culprit(failed: list[Child]) -> Child:
+    """A killed process takes others with it: one that said why comes first, then the first that was started."""
+    return next((c for c in failed if _reason(c)), failed[0])
+
+
+def _reason(child: Child) -> str | None:
+    return next((line for line in reversed(child.tail(200).splitlines()) if line.startswith("error: ")), None)
 
 
 def _obituary(child: Child) -> str:
     code = child.process.returncode
     how = f"was killed by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"ended with exit code {code}"
-    reason = next((line for line in reversed(child.tail(200).splitlines()) if line.startswith("error: ")), None)
-    if reason is not None:
+    if (reason := _reason(child)) is not None:
         return f"the {child.name} stopped: {reason.removeprefix('error: ')} (log: {child.log})"
     return f"the {child.name} {how}; the end of {child.log}:\n{child.tail()}"
 

@@ -64,9 +64,9 @@ class ProcessGroup:
         self.children.append(child)
         return child
 
-    def first_exited(self) -> Child | None:
-        """A child that has ended, if any."""
-        return next((c for c in self.children if c.process.poll() is not None), None)
+    def exited(self) -> list[Child]:
+        """Children that have ended, in the order they were started."""
+        return [c for c in self.children if c.process.poll() is not None]
 
     def stop(self) -> None:
         """SIGTERM, then SIGKILL after the grace period, to every descendant of this process."""

@@ -5,20 +5,28 @@ from datetime import timedelta
 from urllib.parse import urlsplit
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore, _new_process_group_helper, rendezvous
+from torch.distributed.distributed_c10d import PrefixStore, _new_process_group_helper
+
+from dapo_megatron.errors import DapoError
 
 
 def join_as_sender(name: str, address: str, port: int, world: int, backend: str, timeout_s: float) -> dist.ProcessGroup:
     """Open a group as its rank 0, at tcp://address:port, and wait for the engines to join.
 
-    The engines join with SGLang's init_custom_process_group (srt/utils/common.py): the same rendezvous, prefix and
-    helper, because torch has no public call for a group that spans two worlds.
+    The engines join with SGLang's init_custom_process_group (srt/utils/common.py): the same store, prefix and helper,
+    because torch has no public call for a group that spans two worlds. The store is opened directly: torch's
+    rendezvous() would not listen under torchrun, which has a store of its own.
+
+    Raises:
+        DapoError: an engine did not join in time.
     """
     timeout = timedelta(seconds=timeout_s)
-    store, rank, world = next(rendezvous(f"tcp://{address}:{port}", 0, world, timeout=timeout))
-    store.set_timeout(timeout)
+    try:
+        store = dist.TCPStore(address, port, world, is_master=True, timeout=timeout, multi_tenant=True)
+    except dist.DistError as e:
+        raise DapoError(f"not all engines joined {name} at {address}:{port} in {timeout_s:.0f} s: {str(e).splitlines()[0]}") from None
     group, _ = _new_process_group_helper(
-        world, rank, [], dist.Backend(backend), PrefixStore(name, store), group_name=name, timeout=timeout
+        world, 0, [], dist.Backend(backend), PrefixStore(name, store), group_name=name, timeout=timeout
     )
     dist.distributed_c10d._world.pg_group_ranks[group] = {i: i for i in range(world)}
     return group

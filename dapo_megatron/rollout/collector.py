@@ -60,7 +60,7 @@ class Collector:
         self.state = CollectorState(self.sampler.state(), 0, 1.0, [], [])
         if state is not None:
             self.state = msgspec.msgpack.decode(state, type=CollectorState)
-            self.sampler = PromptSampler.restore(self.state.sampler, len(prompts))
+            self.sampler = PromptSampler.restore(self.state.sampler, len(prompts), config.seed)
 
     async def collect(self, step: int, version: int, progress: Progress) -> Collected:
         """Generate until the step is full.

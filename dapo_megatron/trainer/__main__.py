@@ -34,6 +34,8 @@ def main() -> int:
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the run folder")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    logging.getLogger("megatron").setLevel(logging.WARNING)
     try:
         _train(args)
     except DapoError as e:

@@ -1,0 +1,36 @@
+# make demo   set up, then train a tiny model to add, every part real
+# make test   set up, then all tests (about a quarter of an hour on 2 cores); FAST=1 leaves out the slow ones
+# make lint   ruff and mypy
+# ARGS adds overrides to the demo: make demo ARGS="actor.pipeline_model_parallel_size=2 actor.tensor_model_parallel_size=1"
+
+PYTHON ?= python3.11
+BIN := .venv/bin
+READY := .venv/.ready
+unexport PYTHONDONTWRITEBYTECODE
+
+.PHONY: demo test lint setup clean
+
+demo: $(READY)
+	$(BIN)/dapo-megatron demo $(ARGS)
+
+test: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(if $(FAST),-m "not slow") $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+setup: $(READY)
+
+# torch first: anything that pulls it in by itself would bring the CUDA build.
+$(READY): pyproject.toml requirements/cpu.txt requirements/sglang-cpu.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet -r requirements/cpu.txt
+	$(BIN)/pip install --quiet --no-deps -r requirements/sglang-cpu.txt
+	$(BIN)/pip install --quiet --no-deps -e .
+	touch $(READY)
+
+clean:
+	rm -rf .venv demo runs

@@ -1,0 +1,102 @@
+"""One tree of options: overrides, cross-checks, and errors that a person can act on."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+
+from dapo_megatron.config import RunConfig, check_model, fields, load_config, value_of
+from dapo_megatron.errors import DapoError
+
+RECIPE = "model: {path: m}\ndata: {train: t.jsonl}\n"
+
+
+def load(tmp_path, *overrides, text=RECIPE):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return load_config(path, overrides)
+
+
+def test_defaults_are_the_papers(tmp_path):
+    c = load(tmp_path)
+    assert (c.rollout.prompts_per_step, c.rollout.group_size, c.trainer.mini_batch_prompts) == (512, 16, 32)
+    assert (c.updates_per_step, c.warmup_updates) == (16, 320)
+    assert (c.algorithm.clip_low, c.algorithm.clip_high) == (0.2, 0.28)
+    assert (c.rollout.max_response_tokens, c.algorithm.overlong_cache) == (20480, 4096)
+    assert (c.optimizer.lr, c.optimizer.weight_decay, c.optimizer.clip_grad) == (1e-6, 0.1, 1.0)
+    assert (c.evaluation.samples, c.evaluation.temperature, c.evaluation.top_p) == (32, 1.0, 0.7)
+
+
+def test_overrides_are_yaml(tmp_path):
+    c = load(tmp_path, "optimizer.lr=1e-5", "data.eval=null", "engine.extra_args=[--a, b]", "data.shuffle=false")
+    assert math.isclose(c.optimizer.lr, 1e-5)
+    assert (c.data.eval, c.engine.extra_args, c.data.shuffle) == (None, ["--a", "b"], False)
+
+
+def test_every_option_is_documented_and_readable():
+    c = RunConfig.model_validate({"model": {"path": "m"}, "data": {"train": "t"}})
+    for name, kind, doc in fields():
+        value_of(c, name)
+        assert doc and kind, name
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("rollout.promts_per_step=4", "did you mean 'rollout.prompts_per_step'"),
+        ("rolout.group_size=4", "unknown option 'rolout'"),
+        ("rollout.group_size=1", "rollout.group_size"),
+        ("algorithm.overlong_cache=20480", "must be less than rollout.max_response_tokens=20480"),
+        ("engine.context_length=100", "exceed engine.context_length=100"),
+        ("trainer.mini_batch_prompts=33", "must divide rollout.prompts_per_step=512"),
+        ("optimizer.lr=fast", "optimizer.lr"),
+        ("optimizer.lr", "section.key=value"),
+        ("model.path.x=1", "'path' is a value"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, override, says):
+    with pytest.raises(DapoError) as e:
+        load(tmp_path, override)
+    assert says in str(e.value) and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "a: [", "model: {path: m}"])
+def test_bad_recipes_are_one_line(tmp_path, text):
+    with pytest.raises(DapoError) as e:
+        load(tmp_path, text=text)
+    assert "\n" not in str(e.value)
+
+
+def test_missing_recipe(tmp_path):
+    with pytest.raises(DapoError, match="no recipe at"):
+        load_config(tmp_path / "none.yaml")
+
+
+HF = dict(
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    intermediate_size=64,
+    num_hidden_layers=6,
+    vocab_size=100,
+    max_position_embeddings=40960,
+)
+
+
+@pytest.mark.parametrize(
+    ("hf", "override", "says"),
+    [
+        ({}, "actor.tensor_model_parallel_size=3", "8 attention heads"),
+        ({}, "actor.tensor_model_parallel_size=8", "4 key-value heads"),
+        ({"vocab_size": 101}, "actor.tensor_model_parallel_size=2", "vocabulary of 101"),
+        ({"intermediate_size": 63}, "actor.tensor_model_parallel_size=2", "intermediate size 63"),
+        ({}, "actor.pipeline_model_parallel_size=4", "6 layers"),
+        ({"max_position_embeddings": 512}, "seed=1", "max_position_embeddings=512"),
+    ],
+)
+def test_model_against_layout(tmp_path, hf, override, says):
+    with pytest.raises(DapoError, match=says):
+        check_model(load(tmp_path, override), SimpleNamespace(**(HF | hf)))
+
+
+def test_model_that_fits(tmp_path):
+    check_model(load(tmp_path, "actor.tensor_model_parallel_size=4"), SimpleNamespace(**HF))

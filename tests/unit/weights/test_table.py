@@ -1,0 +1,101 @@
+"""The weight table: exact inverse, every tensor accounted for, shapes as transformers makes them."""
+
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dapo_megatron.errors import DapoError
+from dapo_megatron.weights.families import FAMILIES, ModelShape, model_shape
+from dapo_megatron.weights.table import canonical_name, check_names, from_shards, hf_names, hf_shapes, rules, to_shard
+from tests.tiny import KINDS, hf_folder
+
+
+def shape_of(family="Qwen2ForCausalLM", tied=False, heads=4, kv_heads=2, head_dim=8, hidden=16, ffn=24, vocab=32, layers=2):
+    return ModelShape(
+        FAMILIES[family], layers, hidden, ffn, heads, kv_heads, head_dim, vocab, tied, 1e-6, 1e4, None, 64
+    )
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    family=st.sampled_from(sorted(FAMILIES)),
+    tp=st.sampled_from([1, 2, 4]),
+    kv_per_rank=st.integers(1, 2),
+    q_per_kv=st.integers(1, 3),
+    head_dim=st.sampled_from([2, 6]),
+)
+def test_shards_are_an_exact_inverse(family, tp, kv_per_rank, q_per_kv, head_dim):
+    kv = tp * kv_per_rank
+    shape = shape_of(family, heads=kv * q_per_kv, kv_heads=kv, head_dim=head_dim)
+    for rule in rules(shape).values():
+        tensors = [torch.randn(s) for s in hf_shapes(rule, shape)]
+        shards = [to_shard(rule, shape, tensors, tp, rank) for rank in range(tp)]
+        for tensor, back in zip(tensors, from_shards(rule, shape, shards), strict=True):
+            assert torch.equal(tensor, back), rule
+
+
+def test_qkv_is_interleaved_by_key_value_group():
+    """By hand: 2 kv groups of 2 q heads, head_dim 1, hidden 1: rows q0 q1 k0 v0 | q2 q3 k1 v1."""
+    shape = shape_of(heads=4, kv_heads=2, head_dim=1, hidden=1)
+    rule = rules(shape)["decoder.layers.0.self_attention.linear_qkv.weight"]
+    q, k, v = torch.tensor([[0.0], [1], [2], [3]]), torch.tensor([[10.0], [11]]), torch.tensor([[20.0], [21]])
+    assert to_shard(rule, shape, [q, k, v], 1, 0)[:, 0].tolist() == [0, 1, 10, 20, 2, 3, 11, 21]
+    assert to_shard(rule, shape, [q, k, v], 2, 1)[:, 0].tolist() == [2, 3, 11, 21]
+
+
+def test_gate_and_up_are_split_together():
+    shape = shape_of(ffn=4, hidden=1)
+    rule = rules(shape)["decoder.layers.0.mlp.linear_fc1.weight"]
+    gate, up = torch.arange(4.0)[:, None], torch.arange(10.0, 14.0)[:, None]
+    assert to_shard(rule, shape, [gate, up], 2, 1)[:, 0].tolist() == [2, 3, 12, 13]
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+@pytest.mark.parametrize("tied", [True, False])
+def test_names_and_shapes_are_those_of_transformers(tmp_path, kind, tied):
+    path = hf_folder(tmp_path, kind, tied)
+    shape = model_shape(transformers.AutoConfig.from_pretrained(path))
+    model = transformers.AutoModelForCausalLM.from_pretrained(path)
+    real = {n: tuple(p.shape) for n, p in model.named_parameters()}
+    ours = {n: s for rule in rules(shape).values() for n, s in zip(rule.hf, hf_shapes(rule, shape), strict=True)}
+    assert ours == real
+
+
+def test_missing_and_extra_tensors_are_named():
+    shape = shape_of()
+    names = hf_names(shape)
+    check_names(names, shape, "here")
+    with pytest.raises(DapoError, match="1 tensors are missing, the first is model.norm.weight"):
+        check_names(names - {"model.norm.weight"}, shape, "here")
+    with pytest.raises(DapoError, match="not part of the model, the first is model.vision.weight"):
+        check_names(names | {"model.vision.weight"}, shape, "here")
+
+
+def test_tied_head_in_the_file_is_accepted():
+    shape = shape_of(tied=True)
+    check_names(hf_names(shape) | {"lm_head.weight"}, shape, "here")
+
+
+def test_canonical_names():
+    assert canonical_name("decoder.layers.1.mlp.linear_fc2.weight", 4) == "decoder.layers.5.mlp.linear_fc2.weight"
+    fused = "decoder.layers.0.self_attention.linear_qkv.layer_norm_weight"
+    assert canonical_name(fused, 0) == "decoder.layers.0.input_layernorm.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel is not supported"),
+        ({"attention_bias": True}, "attention_bias=True"),
+        ({"hidden_act": "gelu"}, "hidden_act=gelu"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}}, "rotary scaling"),
+    ],
+)
+def test_unsupported_models_are_refused(tmp_path, change, says):
+    config = transformers.AutoConfig.from_pretrained(hf_folder(tmp_path, "llama"))
+    for name, value in change.items():
+        setattr(config, name, value)
+    with pytest.raises(DapoError, match=says):
+        model_shape(config)
