@@ -1,0 +1,37 @@
+"""Files of one JSON object a line, each with its `step`: appended to by a run, cut back when it resumes."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+def append_line(path: Path, row: dict[str, Any]) -> None:
+    """Append `row` as one line; readers see whole lines, or a torn last one after a crash."""
+    with path.open("a", encoding="ascii") as file:
+        file.write(json.dumps(row, allow_nan=False) + "\n")
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows of `path` in order, none if there is no file; a torn last line is left out."""
+    if not path.exists():
+        return
+    with path.open(encoding="ascii") as file:
+        for line in file:
+            if line.endswith("\n"):
+                yield json.loads(line)
+
+
+def cut_after(path: Path, step: int | None) -> None:
+    """Drop the rows of later steps than `step` (None: all rows) and a torn last line, in one atomic rename."""
+    if not path.exists():
+        return
+    aside = path.with_name(path.name + ".new")
+    with aside.open("w", encoding="ascii") as file:
+        for row in read_lines(path):
+            if step is not None and row["step"] <= step:
+                file.write(json.dumps(row) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
