@@ -71,14 +71,11 @@ def grade_in_worker(reference: str, memory_mb: int, cpu_s: float, text: str, tru
     """ "right", "wrong", or in one line the exception that the grader raised."""
     try:
         grader = _limited_grader(reference, memory_mb)
-        _limit(resource.RLIMIT_CPU, math.ceil(time.process_time() + cpu_s))
+        _limit(resource.RLIMIT_CPU, math.ceil(time.process_time() + cpu_s) + 1)
         return "right" if grader(text, truth) else "wrong"
-    except (
-        BaseException
-    ) as error:  # sent as an exception, sys.exit() or one that does not unpickle would harm the caller
+    except BaseException as error:
+        # Told as text: sent as an exception, sys.exit() or one that does not unpickle would harm the caller.
         return traceback.format_exception_only(error)[-1].strip()[:500]
-    finally:
-        _limit(resource.RLIMIT_CPU, None)  # the time between answers is not theirs
 
 
 @functools.cache
@@ -91,9 +88,6 @@ def _limited_grader(reference: str, memory_mb: int) -> Grader:
     return grader
 
 
-def _limit(kind: int, soft: int | None) -> None:
-    """Sets the soft limit (None: none beyond the hard limit, which stays)."""
+def _limit(kind: int, soft: int) -> None:
     hard = resource.getrlimit(kind)[1]
-    if soft is None or (hard != resource.RLIM_INFINITY and soft > hard):
-        soft = hard
-    resource.setrlimit(kind, (soft, hard))
+    resource.setrlimit(kind, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))

@@ -1,8 +1,10 @@
 """From rows to prompts."""
 
+import copy
 import json
 
 import pytest
+from tokenizers import processors
 
 from dapo_megatron.data.prompts import load_prompts
 from dapo_megatron.errors import DapoError
@@ -45,6 +47,17 @@ def test_a_prompt(load, tokenizer):
 def test_without_chat_template_the_text_is_tokenised_as_it_is(load, tokenizer):
     prompt = load([{"question": "{a} 1+1=", "answer": "2"}], chat=False, template="Q: {prompt}{b}").prompts[0]
     assert tokenizer.decode(prompt.input_ids) == "Q: {a} 1+1={b}"
+
+
+def test_special_tokens_of_the_tokenizer_come_once(load, tokenizer):
+    begins = copy.deepcopy(tokenizer)
+    begins.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        "<|endoftext|> $A", None, [("<|endoftext|>", 0)]
+    )
+    records = [{"question": "1+1=", "answer": "2"}]
+    plain = load(records, chat=False, tokenizer=begins).prompts[0]
+    assert begins.decode(plain.input_ids) == "<|endoftext|>1+1="
+    assert load(records, tokenizer=begins).prompts == load(records).prompts, "chat templates write their own"
 
 
 def test_messages_go_through_the_chat_template_without_the_prompt_template(load, tokenizer):

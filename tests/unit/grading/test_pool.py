@@ -94,9 +94,14 @@ def test_workers_do_not_import_torch():
 
 
 def test_a_user_grader_gets_the_whole_text_and_always_a_worker():
-    pairs = [("3 apples", "34"), ("4 apples", "34"), ("3" * 1_000_000, "34")]
+    pairs = [
+        ("3 apples", "34"),
+        ("4 apples", "34"),
+        ("3" * 1_000_000, "34"),
+        ("\ud800 apples", "? lone surrogate"),
+    ]
     verdicts, unknown, _ = grade_all(pairs, grader="hostile_graders:first_character")
-    assert verdicts == ["right", "wrong", "right"] and unknown == {}
+    assert verdicts == ["right", "wrong", "right", "right"] and unknown == {}
 
 
 @pytest.mark.parametrize(
@@ -117,7 +122,7 @@ def test_a_bad_grader_gives_unknown(grader, bad, reason):
     assert verdicts == ["unknown"] * 3
     # A crash before the pool has read that the worker took the answer looks like a time-out to it.
     assert sum(unknown.values()) == 3 and (reason in unknown or grader == "exits")
-    assert seconds < 15
+    assert seconds < 8, "a worker that is deep in C is killed at once, not after a grace period"
 
 
 @pytest.mark.parametrize("grader, bad", [("hangs", "hang"), ("exits", "exit"), ("eats_memory", "eat")])
