@@ -1,0 +1,99 @@
+"""Checkpoints: saved under one layout, resumed under another, with optimizer and schedule; and published atomically."""
+
+import os
+
+import pytest
+
+from tests.distributed.harness import run_ranks  # first: patches megatron-core on machines without CUDA
+from tests.distributed.test_actor import LAYOUTS, actor_on_rank, step_batch
+from tests.tiny import hf_folder, run_config
+
+from dapo_megatron.actor.objectives import PolicyObjective
+from dapo_megatron.checkpoint import store
+from dapo_megatron.checkpoint.distributed import load_checkpoint, save_checkpoint
+from dapo_megatron.errors import DapoError
+
+
+def updates(config, actor, count):
+    batch = step_batch(config, 1000)
+    shards = [m.shards[actor.layout.dp_rank] for m in batch.mini_batches]
+    return [actor.update(shards[i % 2], PolicyObjective(config.algorithm), None) for i in range(count)]
+
+
+def two_steps_and_save(config):
+    actor = actor_on_rank(config)
+    updates(config, actor, 2)
+    save_checkpoint(config, actor, 1, 1, b"controller state")
+    return updates(config, actor, 3)
+
+
+def resume(config):
+    actor = actor_on_rank(config)
+    manifest = load_checkpoint(actor, store.latest(store.Path(config.run_dir)))
+    return manifest.step, updates(config, actor, 3)
+
+
+def config_for(tmp_path, path, layout, dtype="float32"):
+    # 8 warm-up updates: the resume falls into the middle of the warm-up
+    return run_config(
+        path, actor=LAYOUTS[layout], optimizer={"warmup_steps": 4}, model={"dtype": dtype}
+    ).model_copy(update={"run_dir": str(tmp_path / "run")})
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_resume_in_any_layout_continues(tmp_path, dtype):
+    path = hf_folder(tmp_path / "hf", "qwen3", tied=True)
+    expected = run_ranks(2, two_steps_and_save, config_for(tmp_path, path, "tp2_sp", dtype))[0]
+    assert [m["optimizer/lr"] for m in expected] == pytest.approx([1e-3 * k / 8 for k in (3, 4, 5)])
+    for layout in ("tp2_sp", "pp2", "dp2", "one") if dtype == "float32" else ("tp2_sp",):
+        config = config_for(tmp_path, path, layout, dtype)
+        step, got = run_ranks(config.world_size, resume, config)[0]
+        assert step == 1
+        for g, e in zip(got, expected, strict=True):
+            for key in ("policy/loss", "optimizer/grad_norm", "optimizer/lr", "policy/entropy"):
+                assert g[key] == pytest.approx(e[key], rel=2e-4, abs=2e-6), (layout, key)
+    assert (store.latest(tmp_path / "run") / "controller.msgpack").read_bytes() == b"controller state"
+
+
+def load_of_other_model(config, path):
+    actor = actor_on_rank(config)
+    try:
+        load_checkpoint(actor, path)
+    except DapoError as e:
+        return str(e)
+
+
+def test_other_model_is_refused(tmp_path):
+    config = config_for(tmp_path, hf_folder(tmp_path / "a", "qwen3"), "one")
+    run_ranks(1, two_steps_and_save, config)
+    other = config_for(tmp_path, hf_folder(tmp_path / "b", "llama"), "one")
+    (message,) = run_ranks(1, load_of_other_model, other, store.latest(tmp_path / "run"))
+    assert "holds a Qwen3ForCausalLM" in message
+
+
+def manifest(step):
+    return store.Manifest(step, step, step, "Qwen3ForCausalLM", {})
+
+
+def test_a_half_written_checkpoint_is_never_latest(tmp_path):
+    store.publish(store.open_partial(tmp_path, 3), tmp_path, manifest(3), b"", keep=2)
+    store.open_partial(tmp_path, 6)  # the program is killed here
+    assert store.latest(tmp_path).name == "step_000003"
+    store.publish(store.open_partial(tmp_path, 6), tmp_path, manifest(6), b"", keep=2)
+    assert store.latest(tmp_path).name == "step_000006"
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    for step in (2, 4, 6, 8):
+        store.publish(store.open_partial(tmp_path, step), tmp_path, manifest(step), b"", keep=2)
+    assert [p.name for p in store.published(tmp_path)] == ["step_000006", "step_000008"]
+    assert len(os.listdir(tmp_path / "checkpoints")) == 2
+
+
+def test_missing_and_broken_checkpoints_are_one_line(tmp_path):
+    with pytest.raises(DapoError, match="no complete checkpoint"):
+        store.latest(tmp_path)
+    path = store.publish(store.open_partial(tmp_path, 1), tmp_path, manifest(1), b"", keep=2)
+    (path / store.MANIFEST).write_text('{"step": 1')
+    with pytest.raises(DapoError, match="cannot be read"):
+        store.read_manifest(path)

@@ -1,0 +1,60 @@
+"""From verdicts to rewards, advantages and masks."""
+
+import pytest
+
+from dapo_megatron.records import Group, Prompt, Response, VersionSpan
+from dapo_megatron.rollout.scoring import score_group
+from tests.tiny import run_config
+
+PROMPT = Prompt(id="p", input_ids=[1], ground_truth="", text="", row=0)
+
+
+def group(*responses):
+    """(verdict, tokens, finish reason) each."""
+    return Group(
+        0,
+        PROMPT,
+        [
+            Response("p", i, [1] * n, [True] * n, [0.0] * n, [VersionSpan(0, 0, n)], finish, "", verdict=verdict)
+            for i, (verdict, n, finish) in enumerate(responses)
+        ],
+    )
+
+
+def scored(tmp_path, g, **sections):
+    score_group(g, run_config(tmp_path, **sections))
+    return g.responses
+
+
+def test_rewards_by_hand(tmp_path):
+    """L_max 32, L_cache 8: 28 tokens are half-way, R = -1 - 0.5."""
+    r = scored(tmp_path, group(("right", 10, "stop"), ("wrong", 10, "stop"), ("wrong", 28, "stop"), ("wrong", 32, "length")))
+    assert [x.reward for x in r] == [1.0, -1.0, -1.5, -2.0]
+    # mean -0.875, unbiased std 1.31498
+    assert [x.advantage for x in r] == pytest.approx([1.42588, -0.09506, -0.47529, -0.85553], abs=1e-4)
+    assert all(all(x.loss_mask) for x in r)
+
+
+def test_unknown_is_wrong_by_default(tmp_path):
+    r = scored(tmp_path, group(("right", 5, "stop"), ("unknown", 5, "stop")))
+    assert [x.accuracy_reward for x in r] == [1.0, -1.0] and all(r[1].loss_mask)
+
+
+def test_unknown_can_be_masked(tmp_path):
+    g = group(("right", 5, "stop"), ("wrong", 5, "stop"), ("unknown", 5, "stop"))
+    r = scored(tmp_path, g, grading={"unknown": "mask"})
+    assert not any(r[2].loss_mask) and r[2].advantage == 0.0
+    assert r[0].advantage == pytest.approx(-r[1].advantage) and r[0].advantage == pytest.approx(2**-0.5, rel=1e-5)
+
+
+def test_overlong_filtering_masks_truncated_responses(tmp_path):
+    g = group(("right", 5, "stop"), ("wrong", 32, "length"))
+    r = scored(tmp_path, g, algorithm={"overlong_filtering": True})
+    assert all(r[0].loss_mask) and not any(r[1].loss_mask) and r[1].advantage < 0
+
+
+def test_shuffled_rewards_keep_the_counts(tmp_path):
+    g = group(*[("right", 5, "stop")] * 3, *[("wrong", 5, "stop")] * 13)
+    r = scored(tmp_path, g, algorithm={"shuffle_rewards": True})
+    assert sum(x.verdict == "right" for x in r) == 3
+    assert [x.verdict for x in r[:3]] != ["right"] * 3
