@@ -32,9 +32,7 @@ def check_response(prompt: Prompt, response: Response) -> None:
     for name in ("loss_mask", "rollout_logprobs"):
         entries, tokens = len(getattr(response, name)), len(response.token_ids)
         if entries != tokens:
-            raise DapoError(
-                f"{where}: {name} has {entries} entries for {tokens} tokens; rollout.function must agree"
-            )
+            raise DapoError(f"{where}: {name} has {entries} entries for {tokens} tokens; rollout.function must agree")
 
 
 def pack_micro_batch(samples: Sequence[Sample], pad_multiple: int) -> MicroBatch:

@@ -21,9 +21,7 @@ Record = dict[str, float]
 class MetricsWriter:
     """Writes the records of one run; one process of the run owns it."""
 
-    def __init__(
-        self, run_dir: str | Path, *, tensorboard: bool, wandb_project: str | None, resume_step: int | None
-    ):
+    def __init__(self, run_dir: str | Path, *, tensorboard: bool, wandb_project: str | None, resume_step: int | None):
         """Open the run's history at `resume_step`: what lies beyond it is dropped, to be written anew.
 
         Args:
@@ -76,9 +74,7 @@ def _start_tensorboard(run_dir: Path, resume_step: int | None) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
     # TensorBoard hides the events of abandoned history from the purge step on.
-    return SummaryWriter(
-        str(run_dir / "tensorboard"), purge_step=0 if resume_step is None else resume_step + 1
-    )
+    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=0 if resume_step is None else resume_step + 1)
 
 
 def _start_wandb(run_dir: Path, project: str, resume_step: int | None) -> Any:

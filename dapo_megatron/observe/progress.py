@@ -93,9 +93,7 @@ class ProgressDisplay:
         row.add_column(no_wrap=True)
         row.add_column(ratio=1)
         row.add_column(no_wrap=True, justify="right")
-        bar = ProgressBar(
-            total=self._total_steps, completed=done, complete_style="cyan", finished_style="green"
-        )
+        bar = ProgressBar(total=self._total_steps, completed=done, complete_style="cyan", finished_style="green")
         row.add_row(f"[bold]step {done}[/]/{self._total_steps}", bar, self._time_left(done))
         return row
 
@@ -112,9 +110,7 @@ class ProgressDisplay:
             status = json.loads(path.read_text())
             age = _clock(max(time.time() - status["since"], 0))
             who = path.stem.removeprefix("status-")
-            grid.add_row(
-                Text(who, "bold"), Text(status["phase"], "cyan"), Text(status["detail"]), Text(age, "dim")
-            )
+            grid.add_row(Text(who, "bold"), Text(status["phase"], "cyan"), Text(status["detail"]), Text(age, "dim"))
         return grid
 
 
@@ -189,10 +185,4 @@ def _phase_times(known: Record) -> Text:
 def _clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return (
-        f"{hours} h {minutes:02} min"
-        if hours
-        else f"{minutes} min {seconds:02} s"
-        if minutes
-        else f"{seconds} s"
-    )
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s" if minutes else f"{seconds} s"

@@ -40,7 +40,7 @@ class Chart(NamedTuple):
     series: dict[str, str]
     """{metric name: label}"""
     kind: str = "line"
-    """line, stack (bars on top of each other), or log (line, logarithmic)."""
+    """line (smoothed over the raw curve), exact (raw only), log (line, logarithmic) or stack (bars)."""
 
 
 CHARTS = (
@@ -72,7 +72,7 @@ CHARTS = (
         "stack",
     ),
     Chart("Gradient norm", "before clipping", {"optimizer/grad_norm": "gradient norm"}),
-    Chart("Learning rate", "of the last update", {"optimizer/lr": "learning rate"}),
+    Chart("Learning rate", "of the last update", {"optimizer/lr": "learning rate"}, "exact"),
     Chart(
         "Trainer against engine",
         "|log-prob difference| in nats",
@@ -198,7 +198,7 @@ def _tiles(records: list[Record]) -> list[dict[str, str]]:
     change("reward", "reward/mean", "{:+.2f}".format)
     change("response length", "response/length_mean", "{:,.0f} tokens".format)
     for label, name, form in (
-        ("generated", "speed/response_tokens_per_second", "{:,.0f} tokens/s"),
+        ("generated tokens/s", "speed/response_tokens_per_second", "{:,.0f}"),
         ("step time", "time/step", "{:,.1f} s"),
     ):
         values = [r[name] for r in records if name in r and math.isfinite(r[name])]

@@ -22,6 +22,7 @@ for (const tile of data.tiles) {
 // ---- charts ----
 
 const COLORS = ["#2563eb", "#e8710a", "#0f9d76", "#a142c4", "#64748b", "#d6336c", "#c2a000"];
+const OF_OUTCOME = { kept: "#2563eb", "all right": "#15803d", "all wrong": "#d0493c" };
 const SMOOTH_FROM = 30; // points from which a moving average is drawn over the faint raw curve
 
 function movingAverage(values) {
@@ -32,20 +33,19 @@ function movingAverage(values) {
   });
 }
 
-function lineTraces(series, color, named) {
+function lineTraces(series, color, named, smoothed) {
   const few = series.x.length < 15;
   const line = { type: "scatter", mode: few ? "lines+markers" : "lines", name: series.label, x: series.x };
-  const shown = { ...line, y: series.y, marker: { size: 6 }, line: { color, width: 2 }, showlegend: named };
-  shown.marker.color = color;
-  if (series.x.length < SMOOTH_FROM) return [shown];
+  const shown = { ...line, y: series.y, marker: { size: 6, color }, line: { color, width: 2 }, showlegend: named };
+  if (!smoothed || series.x.length < SMOOTH_FROM) return [shown];
   const smooth = { ...line, y: movingAverage(series.y), line: { color, width: 2.2 }, showlegend: named, hoverinfo: "skip" };
   return [{ ...shown, line: { color, width: 1 }, opacity: 0.35, showlegend: false }, smooth];
 }
 
 function traces(chart) {
   return chart.series.flatMap((series, i) => {
-    const color = COLORS[i % COLORS.length];
-    if (chart.kind !== "stack") return lineTraces(series, color, chart.series.length > 1);
+    const color = OF_OUTCOME[series.label] || COLORS[i % COLORS.length];
+    if (chart.kind !== "stack") return lineTraces(series, color, chart.series.length > 1, chart.kind !== "exact");
     return [{ type: "bar", name: series.label, x: series.x, y: series.y, marker: { color } }];
   });
 }
@@ -78,7 +78,7 @@ function draw(chart, parent, height) {
     legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { size: 12 } },
     paper_bgcolor: "rgba(0,0,0,0)",
     plot_bgcolor: "rgba(0,0,0,0)",
-  }, { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] });
+  }, { responsive: true, displayModeBar: false });
 }
 
 for (const chart of data.charts) draw(chart, byId("charts"), 260);

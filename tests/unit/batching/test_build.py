@@ -141,9 +141,7 @@ def test_weights_of_a_mini_batch_sum_to_one_unless_all_is_masked(groups, problem
 
 @settings(deadline=None)
 @given(group_lists(), problems, layouts, layouts, st.randoms(use_true_random=False))
-def test_membership_and_weights_depend_on_neither_layout_nor_arrival_order(
-    groups, problem, one, other, random
-):
+def test_membership_and_weights_depend_on_neither_layout_nor_arrival_order(groups, problem, one, other, random):
     arrived = random.sample(groups, len(groups))
     a = build_step_batch(groups, version=0, **problem, **one)
     b = build_step_batch(arrived, version=0, **problem, **other)
@@ -210,9 +208,7 @@ def test_metrics_count_what_is_there(groups, problem, layout):
 
 
 def test_a_packed_micro_batch_by_hand():
-    group = make_group(
-        0, [7, 8], [make_response("p0", 0, [1, 2, 3], [True, False, True]), make_response("p0", 1, [4])]
-    )
+    group = make_group(0, [7, 8], [make_response("p0", 0, [1, 2, 3], [True, False, True]), make_response("p0", 1, [4])])
     batch = build_step_batch(
         [group],
         step=1,
@@ -288,9 +284,7 @@ def test_bad_input_is_named_in_one_line():
     problem = {"step": 0, "version": 0, "seed": 0, "mini_batch_groups": 1, "aggregation": "token", **ONE_RANK}
     short = make_response("p0", 3, [1, 2])
     short.rollout_logprobs.pop()
-    with pytest.raises(
-        DapoError, match="prompt 'p0', response 3: rollout_logprobs has 1 entries for 2 tokens"
-    ):
+    with pytest.raises(DapoError, match="prompt 'p0', response 3: rollout_logprobs has 1 entries for 2 tokens"):
         build_step_batch([make_group(0, [1], [short])], **problem)
     with pytest.raises(DapoError, match="prompt 'p0', response 0: the prompt has no tokens"):
         build_step_batch([make_group(0, [], [make_response("p0", 0, [1])])], **problem)

@@ -42,3 +42,5 @@ def test_pack_respects_the_budget_and_leaves_no_two_bins_to_merge(lengths, budge
 def test_pack_by_hand():
     # 12 exceeds the budget; 8 and 5 open bins (8 + 5 > 10); 4 fits with 5 only; 2 fills the bin of 8.
     assert pack([8, 5, 4, 2, 12], 10) == [[4], [0, 3], [1, 2]]
+    # 4 fits beside 6 and beside 5, and goes where it leaves less room.
+    assert pack([6, 5, 4, 3], 10) == [[0, 2], [1, 3]]

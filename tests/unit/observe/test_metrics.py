@@ -1,0 +1,106 @@
+import json
+import math
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from dapo_megatron.errors import DapoError
+from dapo_megatron.observe.metrics import MetricsWriter, read_metrics
+
+
+def open_writer(run_dir, resume_step=None, **options):
+    return MetricsWriter(run_dir, **{"tensorboard": False, "wandb_project": None} | options, resume_step=resume_step)
+
+
+def steps(run_dir):
+    return [record["step"] for record in read_metrics(run_dir)]
+
+
+def test_round_trip_keeps_every_name_and_non_finite_values_become_nan(tmp_path):
+    record = {"step": 1, "time": 1.7e9, "version": 2, "reward/mean": 0.1 + 0.2, "my own/metric": math.inf}
+    open_writer(tmp_path).write(record | {"policy/loss": math.nan, "a/b": np.float32(0.5), "c/d": torch.tensor(2.0)})
+
+    (back,) = read_metrics(tmp_path)
+    assert back["reward/mean"] == 0.1 + 0.2 and back["step"] == 1 and back["version"] == 2
+    assert math.isnan(back["policy/loss"]) and math.isnan(back["my own/metric"])
+    assert back["a/b"] == 0.5 and back["c/d"] == 2.0
+    json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail)
+
+
+def test_each_line_is_there_as_soon_as_it_is_written(tmp_path):
+    writer = open_writer(tmp_path)
+    for step in (1, 2):
+        writer.write({"step": step})
+        assert steps(tmp_path)[-1] == step
+
+
+def test_resume_replaces_the_history_beyond_the_checkpoint(tmp_path):
+    writer = open_writer(tmp_path)
+    for step in range(6):
+        writer.write({"step": step, "reward/mean": 1.0})
+    resumed = open_writer(tmp_path, resume_step=3)
+    assert steps(tmp_path) == [0, 1, 2, 3]
+    resumed.write({"step": 4, "reward/mean": 2.0})
+    assert [(r["step"], r["reward/mean"]) for r in read_metrics(tmp_path)][-2:] == [(3, 1.0), (4, 2.0)]
+    assert list(tmp_path.glob("*.new")) == []
+
+
+def test_a_new_run_starts_a_new_history(tmp_path):
+    open_writer(tmp_path).write({"step": 0})
+    open_writer(tmp_path)
+    assert read_metrics(tmp_path) == []
+
+
+def test_a_torn_last_line_is_ignored_and_goes_at_the_next_resume(tmp_path):
+    writer = open_writer(tmp_path)
+    writer.write({"step": 1})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "rewa')
+    assert steps(tmp_path) == [1]
+    open_writer(tmp_path, resume_step=5).write({"step": 2})
+    assert steps(tmp_path) == [1, 2]
+
+
+def test_a_run_without_metrics_has_none(tmp_path):
+    assert read_metrics(tmp_path / "nowhere") == []
+
+
+def test_tensorboard_gets_every_scalar_and_forgets_abandoned_history(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    writer = open_writer(tmp_path, tensorboard=True)
+    for step in (1, 2, 3):
+        writer.write({"step": step, "time": 100.0 + step, "reward/mean": float(step)})
+    writer.close()
+    resumed = open_writer(tmp_path, tensorboard=True, resume_step=1)
+    resumed.write({"step": 2, "time": 200.0, "reward/mean": 20.0})
+    resumed.close()
+
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert events.Tags()["scalars"] == ["reward/mean"]
+    assert [(e.step, e.value) for e in events.Scalars("reward/mean")] == [(1, 1.0), (2, 20.0)]
+
+
+def test_wandb_is_only_asked_for_when_wanted(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    open_writer(tmp_path)
+    with pytest.raises(DapoError, match="observe.wandb_project=mine needs the package wandb: pip install wandb"):
+        open_writer(tmp_path, wandb_project="mine")
+
+
+def test_wandb_gets_the_records_and_a_run_for_each_resume(tmp_path, monkeypatch):
+    started, logged = [], []
+    run = SimpleNamespace(log=lambda record, step: logged.append((step, record)), finish=lambda: logged.append("end"))
+    wandb = SimpleNamespace(init=lambda **options: started.append(options) or run)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    for resume_step in (None, 4):
+        writer = open_writer(tmp_path, wandb_project="mine", resume_step=resume_step)
+        writer.write({"step": 5, "reward/mean": 1.0})
+        writer.close()
+
+    assert [options["name"] for options in started] == [tmp_path.name, f"{tmp_path.name}-from-4"]
+    assert logged[:2] == [(5, {"step": 5, "reward/mean": 1.0}), "end"]
