@@ -1,4 +1,6 @@
-from hypothesis import given
+import itertools
+
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dapo_megatron.batching.partition import balance, pack
@@ -6,20 +8,28 @@ from dapo_megatron.batching.partition import balance, pack
 lengths_lists = st.lists(st.integers(1, 60), max_size=40)
 
 
+@settings(deadline=None)
 @given(lengths_lists, st.integers(1, 9))
 def test_balance_places_every_item_once_and_bounds_the_heaviest_shard(lengths, shards):
     parts = balance(lengths, shards)
 
     assert sorted(item for part in parts for item in part) == list(range(len(lengths)))
     loads = [sum(lengths[item] for item in part) for part in parts]
-    mean = sum(loads) / shards
-    assert max(loads) <= mean + max(lengths, default=0) * (1 - 1 / shards)
-    # Graham's bound for longest-first, against a lower bound of the optimum.
-    optimum = max(mean, max(lengths, default=0))
-    if len(lengths) > shards:
-        two_share = sorted(lengths, reverse=True)[shards - 1 : shards + 1]
-        optimum = max(optimum, sum(two_share))
-    assert max(loads) <= (4 / 3) * optimum
+    assert max(loads) * shards <= sum(loads) + max(lengths, default=0) * (shards - 1)
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=7), st.integers(1, 3))
+def test_balance_is_within_grahams_bound_of_the_best_split(lengths, shards):
+    parts = balance(lengths, shards)
+
+    heaviest = max(sum(lengths[item] for item in part) for part in parts)
+    splits = itertools.product(range(shards), repeat=len(lengths))
+    best = min(
+        max(sum(n for n, at in zip(lengths, split, strict=True) if at == shard) for shard in range(shards))
+        for split in splits
+    )
+    assert heaviest * 3 * shards <= best * (4 * shards - 1)
 
 
 def test_balance_by_hand():
@@ -28,6 +38,7 @@ def test_balance_by_hand():
     assert balance([3], 3) == [[0], [], []]
 
 
+@settings(deadline=None)
 @given(lengths_lists, st.integers(0, 80))
 def test_pack_respects_the_budget_and_leaves_no_two_bins_to_merge(lengths, budget):
     bins = pack(lengths, budget)

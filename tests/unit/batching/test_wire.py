@@ -1,7 +1,7 @@
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -45,6 +45,7 @@ def assert_same(a, b):
         assert right.flags.writeable
 
 
+@settings(deadline=None)
 @given(step_batches)
 def test_round_trip_is_exact(batch):
     back = decode_step_batch(encode(batch))
@@ -58,6 +59,7 @@ def test_round_trip_is_exact(batch):
         assert_same(a, b)
 
 
+@settings(deadline=None)
 @given(st.lists(micro_batches, max_size=3))
 def test_a_shard_travels_alone(shard):
     for a, b in zip(shard, decode(encode(shard), list[MicroBatch]), strict=True):
