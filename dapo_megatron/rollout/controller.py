@@ -72,13 +72,11 @@ class Controller:
                 return
 
     async def close(self) -> None:
-        """Stop generating ahead and close the files."""
+        """Stop generating ahead."""
         if self._ahead is not None:
             self._ahead.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._ahead
-        if self.collector is not None:
-            self.collector.ledger.close()
 
     async def _answer(self, request):
         match request:

@@ -3,12 +3,13 @@
 A line belongs to a rollout step, so a resumed run cuts the ledger back to its checkpoint and writes history anew.
 """
 
-import os
 from collections import Counter
 from pathlib import Path
 from typing import Literal
 
 import msgspec
+
+from dapo_megatron.observe.jsonl import append_line, cut_after, read_lines
 
 Fate = Literal["kept", "carried", "all_right", "all_wrong", "stale"]
 
@@ -31,11 +32,7 @@ class Ledger:
         """Open the ledger; entries after `cut_to_step` are dropped (None starts a new one)."""
         self.path = path
         self.pending: dict[int, str] = {}
-        kept = [] if cut_to_step is None else [e for e in read_ledger(path) if e.step <= cut_to_step]
-        aside = path.with_suffix(".partial")
-        aside.write_bytes(b"".join(msgspec.json.encode(e) + b"\n" for e in kept))
-        os.replace(aside, path)
-        self._file = path.open("ab")
+        cut_after(path, cut_to_step)
 
     def issue(self, order: int, prompt_id: str) -> None:
         """A prompt went out to the engines."""
@@ -45,17 +42,10 @@ class Ledger:
         """Write down fates and count them."""
         for entry in entries:
             self.pending.pop(entry.order, None)
-        self._file.write(b"".join(msgspec.json.encode(e) + b"\n" for e in entries))
-        self._file.flush()
+            append_line(self.path, msgspec.to_builtins(entry))
         return Counter(e.fate for e in entries)
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
 
 
 def read_ledger(path: Path) -> list[Entry]:
     """All whole lines; a line torn by a kill is left out."""
-    if not path.exists():
-        return []
-    return [msgspec.json.decode(line, type=Entry) for line in path.read_bytes().split(b"\n")[:-1]]
+    return [msgspec.convert(row, Entry) for row in read_lines(path)]

@@ -84,7 +84,6 @@ def test_ledger_knows_every_prompt_once(tmp_path):
     world = World(every_third)
     c = collector(tmp_path, world)
     steps(c, world, 1, 6)
-    c.ledger.close()
     last_fate = {e.order: e.fate for e in read_ledger(tmp_path / "ledger.jsonl")}
     assert sorted(last_fate) == list(range(c.state.next_order))
     assert list(last_fate.values()).count("kept") == 24
