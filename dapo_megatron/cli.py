@@ -11,7 +11,9 @@ from rich.table import Table
 from dapo_megatron.config import RunConfig, check_model, fields, load_config, value_of
 from dapo_megatron.errors import DapoError
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, help="DAPO on Megatron and SGLang.")
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, rich_markup_mode=None, help="DAPO on Megatron and SGLang."
+)
 
 Recipe = Annotated[Path, typer.Argument(help="YAML recipe, such as launch/recipes/demo.yaml")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, as many as needed")]
@@ -42,7 +44,9 @@ def run(
         raise typer.Exit(130) from None
 
 
-@app.command(epilog="Example:  dapo-megatron demo actor.pipeline_model_parallel_size=2 actor.tensor_model_parallel_size=1")
+@app.command(
+    epilog="Example:  dapo-megatron demo actor.pipeline_model_parallel_size=2 actor.tensor_model_parallel_size=1"
+)
 def demo(overrides: Overrides = None) -> None:
     """Train a tiny model to add on this machine's CPU, every part real, in minutes."""
     from launch.demo import prepare, run_folder

@@ -2,4 +2,4 @@
 
 
 class DapoError(Exception):
-    """A mistake in the input or a failure of a part, told in one line; the entry points print it without a traceback."""
+    """A mistake in the input or a failure of a part, told in one line; entry points print it without a traceback."""

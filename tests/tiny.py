@@ -15,7 +15,9 @@ KINDS = {
 }
 
 
-def hf_folder(path: Path, kind: str = "qwen3", tied: bool = True, layers: int = 2, vocab: int = 64, seed: int = 0) -> Path:
+def hf_folder(
+    path: Path, kind: str = "qwen3", tied: bool = True, layers: int = 2, vocab: int = 64, seed: int = 0
+) -> Path:
     """A random Hugging Face checkpoint whose norms and biases are not trivial."""
     config_class, model_class = KINDS[kind]
     extra = {} if kind == "qwen2" else {"head_dim": 16}
@@ -67,7 +69,9 @@ def groups(n: int = 4, size: int = 4, vocab: int = 64, seed: int = 0) -> list[Gr
 
     out = []
     for order in range(n):
-        prompt = Prompt(id=f"p{order}", input_ids=ints(2, vocab, ints(3, 9, 1)[0]), ground_truth="1", text="", row=order)
+        prompt = Prompt(
+            id=f"p{order}", input_ids=ints(2, vocab, ints(3, 9, 1)[0]), ground_truth="1", text="", row=order
+        )
         responses = []
         for sample in range(size):
             length = ints(1, 12, 1)[0]

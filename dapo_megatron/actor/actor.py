@@ -32,7 +32,9 @@ class Actor:
 
     def __init__(self, config: RunConfig, shape: ModelShape, layout: Layout):
         self.config, self.shape, self.layout = config, shape, layout
-        self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        self.device = (
+            torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        )
         self.model = build_model(config, shape)
         self.optimizer = build_optimizer(config, self.model)
         self.schedule = build_schedule(config, self.optimizer)
@@ -54,7 +56,9 @@ class Actor:
             One float32 tensor [active] a micro-batch on the last pipeline stage, an empty list elsewhere.
         """
         with torch.no_grad():
-            stored = self._run(shard, partial(self._score, temperature=temperature or self.temperature), forward_only=True)
+            stored = self._run(
+                shard, partial(self._score, temperature=temperature or self.temperature), forward_only=True
+            )
         return [entry["logprobs"] for entry in stored]
 
     def update(

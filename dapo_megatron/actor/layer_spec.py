@@ -25,7 +25,9 @@ def layer_spec(config: TransformerConfig, kind: str) -> ModuleSpec:
     """
     available = importlib.util.find_spec("transformer_engine") is not None
     if kind == "transformer_engine" and not available:
-        raise DapoError("actor.layer_spec=transformer_engine, but TransformerEngine is not installed: pip install '.[te]'")
+        raise DapoError(
+            "actor.layer_spec=transformer_engine, but TransformerEngine is not installed: pip install '.[te]'"
+        )
     if kind == "transformer_engine" or (kind == "auto" and available):
         return get_gpt_decoder_block_spec(config, use_transformer_engine=True)
     return torch_block_spec(config)
@@ -64,7 +66,9 @@ class PackedAttention(MegatronModule):
         super().__init__(config=config)
         self.scale = softmax_scale
 
-    def forward(self, query, key, value, attention_mask, attn_mask_type=None, attention_bias=None, packed_seq_params=None):
+    def forward(
+        self, query, key, value, attention_mask, attn_mask_type=None, attention_bias=None, packed_seq_params=None
+    ):
         """query [t, heads, d], key and value [t, kv heads, d] -> [t, heads, d]; sequences end at cu_seqlens_q."""
         output = torch.empty_like(query)
         for rows in _rows_by_length(packed_seq_params.cu_seqlens_q):

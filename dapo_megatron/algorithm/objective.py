@@ -53,9 +53,7 @@ def clip_higher(
         ValueError: clip_dual <= 1, eps_low outside [0, 1) or eps_high < 0.
     """
     if not 0 <= eps_low < 1 or eps_high < 0:
-        raise ValueError(
-            f"Clip-Higher needs 0 <= eps_low < 1 and eps_high >= 0, got {eps_low} and {eps_high}"
-        )
+        raise ValueError(f"Clip-Higher needs 0 <= eps_low < 1 and eps_high >= 0, got {eps_low} and {eps_high}")
     if clip_dual is not None and clip_dual <= 1:
         raise ValueError(f"clip_dual is a bound on the ratio above 1, got {clip_dual}")
 

@@ -17,9 +17,7 @@ def overlong_penalty(response_tokens: int, max_tokens: int, cache_tokens: int) -
         ValueError: unless 0 <= cache_tokens <= max_tokens.
     """
     if not 0 <= cache_tokens <= max_tokens:
-        raise ValueError(
-            f"overlong penalty needs 0 <= cache_tokens <= max_tokens, got {cache_tokens} and {max_tokens}"
-        )
+        raise ValueError(f"overlong penalty needs 0 <= cache_tokens <= max_tokens, got {cache_tokens} and {max_tokens}")
     over_soft_limit = response_tokens - (max_tokens - cache_tokens)
     if over_soft_limit <= 0:
         return 0.0

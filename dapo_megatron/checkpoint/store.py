@@ -1,9 +1,9 @@
 """Checkpoints in a run folder: written aside, published by one rename, found again by name.
 
-    checkpoints/step_000010/
-        model/             megatron-core distributed checkpoint: weights, optimizer, schedule
-        controller.msgpack controller state that belongs to the step's batch
-        manifest.json      what was saved, for the comparison on resume
+checkpoints/step_000010/
+    model/             megatron-core distributed checkpoint: weights, optimizer, schedule
+    controller.msgpack controller state that belongs to the step's batch
+    manifest.json      what was saved, for the comparison on resume
 """
 
 import os

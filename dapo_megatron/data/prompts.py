@@ -87,11 +87,7 @@ def _question(row: Row, field: str) -> str | list[Message]:
 
 
 def _is_message(value: Any) -> bool:
-    return (
-        isinstance(value, dict)
-        and isinstance(value.get("role"), str)
-        and isinstance(value.get("content"), str)
-    )
+    return isinstance(value, dict) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
 
 
 def _ground_truth(row: Row, field: str, pattern: re.Pattern[str] | None) -> str:
@@ -102,9 +98,7 @@ def _ground_truth(row: Row, field: str, pattern: re.Pattern[str] | None) -> str:
     if pattern is not None:
         match = pattern.search(truth)
         if match is None:
-            raise DapoError(
-                f"{row.place}, field {field!r}: nothing matches data.answer_pattern={pattern.pattern!r}"
-            )
+            raise DapoError(f"{row.place}, field {field!r}: nothing matches data.answer_pattern={pattern.pattern!r}")
         truth = match[1] or ""
     if not truth.strip():
         raise DapoError(f"{row.place}, field {field!r}: the answer is empty")
@@ -117,13 +111,9 @@ def _compile(answer_pattern: str | None) -> re.Pattern[str] | None:
     try:
         pattern = re.compile(answer_pattern)
     except re.error as error:
-        raise DapoError(
-            f"data.answer_pattern={answer_pattern!r} is not a regular expression: {error}"
-        ) from None
+        raise DapoError(f"data.answer_pattern={answer_pattern!r} is not a regular expression: {error}") from None
     if pattern.groups != 1:
-        raise DapoError(
-            f"data.answer_pattern={answer_pattern!r} has {pattern.groups} groups, exactly one is needed"
-        )
+        raise DapoError(f"data.answer_pattern={answer_pattern!r} has {pattern.groups} groups, exactly one is needed")
     return pattern
 
 

@@ -53,9 +53,7 @@ class Row(NamedTuple):
             return DapoError(f"{self.place}: no field {field!r}: {at or 'the row'!r} has no fields")
         near = difflib.get_close_matches(parts[depth], names, n=1, cutoff=0.0)[0]
         nearest = ".".join([*parts[:depth], near])
-        return DapoError(
-            f"{self.place}: no field {field!r}, did you mean {nearest!r}? (fields: {', '.join(names)})"
-        )
+        return DapoError(f"{self.place}: no field {field!r}, did you mean {nearest!r}? (fields: {', '.join(names)})")
 
 
 def load_rows(path: str | Path, file_format: FileFormat = "auto") -> list[Row]:
@@ -85,9 +83,7 @@ def _format_of(path: Path) -> FileFormat:
         return "dataset"
     formats: dict[str, FileFormat] = {".jsonl": "jsonl", ".parquet": "parquet"}
     if path.suffix not in formats:
-        raise DapoError(
-            f"data file {path}: unknown format {path.suffix!r}, expected .jsonl, .parquet or a folder"
-        )
+        raise DapoError(f"data file {path}: unknown format {path.suffix!r}, expected .jsonl, .parquet or a folder")
     return formats[path.suffix]
 
 
@@ -101,9 +97,7 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
             except (msgspec.DecodeError, UnicodeDecodeError) as error:
                 raise DapoError(f"{path}, line {number + 1}: not valid JSON ({error})") from None
             if not isinstance(fields, dict):
-                raise DapoError(
-                    f"{path}, line {number + 1}: {type(fields).__name__} where a JSON object is expected"
-                )
+                raise DapoError(f"{path}, line {number + 1}: {type(fields).__name__} where a JSON object is expected")
             yield Row(path, number, fields)
 
 
@@ -125,9 +119,7 @@ def _read_dataset(path: Path) -> Iterator[Row]:
     try:
         dataset = datasets.load_from_disk(str(path))
     except (OSError, ValueError) as error:
-        raise DapoError(
-            f"folder {path} is not a dataset written by save_to_disk ({_first_line(error)})"
-        ) from None
+        raise DapoError(f"folder {path} is not a dataset written by save_to_disk ({_first_line(error)})") from None
     if isinstance(dataset, datasets.DatasetDict):
         splits = ", ".join(str(path / split) for split in dataset)
         raise DapoError(f"folder {path} holds several splits: name one of {splits}")

@@ -68,9 +68,7 @@ class PromptSampler:
                 "use the same data, or start a new run"
             )
         if seed is not None and state.seed != seed:
-            raise DapoError(
-                f"cannot resume: seed={seed}, the checkpoint was made with seed={state.seed}; use that one"
-            )
+            raise DapoError(f"cannot resume: seed={seed}, the checkpoint was made with seed={state.seed}; use that one")
         if state.epoch < 0 or not 0 <= state.position <= size:
             raise DapoError(f"cannot resume: impossible sampler state {state}; use an older checkpoint")
         sampler = cls(size, state.seed, state.shuffle)

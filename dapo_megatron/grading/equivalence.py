@@ -11,7 +11,5 @@ def equivalent(answer: str, truth: str) -> bool:
     May need unbounded time and memory; math-verify's own time limits are off, because they need the main
     thread, and the limits of the worker also hold for what does not return to Python.
     """
-    gold, target = (
-        parse(rf"\boxed{{{side}}}", parsing_timeout=None) for side in (strip_markup(truth), answer)
-    )
+    gold, target = (parse(rf"\boxed{{{side}}}", parsing_timeout=None) for side in (strip_markup(truth), answer))
     return bool(verify(gold, target, timeout_seconds=None))

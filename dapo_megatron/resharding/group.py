@@ -24,7 +24,9 @@ def join_as_sender(name: str, address: str, port: int, world: int, backend: str,
     try:
         store = dist.TCPStore(address, port, world, is_master=True, timeout=timeout, multi_tenant=True)
     except dist.DistError as e:
-        raise DapoError(f"not all engines joined {name} at {address}:{port} in {timeout_s:.0f} s: {str(e).splitlines()[0]}") from None
+        raise DapoError(
+            f"not all engines joined {name} at {address}:{port} in {timeout_s:.0f} s: {str(e).splitlines()[0]}"
+        ) from None
     group, _ = _new_process_group_helper(
         world, 0, [], dist.Backend(backend), PrefixStore(name, store), group_name=name, timeout=timeout
     )

@@ -8,6 +8,7 @@ that the step does not need are carried and consumed first in the next one.
 import asyncio
 import math
 from collections.abc import Awaitable, Callable
+from functools import partial
 
 import msgspec
 
@@ -51,7 +52,12 @@ class Collector:
     """Fills one rollout step after another."""
 
     def __init__(
-        self, config: RunConfig, prompts: list[Prompt], make_group: MakeGroup, ledger: Ledger, state: bytes | None = None
+        self,
+        config: RunConfig,
+        prompts: list[Prompt],
+        make_group: MakeGroup,
+        ledger: Ledger,
+        state: bytes | None = None,
     ):
         """`make_group(prompt, order)` generates and grades one group; `state` is a Collected.state to go on from."""
         self.config, self.prompts, self.make_group, self.ledger = config, prompts, make_group, ledger
@@ -79,7 +85,8 @@ class Collector:
             if rounds == self.config.algorithm.max_generation_rounds:
                 raise DapoError(self._hopeless(seen, len(kept)))
             rounds += 1
-            groups = await self._round(wanted - len(kept), lambda text, k=len(kept): progress(f"{k}/{wanted} kept, {text}"))
+            so_far = f"{len(kept)}/{wanted} kept, "
+            groups = await self._round(wanted - len(kept), partial(_prefixed, progress, so_far))
             seen += groups
             fresh = [g for g in groups if self._fate(g) == "kept"]
             self._remember(len(fresh) / len(groups))
@@ -160,6 +167,11 @@ class Collector:
         return (
             f"after {self.config.algorithm.max_generation_rounds} rounds of generation only {kept} of "
             f"{self.config.rollout.prompts_per_step} groups are mixed: of {len(seen)} groups "
-            f"{outcomes.count('all_right')} were all right and {outcomes.count('all_wrong')} all wrong; use easier or harder "
-            "prompts, a larger rollout.group_size or algorithm.max_generation_rounds, or algorithm.dynamic_sampling=false"
+            f"{outcomes.count('all_right')} were all right and {outcomes.count('all_wrong')} all wrong; use "
+            "easier or harder prompts, a larger rollout.group_size or algorithm.max_generation_rounds, or "
+            "algorithm.dynamic_sampling=false"
         )
+
+
+def _prefixed(progress: Progress, prefix: str, text: str) -> None:
+    progress(prefix + text)

@@ -78,7 +78,9 @@ class EngineClient:
                     self._in_flight[url] -= 1
                 await asyncio.sleep(min(pause * random.uniform(0.5, 1.5), max(0.0, deadline - time.monotonic())))
                 pause = min(pause * 2, 5.0)
-        raise DapoError(f"no response from the engines within {self.timeout_s:.0f} s (last: {last}): see logs/engine-*.log")
+        raise DapoError(
+            f"no response from the engines within {self.timeout_s:.0f} s (last: {last}): see logs/engine-*.log"
+        )
 
     async def _attempt(self, url: str, body: dict[str, Any]) -> tuple[Generation | None, str]:
         async with self._session.post(url + "/generate", json=body) as reply:

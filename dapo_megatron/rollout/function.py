@@ -21,7 +21,9 @@ def load_rollout(reference: str) -> RolloutFunction:
     try:
         function = getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError, ValueError) as e:
-        raise DapoError(f"rollout.function={reference} cannot be imported ({e}): write package.module:function") from None
+        raise DapoError(
+            f"rollout.function={reference} cannot be imported ({e}): write package.module:function"
+        ) from None
     if not inspect.iscoroutinefunction(function):
         raise DapoError(f"rollout.function={reference} is not an 'async def' function(prompt, engine)")
     return function

@@ -1,9 +1,9 @@
 """The training loop: one rollout step is batch, old log-probs, updates, push.
 
-    link.next_batch(k)      groups of step k, sampled by version k - 1 (older with max_policy_lag 1 and carried groups)
-    old log-probs           the policy before the step's first update, on the updates' own micro-batches
-    update                  one for each mini-batch
-    push                    version k goes live on the engines, and a fixed prompt's log-probs are compared
+link.next_batch(k)      groups of step k, sampled by version k - 1 (older with max_policy_lag 1 and carried groups)
+old log-probs           the policy before the step's first update, on the updates' own micro-batches
+update                  one for each mini-batch
+push                    version k goes live on the engines, and a fixed prompt's log-probs are compared
 """
 
 import time
@@ -74,9 +74,7 @@ def train(config: RunConfig, actor: Actor, link: RunLink, pusher: Pusher, resume
     link.goodbye()
 
 
-def old_logprobs(
-    config: RunConfig, actor: Actor, shards: list[list[MicroBatch]]
-) -> list[list[torch.Tensor] | None]:
+def old_logprobs(config: RunConfig, actor: Actor, shards: list[list[MicroBatch]]) -> list[list[torch.Tensor] | None]:
     """The ratio's denominators, one entry an update; None lets the update use its own log-probs (the ratio is 1).
 
     That is exact where a step has one update, and saves a forward pass.

@@ -92,7 +92,9 @@ def _broadcast(message: list, layout: Layout):
     if error is not None:
         raise DapoError(error)
     if size:
-        flat = torch.frombuffer(bytearray(payload), dtype=torch.uint8) if payload else torch.empty(size, dtype=torch.uint8)
+        flat = (
+            torch.frombuffer(bytearray(payload), dtype=torch.uint8) if payload else torch.empty(size, dtype=torch.uint8)
+        )
         dist.broadcast(flat, src=0, group=layout.control)
         reply.payload = flat.numpy().tobytes()
     return reply

@@ -93,7 +93,9 @@ def check_names(present: set[str], shape: ModelShape, where: str) -> None:
     """
     expected = hf_names(shape)
     # A tied checkpoint may repeat the embedding under the head's name; old ones carry rotary buffers.
-    present = {n for n in present if not n.endswith("rotary_emb.inv_freq") and not (shape.tied and n == "lm_head.weight")}
+    present = {
+        n for n in present if not n.endswith("rotary_emb.inv_freq") and not (shape.tied and n == "lm_head.weight")
+    }
     if missing := sorted(expected - present):
         raise DapoError(f"{where}: {len(missing)} tensors are missing, the first is {missing[0]}")
     if extra := sorted(present - expected):
@@ -112,7 +114,9 @@ def hf_shapes(rule: Rule, shape: ModelShape) -> list[tuple[int, ...]]:
         return [(shape.vocab, shape.hidden)]
     if rule.kind == "columns":
         return [(shape.hidden, q if "linear_proj" in rule.megatron else shape.ffn)]
-    return [(shape.head_dim if "_layernorm" in rule.megatron and ".self_attention." in rule.megatron else shape.hidden,)]
+    return [
+        (shape.head_dim if "_layernorm" in rule.megatron and ".self_attention." in rule.megatron else shape.hidden,)
+    ]
 
 
 def to_shard(rule: Rule, shape: ModelShape, tensors: list[torch.Tensor], tp_size: int, tp_rank: int) -> torch.Tensor:

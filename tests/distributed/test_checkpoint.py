@@ -35,9 +35,9 @@ def resume(config):
 
 def config_for(tmp_path, path, layout, dtype="float32"):
     # 8 warm-up updates: the resume falls into the middle of the warm-up
-    return run_config(
-        path, actor=LAYOUTS[layout], optimizer={"warmup_steps": 4}, model={"dtype": dtype}
-    ).model_copy(update={"run_dir": str(tmp_path / "run")})
+    return run_config(path, actor=LAYOUTS[layout], optimizer={"warmup_steps": 4}, model={"dtype": dtype}).model_copy(
+        update={"run_dir": str(tmp_path / "run")}
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

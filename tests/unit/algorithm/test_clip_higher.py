@@ -49,9 +49,7 @@ def test_by_hand(ratio, advantage, loss, gradient):
 @given(st.floats(0.01, 20), st.floats(-5, 5))
 def test_gradient_is_exactly_zero_where_clipped_and_r_times_A_elsewhere(ratio, advantage):
     assume(
-        abs(ratio - (1 + HIGH)) > 1e-9
-        and abs(ratio - (1 - LOW)) > 1e-9
-        and (advantage == 0 or abs(advantage) > 1e-6)
+        abs(ratio - (1 + HIGH)) > 1e-9 and abs(ratio - (1 - LOW)) > 1e-9 and (advantage == 0 or abs(advantage) > 1e-6)
     )
     result, gradient = evaluate(ratio, advantage)
     clipped = (advantage > 0 and ratio > 1 + HIGH) or (advantage < 0 and ratio < 1 - LOW)
@@ -100,6 +98,4 @@ def test_no_gradient_reaches_the_old_policy():
 @pytest.mark.parametrize("bad", [{"eps_low": 1.0}, {"eps_low": -0.1}, {"eps_high": -0.1}, {"clip_dual": 1.0}])
 def test_impossible_bounds(bad):
     with pytest.raises(ValueError):
-        clip_higher(
-            torch.zeros(1), torch.zeros(1), torch.zeros(1), **({"eps_low": LOW, "eps_high": HIGH} | bad)
-        )
+        clip_higher(torch.zeros(1), torch.zeros(1), torch.zeros(1), **({"eps_low": LOW, "eps_high": HIGH} | bad))

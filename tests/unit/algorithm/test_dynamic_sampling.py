@@ -38,9 +38,7 @@ def test_all_wrong_group_of_unequal_lengths_is_filtered():
         accuracy_reward(verdict) + overlong_penalty(length, max_tokens=100, cache_tokens=50)
         for verdict, length in zip(verdicts, lengths, strict=True)
     ]
-    assert group_advantages(torch.tensor(rewards)).abs().max() > 1, (
-        "the shaped rewards alone would train on it"
-    )
+    assert group_advantages(torch.tensor(rewards)).abs().max() > 1, "the shaped rewards alone would train on it"
     assert not keep_group(verdicts)
 
 

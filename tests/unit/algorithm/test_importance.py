@@ -26,9 +26,7 @@ def test_statistics_by_hand():
     old = torch.tensor([0.0, -1.0, -2.0, float("nan")])
     rollout = torch.tensor([0.0, -1.0 - math.log(4), -2.0 + math.log(2), 0.0])
     active = torch.tensor([True, True, True, False])
-    statistics = {
-        name: value.item() for name, value in mismatch_statistics(old, rollout, active, cap=2.0).items()
-    }
+    statistics = {name: value.item() for name, value in mismatch_statistics(old, rollout, active, cap=2.0).items()}
     assert statistics == pytest.approx(
         {
             "tokens": 3,
@@ -42,9 +40,7 @@ def test_statistics_by_hand():
     )
 
 
-@given(
-    st.lists(st.tuples(st.floats(-8, 0), st.floats(-8, 0), st.booleans()), max_size=20), st.integers(0, 20)
-)
+@given(st.lists(st.tuples(st.floats(-8, 0), st.floats(-8, 0), st.booleans()), max_size=20), st.integers(0, 20))
 def test_sums_add_up_over_any_split(tokens, cut):
     def statistics(part):
         old, rollout, active = zip(*part, strict=True) if part else ((), (), ())
@@ -56,6 +52,4 @@ def test_sums_add_up_over_any_split(tokens, cut):
     assert whole["k3_sum"] >= 0
     for name in ("tokens", "abs_diff_sum", "k1_sum", "k3_sum", "truncated"):
         torch.testing.assert_close(left[name] + right[name], whole[name])
-    torch.testing.assert_close(
-        torch.maximum(left["abs_diff_max"], right["abs_diff_max"]), whole["abs_diff_max"]
-    )
+    torch.testing.assert_close(torch.maximum(left["abs_diff_max"], right["abs_diff_max"]), whole["abs_diff_max"])

@@ -37,10 +37,7 @@ def test_a_prompt(load, tokenizer):
     assert [p.row for p in loaded.prompts] == [0, 1]
     assert [p.text for p in loaded.prompts] == ["1+1?", "1+2?"]
     assert [p.ground_truth for p in loaded.prompts] == ["2", "3"]
-    assert (
-        tokenizer.decode(loaded.prompts[0].input_ids)
-        == "<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n"
-    )
+    assert tokenizer.decode(loaded.prompts[0].input_ids) == "<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n"
     assert loaded.prompts[0].input_ids[0] == tokenizer.convert_tokens_to_ids("<|im_start|>")
 
 
@@ -63,9 +60,7 @@ def test_special_tokens_of_the_tokenizer_come_once(load, tokenizer):
 def test_messages_go_through_the_chat_template_without_the_prompt_template(load, tokenizer):
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1?"}]
     prompt = load([{"question": messages, "answer": "2"}], template="dapo", chat=False).prompts[0]
-    text = (
-        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n"
-    )
+    text = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n"
     assert tokenizer.decode(prompt.input_ids) == text
     assert prompt.text == "1+1?"
 
@@ -201,6 +196,4 @@ def test_real_tokenizers_agree_with_their_own_chat_template(name, shared, tmp_pa
     path.write_text('{"question": "What is 1+1?", "answer": "2"}\n')
     prompt = load_prompts(path, tokenizer=real, **OPTIONS).prompts[0]
     message = [{"role": "user", "content": "What is 1+1?"}]
-    assert prompt.input_ids == real.apply_chat_template(
-        message, add_generation_prompt=True, return_dict=False
-    )
+    assert prompt.input_ids == real.apply_chat_template(message, add_generation_prompt=True, return_dict=False)

@@ -90,9 +90,7 @@ def test_bad_files_and_folders(tmp_path):
     (tmp_path / "data.csv").write_text("a,b")
     (tmp_path / "data.parquet").write_text("not parquet")
     (tmp_path / "folder").mkdir()
-    datasets.DatasetDict({"train": datasets.Dataset.from_list(RECORDS)}).save_to_disk(
-        str(tmp_path / "splits")
-    )
+    datasets.DatasetDict({"train": datasets.Dataset.from_list(RECORDS)}).save_to_disk(str(tmp_path / "splits"))
     for name, message in [
         ("absent.jsonl", "does not exist"),
         ("data.csv", "unknown format '.csv', expected .jsonl, .parquet or a folder"),

@@ -80,9 +80,7 @@ def test_the_fast_path_needs_no_worker_and_little_time():
 
 
 def test_the_caller_imports_neither_torch_nor_sympy():
-    code = (
-        "import sys, dapo_megatron.grading.pool; print({'torch', 'sympy', 'math_verify'} & set(sys.modules))"
-    )
+    code = "import sys, dapo_megatron.grading.pool; print({'torch', 'sympy', 'math_verify'} & set(sys.modules))"
     root = Path(__file__).parents[3]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60)
     assert done.stdout == "set()\n", done.stderr
@@ -116,9 +114,7 @@ def test_a_user_grader_gets_the_whole_text_and_always_a_worker():
     ],
 )
 def test_a_bad_grader_gives_unknown(grader, bad, reason):
-    verdicts, unknown, seconds = grade_all(
-        [(bad, "34")] * 3, grader=f"hostile_graders:{grader}", timeout_s=1.0
-    )
+    verdicts, unknown, seconds = grade_all([(bad, "34")] * 3, grader=f"hostile_graders:{grader}", timeout_s=1.0)
     assert verdicts == ["unknown"] * 3
     # A crash before the pool has read that the worker took the answer looks like a time-out to it.
     assert sum(unknown.values()) == 3 and (reason in unknown or grader == "exits")
@@ -138,9 +134,7 @@ def test_good_answers_do_not_wait_for_a_hanging_one():
     async def run():
         async with GradingPool("hostile_graders:hangs", workers=2, timeout_s=20.0, memory_mb=256) as pool:
             hanging = asyncio.create_task(pool.grade("hang", "34"))
-            verdicts = await asyncio.wait_for(
-                asyncio.gather(*(pool.grade("34", "34") for _ in range(50))), 10
-            )
+            verdicts = await asyncio.wait_for(asyncio.gather(*(pool.grade("34", "34") for _ in range(50))), 10)
             assert verdicts == ["right"] * 50 and not hanging.done()
             hanging.cancel()
 

@@ -37,7 +37,10 @@ class World:
 
 def collector(tmp_path, world, state=None, cut=None, wanted=4, **algorithm):
     config = run_config(
-        tmp_path, rollout={"prompts_per_step": wanted, "group_size": 2}, trainer={"mini_batch_prompts": 1}, algorithm=algorithm
+        tmp_path,
+        rollout={"prompts_per_step": wanted, "group_size": 2},
+        trainer={"mini_batch_prompts": 1},
+        algorithm=algorithm,
     )
     return Collector(config, PROMPTS, world.make_group, Ledger(tmp_path / "ledger.jsonl", cut_to_step=cut), state)
 

@@ -28,7 +28,9 @@ def scored(tmp_path, g, **sections):
 
 def test_rewards_by_hand(tmp_path):
     """L_max 32, L_cache 8: 28 tokens are half-way, R = -1 - 0.5."""
-    r = scored(tmp_path, group(("right", 10, "stop"), ("wrong", 10, "stop"), ("wrong", 28, "stop"), ("wrong", 32, "length")))
+    r = scored(
+        tmp_path, group(("right", 10, "stop"), ("wrong", 10, "stop"), ("wrong", 28, "stop"), ("wrong", 32, "length"))
+    )
     assert [x.reward for x in r] == [1.0, -1.0, -1.5, -2.0]
     # mean -0.875, unbiased std 1.31498
     assert [x.advantage for x in r] == pytest.approx([1.42588, -0.09506, -0.47529, -0.85553], abs=1e-4)

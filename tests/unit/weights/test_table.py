@@ -12,7 +12,9 @@ from dapo_megatron.weights.table import canonical_name, check_names, from_shards
 from tests.tiny import KINDS, hf_folder
 
 
-def shape_of(family="Qwen2ForCausalLM", tied=False, heads=4, kv_heads=2, head_dim=8, hidden=16, ffn=24, vocab=32, layers=2):
+def shape_of(
+    family="Qwen2ForCausalLM", tied=False, heads=4, kv_heads=2, head_dim=8, hidden=16, ffn=24, vocab=32, layers=2
+):
     return ModelShape(
         FAMILIES[family], layers, hidden, ffn, heads, kv_heads, head_dim, vocab, tied, 1e-6, 1e4, None, 64
     )
