@@ -35,7 +35,7 @@ class AlgorithmConfig(Section):
     clip_dual: float | None = Field(None, gt=1)
     """Dual clip for negative advantages: loss at most clip_dual * |A|; null is off, as in the paper."""
     aggregation: Literal["token", "group_token", "sample"] = "token"
-    """What the loss is a mean of: all tokens of the mini-batch, tokens within each group, tokens within each response."""
+    """What the loss is a mean of: the tokens of the mini-batch, of each group, or of each response."""
     dynamic_sampling: bool = True
     """Train only on groups that are neither all right nor all wrong; false trains on every group."""
     max_generation_rounds: int = Field(10, ge=1)

@@ -33,8 +33,8 @@ def prepare(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     print("preparing the demo: two-digit addition, a tiny Qwen3 model, supervised warm-up (a minute, kept for later)")
-    _write_data(folder, random.Random(0))
-    _write_model(folder / "untrained")
+    write_data(folder, random.Random(0))
+    write_model(folder / "untrained")
     _warm_up(folder)
 
 
@@ -46,7 +46,8 @@ def run_folder(parent: Path) -> Path:
     return folder
 
 
-def _write_data(folder: Path, rng: random.Random) -> None:
+def write_data(folder: Path, rng: random.Random) -> None:
+    """train.jsonl and eval.jsonl: all sums of two two-digit numbers, HELD_OUT of them only for evaluation."""
     pairs = [(a, b) for a in range(10, 100) for b in range(10, 100)]
     rng.shuffle(pairs)
     for name, part in (("eval", pairs[:HELD_OUT]), ("train", pairs[HELD_OUT:])):
@@ -56,7 +57,8 @@ def _write_data(folder: Path, rng: random.Random) -> None:
                 f.write(json.dumps(row) + "\n")
 
 
-def _write_model(path: Path) -> None:
+def write_model(path: Path) -> None:
+    """An untrained Qwen3 of 0.4 M parameters with a tokenizer of one token a character."""
     tokens = ["<pad>", "<eos>", *CHARACTERS, ANSWER]
     vocab = len(tokens) + len(tokens) % 2  # even, so that it can be split in two
     tokenizer = Tokenizer(models.WordLevel({t: i for i, t in enumerate(tokens)}, unk_token="<pad>"))
