@@ -1,4 +1,8 @@
-"""The embedded demo task: two-digit addition, a tiny Qwen3-shaped model with its own tokenizer, made on the spot."""
+"""The embedded demo task: two-digit addition, a tiny Qwen3-shaped model with its own tokenizer, made on the spot.
+
+The supervised warm-up leaves the model half-way: it knows most sums and the form of an answer, but gives the form less
+than half of the time. Groups are all right, mixed and all wrong, and DAPO has both to learn.
+"""
 
 import json
 import os
@@ -18,7 +22,9 @@ CHARACTERS = "0123456789+="
 ANSWER = "Answer: "
 """One token: what the default grader looks for, at the price of one."""
 HELD_OUT = 200
-WARM_UP_UPDATES = 155
+FORM_SHARE = 0.4
+"""Share of the supervised examples that answer in the form the grader looks for; the others give the bare sum."""
+WARM_UP_UPDATES = 250
 WARM_UP_BATCH = 256
 
 
@@ -53,7 +59,8 @@ def write_data(folder: Path, rng: random.Random) -> None:
     for name, part in (("eval", pairs[:HELD_OUT]), ("train", pairs[HELD_OUT:])):
         with (folder / f"{name}.jsonl").open("w") as f:
             for a, b in part:
-                row = {"prompt": f"{a}+{b}=", "answer": str(a + b), "response": f"{ANSWER}{a + b}"}
+                form = ANSWER if rng.random() < FORM_SHARE else ""
+                row = {"prompt": f"{a}+{b}=", "answer": str(a + b), "response": f"{form}{a + b}"}
                 f.write(json.dumps(row) + "\n")
 
 

@@ -46,6 +46,7 @@ class ProcessGroup:
 
     def __exit__(self, *_) -> None:
         self.stop()
+        _libc.prctl(_PR_SET_CHILD_SUBREAPER, 0)
 
     def start(self, name: str, command: list[str], environment: dict[str, str]) -> Child:
         """Start a process; its output goes to <log_dir>/<name>.log."""
