@@ -6,8 +6,8 @@
     Evaluate(k)        every held-out prompt has its responses
     Goodbye            at once, and ends
 
-With max_policy_lag 0 nothing is generated between a batch and the next request, so every response is sampled by the
-version that it trains.
+With max_policy_lag 0 nothing is generated between a batch and the next request, so every response but those of carried
+groups (at most one version older) is sampled by the version that it trains.
 """
 
 import asyncio

@@ -103,8 +103,10 @@ def count_skipped(updates: list[dict[str, float]], before: int, limit: int) -> i
 
 
 def merge_updates(updates: list[dict[str, float]]) -> dict[str, float]:
-    """Metrics of a step from those of its updates: means, the last learning rate, and the number of skipped ones."""
+    """Metrics of a step from those of its updates: means, the smallest gradient norm, the last learning
+    rate, and the number of skipped ones."""
     merged = {name: sum(u[name] for u in updates) / len(updates) for name in updates[0]}
+    merged["optimizer/grad_norm_min"] = min(u["optimizer/grad_norm"] for u in updates)
     merged["optimizer/lr"] = updates[-1]["optimizer/lr"]
     merged["optimizer/skipped"] = sum(u["optimizer/skipped"] for u in updates)
     return merged
