@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dapo_megatron.config import RunConfig, check_model, fields, load_config, value_of
-from dapo_megatron.errors import DapoError
+from dapo_megatron.errors import DapoError, exit_code
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode=None, help="DAPO on Megatron and SGLang."
@@ -119,11 +119,7 @@ def _print_derived(config: RunConfig, console: Console) -> None:
 
 def main() -> None:
     """Entry point: a DapoError is one line on stderr and exit code 1."""
-    try:
-        app()
-    except DapoError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(1)
+    sys.exit(exit_code(app))
 
 
 if __name__ == "__main__":

@@ -107,8 +107,6 @@ class RolloutConfig(Section):
     """Most requests in flight to all engines together."""
     request_timeout_s: float = Field(1800.0, gt=0)
     """Seconds for one request, retries included."""
-    oversample: float = Field(1.0, ge=1.0)
-    """Groups issued for each group still missing."""
 
 
 class EngineConfig(Section):

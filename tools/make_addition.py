@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from dapo_megatron.errors import DapoError
+from dapo_megatron.errors import DapoError, exit_code
 
 RANGES = (range(1, 10), range(10, 100))
 """One-digit and two-digit numbers; both numbers of a question are of the same kind."""
@@ -61,11 +61,7 @@ def command(
 
 def main() -> None:
     """Entry point: a DapoError is one line on stderr and exit code 1."""
-    try:
-        app()
-    except DapoError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(1)
+    sys.exit(exit_code(app))
 
 
 if __name__ == "__main__":

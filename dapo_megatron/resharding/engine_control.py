@@ -9,7 +9,7 @@ import httpx
 from dapo_megatron.errors import DapoError
 from dapo_megatron.resharding.plan import Bucket
 
-SESSIONS_SINCE = (0, 5, 20)
+SESSIONS_SINCE = (0, 5, 21)
 """First SGLang release whose weight updates must stand between begin_weight_update and end_weight_update."""
 
 

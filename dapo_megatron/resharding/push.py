@@ -22,7 +22,7 @@ from dapo_megatron.actor.model import DTYPES
 from dapo_megatron.config import RunConfig
 from dapo_megatron.errors import DapoError
 from dapo_megatron.resharding.engine_control import EngineControl
-from dapo_megatron.resharding.group import free_port, join_as_sender, sender_address
+from dapo_megatron.resharding.group import join_as_sender, open_store, sender_address
 from dapo_megatron.resharding.plan import Bucket, plan_buckets
 from dapo_megatron.weights.exporter import export_names, export_stage
 
@@ -90,14 +90,15 @@ class Pusher:
 
     def _open_group(self, stage: int) -> None:
         backend = "nccl" if torch.cuda.is_available() else "gloo"
-        name, port, timeout = f"weights-{stage}-{time.time_ns()}", free_port(), self.config.trainer.collective_timeout_s
+        name, timeout = f"weights-{stage}-{time.time_ns()}", self.config.trainer.collective_timeout_s
         address = sender_address([e.url for e in self.engines])
         world = 1 + sum(e.tensor_parallel_size for e in self.engines)
+        store = open_store(address, world, timeout)
         rank, joins = 1, []
         for engine in self.engines:
-            joins.append(self._threads.submit(engine.join_group, name, address, port, rank, world, backend))
+            joins.append(self._threads.submit(engine.join_group, name, address, store.port, rank, world, backend))
             rank += engine.tensor_parallel_size
-        self._group, self._group_name = join_as_sender(name, address, port, world, backend, timeout), name
+        self._group, self._group_name = join_as_sender(name, store, world, backend, timeout), name
         for join in joins:
             join.result()
 

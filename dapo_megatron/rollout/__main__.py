@@ -16,14 +16,9 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
 
     # Grading workers import this module: what is heavy is imported by the process that runs.
-    from dapo_megatron.errors import DapoError
+    from dapo_megatron.errors import exit_code
 
-    try:
-        asyncio.run(_serve(args.config, args.link, args.engines))
-    except DapoError as e:
-        print(f"error: {e}", file=sys.stderr, flush=True)
-        return 1
-    return 0
+    return exit_code(lambda: asyncio.run(_serve(args.config, args.link, args.engines)))
 
 
 async def _serve(config_path: str, address: str, engines: list[str]) -> None:

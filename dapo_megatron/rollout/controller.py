@@ -88,7 +88,8 @@ class Controller:
                 return await self._batch(step, version)
             case Evaluate(step):
                 self._status("evaluate", f"step {step}")
-                return Evaluation(await evaluate(self))
+                held_out, config = self.held_out.prompts, self.config.evaluation
+                return Evaluation(await evaluate(config, held_out, self.sampling, self.sample_group))
             case Goodbye():
                 return Done()
 

@@ -2,30 +2,36 @@
 
 import asyncio
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Awaitable, Callable
 
 import msgspec
 
-from dapo_megatron.records import Group
+from dapo_megatron.config import EvaluationConfig
+from dapo_megatron.records import Group, Prompt
+from dapo_megatron.rollout.engine import Sampling
 
-if TYPE_CHECKING:
-    from dapo_megatron.rollout.controller import Controller
+SampleGroup = Callable[[Prompt, int, Sampling, int], Awaitable[Group]]
 
 
-async def evaluate(controller: "Controller") -> dict[str, float]:
-    """Sample the held-out prompts with evaluation.temperature and top_p, and greedily if evaluation.greedy."""
-    config, began = controller.config.evaluation, time.monotonic()
-    sampled = msgspec.structs.replace(controller.sampling, temperature=config.temperature, top_p=config.top_p)
-    metrics = {"eval/accuracy": await _accuracy(controller, sampled, config.samples)}
+async def evaluate(
+    config: EvaluationConfig, prompts: list[Prompt], training: Sampling, sample_group: SampleGroup
+) -> dict[str, float]:
+    """Accuracy on the held-out prompts, sampled and, if asked for, greedy.
+
+    Args:
+        training: how training samples; temperature and top_p are replaced by the evaluation's.
+        sample_group: `sample_group(prompt, order, sampling, size)` generates and grades one group.
+    """
+    began = time.monotonic()
+    sampled = msgspec.structs.replace(training, temperature=config.temperature, top_p=config.top_p)
+    metrics = {"eval/accuracy": await _accuracy(prompts, sampled, config.samples, sample_group)}
     if config.greedy:
-        greedy = msgspec.structs.replace(controller.sampling, temperature=0.0)
-        metrics["eval/greedy_accuracy"] = await _accuracy(controller, greedy, 1)
+        greedy = msgspec.structs.replace(training, temperature=0.0)
+        metrics["eval/greedy_accuracy"] = await _accuracy(prompts, greedy, 1, sample_group)
     return metrics | {"time/evaluate": time.monotonic() - began}
 
 
-async def _accuracy(controller: "Controller", sampling, samples: int) -> float:
-    groups: list[Group] = await asyncio.gather(
-        *(controller.sample_group(p, i, sampling, samples) for i, p in enumerate(controller.held_out.prompts))
-    )
+async def _accuracy(prompts: list[Prompt], sampling: Sampling, samples: int, sample_group: SampleGroup) -> float:
+    groups = await asyncio.gather(*(sample_group(p, i, sampling, samples) for i, p in enumerate(prompts)))
     verdicts = [r.verdict for g in groups for r in g.responses]
     return sum(v == "right" for v in verdicts) / len(verdicts)

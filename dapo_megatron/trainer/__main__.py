@@ -18,7 +18,7 @@ from dapo_megatron.actor.actor import Actor
 from dapo_megatron.actor.parallel import init_parallel
 from dapo_megatron.checkpoint.store import latest
 from dapo_megatron.config import check_model, load_config
-from dapo_megatron.errors import DapoError
+from dapo_megatron.errors import exit_code
 from dapo_megatron.resharding.push import Pusher
 from dapo_megatron.trainer.loop import train
 from dapo_megatron.trainer.run_link import RunLink
@@ -36,12 +36,7 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     logging.getLogger("megatron").setLevel(logging.WARNING)
-    try:
-        _train(args)
-    except DapoError as e:
-        print(f"error: {e}", file=sys.stderr, flush=True)
-        return 1
-    return 0
+    return exit_code(lambda: _train(args))
 
 
 def _train(args: argparse.Namespace) -> None:

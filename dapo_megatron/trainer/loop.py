@@ -40,7 +40,8 @@ def train(config: RunConfig, actor: Actor, link: RunLink, pusher: Pusher, resume
     prompts = link.hello(done, resume)
     pusher.connect()
     pusher.push(done)
-    verify_logprobs(actor, pusher, prompts, config.resharding.verify_tolerance)
+    if config.resharding.verify_every:
+        verify_logprobs(actor, pusher, prompts, config.resharding.verify_tolerance)
     if done == 0:
         link.record({"step": 0, "version": 0} | link.evaluate(0))
 

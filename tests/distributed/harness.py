@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import queue
-import socket
 import time
 import traceback
 from datetime import timedelta
@@ -15,14 +14,9 @@ from dapo_megatron.compat import prepare_trainer
 
 prepare_trainer()
 
+from launch.local import free_ports
+
 DEADLINE_S = 120.0
-
-
-def free_port() -> int:
-    """A TCP port that was free a moment ago."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def run_ranks(world: int, function, *args, deadline_s: float = DEADLINE_S) -> list:
@@ -33,7 +27,7 @@ def run_ranks(world: int, function, *args, deadline_s: float = DEADLINE_S) -> li
     """
     context = multiprocessing.get_context("fork")
     answers = context.Queue()
-    port = free_port()
+    (port,) = free_ports(1)
     ranks = [context.Process(target=_rank, args=(r, world, port, function, args, answers)) for r in range(world)]
     for p in ranks:
         p.start()

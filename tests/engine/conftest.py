@@ -4,9 +4,10 @@ import os
 
 import pytest
 
+from dapo_megatron.errors import DapoError
 from dapo_megatron.resharding.engine_control import EngineControl
 from launch.engine import engine_command, engine_environment
-from tests.distributed.harness import free_port
+from launch.local import free_ports
 from launch.processes import ProcessGroup
 from tests.tiny import hf_folder, run_config
 
@@ -22,7 +23,7 @@ def model_path(tmp_path_factory):
 @pytest.fixture(scope="session")
 def engine_url(model_path, tmp_path_factory):
     """URL of a server that is up."""
-    port = free_port()
+    (port,) = free_ports(1)
     config = run_config(model_path, engine=ENGINE)
     with ProcessGroup(tmp_path_factory.mktemp("logs")) as group:
         child = group.start(
@@ -34,7 +35,7 @@ def engine_url(model_path, tmp_path_factory):
         control = EngineControl(url, 60)
         try:
             control.wait_ready(120)
-        except Exception:
+        except DapoError:
             print(child.tail(60))
             raise
         control.close()
