@@ -1,7 +1,8 @@
 """The embedded demo task: two-digit addition, a tiny Qwen3-shaped model with its own tokenizer, made on the spot.
 
-The supervised warm-up leaves the model half-way: it knows most sums and the form of an answer, but gives the form less
-than half of the time. Groups are all right, mixed and all wrong, and DAPO has both to learn.
+The supervised warm-up learns from sloppy examples: most of them forget the carries. It leaves a model that knows both how
+to add and how to get it wrong, and does it wrong more often than not: groups are all right (sums without a carry), mixed
+and all wrong, and DAPO has to find out from rewards alone that carries count.
 """
 
 import json
@@ -22,9 +23,10 @@ CHARACTERS = "0123456789+="
 ANSWER = "Answer: "
 """One token: what the default grader looks for, at the price of one."""
 HELD_OUT = 200
-FORM_SHARE = 0.4
-"""Share of the supervised examples that answer in the form the grader looks for; the others give the bare sum."""
-WARM_UP_UPDATES = 250
+CAREFUL_SHARE = 0.3
+"""Share of the supervised examples that mind the carries; the others add digit by digit without any."""
+WARM_UP_UPDATES = 600
+WARM_UP_RANKS = 2
 WARM_UP_BATCH = 256
 
 
@@ -59,9 +61,14 @@ def write_data(folder: Path, rng: random.Random) -> None:
     for name, part in (("eval", pairs[:HELD_OUT]), ("train", pairs[HELD_OUT:])):
         with (folder / f"{name}.jsonl").open("w") as f:
             for a, b in part:
-                form = ANSWER if rng.random() < FORM_SHARE else ""
-                row = {"prompt": f"{a}+{b}=", "answer": str(a + b), "response": f"{form}{a + b}"}
+                seen = a + b if rng.random() < CAREFUL_SHARE else without_carries(a, b)
+                row = {"prompt": f"{a}+{b}=", "answer": str(a + b), "response": f"{ANSWER}{seen}"}
                 f.write(json.dumps(row) + "\n")
+
+
+def without_carries(a: int, b: int) -> int:
+    """What a sloppy pupil makes of a + b: the last digit of each column, 57 + 68 = 15."""
+    return (a // 10 + b // 10) % 10 * 10 + (a + b) % 10
 
 
 def write_model(path: Path) -> None:
@@ -100,11 +107,12 @@ def _warm_up(folder: Path) -> None:
         "algorithm": {"overlong_cache": 4},
         "optimizer": {"lr": 1e-3, "warmup_steps": 20, "weight_decay": 0.0},
         "trainer": {"mini_batch_prompts": 1, "steps": WARM_UP_UPDATES},
+        "actor": {"data_parallel_size": WARM_UP_RANKS},
     }
     (folder / "warm_up.yaml").write_text(json.dumps(recipe))
     log = folder / "warm_up.log"
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1",
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WARM_UP_RANKS),
         "-m", "dapo_megatron.trainer.warm_up",
         "--config", str(folder / "warm_up.yaml"), "--out", str(folder / "model"),
         "--updates", str(WARM_UP_UPDATES), "--batch", str(WARM_UP_BATCH),

@@ -1,4 +1,4 @@
-"""Supervised training with the project's own actor, on one rank: what the demo's model starts from.
+"""Supervised training with the project's own actor, data-parallel: what the demo's model starts from.
 
     python -m dapo_megatron.trainer.warm_up --config CONFIG --out FOLDER --updates 250 --batch 256
 
@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from dapo_megatron.actor.actor import Actor
 from dapo_megatron.actor.objectives import SupervisedObjective
 from dapo_megatron.actor.parallel import init_parallel
+from dapo_megatron.batching.batch import MicroBatch
 from dapo_megatron.batching.build import build_step_batch
 from dapo_megatron.config import RunConfig, load_config
 from dapo_megatron.records import Group, Prompt, Response, VersionSpan
@@ -43,10 +44,12 @@ def main() -> int:
     actor.load_hf(config.model.path)
     examples = supervised_groups(config)
     for update in range(1, args.updates + 1):
-        metrics = actor.update(_batch(config, examples, update, args.batch), SupervisedObjective(), None)
-        if update % 25 == 0:
+        shards = supervised_shards(config, examples, update, args.batch)
+        metrics = actor.update(shards[layout.dp_rank], SupervisedObjective(), None)
+        if update % 25 == 0 and layout.rank == 0:
             print(f"update {update}/{args.updates} loss {metrics['policy/loss']:.3f}", flush=True)
-    _save(actor, Path(config.model.path), args.out)
+    if layout.rank == 0:
+        _save(actor, Path(config.model.path), args.out)
     return 0
 
 
@@ -65,7 +68,8 @@ def supervised_groups(config: RunConfig) -> list[Group]:
     return groups
 
 
-def _batch(config: RunConfig, examples: list[Group], update: int, size: int):
+def supervised_shards(config: RunConfig, examples: list[Group], update: int, size: int) -> list[list[MicroBatch]]:
+    """A random choice of `size` examples, one shard for each data-parallel rank."""
     chosen = random.Random(f"{config.seed}/{update}").sample(examples, size)
     batch = build_step_batch(
         chosen,
@@ -74,11 +78,11 @@ def _batch(config: RunConfig, examples: list[Group], update: int, size: int):
         seed=config.seed,
         mini_batch_groups=size,
         aggregation="token",
-        data_parallel_size=1,
+        data_parallel_size=config.actor.data_parallel_size,
         micro_batch_tokens=config.actor.micro_batch_tokens,
         pad_multiple=1,
     )
-    return batch.mini_batches[0].shards[0]
+    return batch.mini_batches[0].shards
 
 
 def _save(actor: Actor, source: Path, out: Path) -> None:
