@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from dapo_megatron.config import RunConfig, check_model, fields, load_config, value_of
+from dapo_megatron.config import RunConfig, fields, load_config, value_of
 from dapo_megatron.errors import DapoError, exit_code
 
 app = typer.Typer(
@@ -88,6 +88,7 @@ def check_inputs(config: RunConfig) -> None:
     """
     import transformers
 
+    from dapo_megatron.actor.fit import check_fit
     from dapo_megatron.weights.families import model_shape
 
     folder = Path(config.model.path)
@@ -96,9 +97,7 @@ def check_inputs(config: RunConfig) -> None:
     for name, path in (("data.train", config.data.train), ("data.eval", config.data.eval)):
         if path is not None and not Path(path).exists():
             raise DapoError(f"{name}={path} does not exist")
-    hf = transformers.AutoConfig.from_pretrained(folder)
-    check_model(config, hf)
-    model_shape(hf)
+    check_fit(config, model_shape(transformers.AutoConfig.from_pretrained(folder)))
 
 
 def _print_plan(config: RunConfig) -> None:

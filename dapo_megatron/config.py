@@ -1,7 +1,7 @@
 """Every option of a run, once: one typed tree, read from a YAML recipe and dotted overrides.
 
-The text under a field is its documentation (`dapo-megatron config --explain` prints it). Validation that needs the
-model's own config (heads, layers, vocabulary against the layout) is `check_model`; everything else is checked here.
+The text under a field is its documentation (`dapo-megatron config --explain` prints it). What needs the model's own
+config (heads, layers, vocabulary against the layout) is checked by actor.fit.check_fit; everything else here.
 """
 
 from __future__ import annotations
@@ -139,12 +139,20 @@ class ActorConfig(Section):
     """Ranks that share each layer (TP)."""
     pipeline_model_parallel_size: int = Field(1, ge=1)
     """Stages of layers (PP)."""
+    virtual_pipeline_model_parallel_size: int = Field(1, ge=1)
+    """Pieces of layers that each pipeline stage holds, interleaved (VPP); 1 is off."""
+    context_parallel_size: int = Field(1, ge=1)
+    """Ranks that share each sequence (CP)."""
+    expert_model_parallel_size: int = Field(1, ge=1)
+    """Ranks that share the experts of a layer (EP), taken out of DP x CP; experts are split over TP as well."""
     data_parallel_size: int = Field(1, ge=1)
     """Copies of the model that share each mini-batch (DP)."""
     sequence_parallel: bool = True
     """Split activations between layers along the sequence over TP (used where TP > 1)."""
     micro_batch_tokens: int = Field(16384, ge=1)
-    """Token budget of one packed micro-batch; a longer sequence stands alone."""
+    """Token budget of one packed micro-batch, over its CP ranks together; a longer sequence stands alone."""
+    loss_chunk_tokens: int = Field(256, ge=1)
+    """Tokens whose logits exist at a time in the loss."""
     recompute: bool = False
     """Recompute every layer's activations in backward."""
     layer_spec: Literal["auto", "torch", "transformer_engine"] = "auto"
@@ -252,7 +260,12 @@ class RunConfig(Section):
     def world_size(self) -> int:
         """Trainer ranks."""
         a = self.actor
-        return a.tensor_model_parallel_size * a.pipeline_model_parallel_size * a.data_parallel_size
+        return (
+            a.tensor_model_parallel_size
+            * a.pipeline_model_parallel_size
+            * a.context_parallel_size
+            * a.data_parallel_size
+        )
 
     @property
     def engine_dtype(self) -> str:
@@ -293,37 +306,20 @@ class RunConfig(Section):
                 f"trainer.mini_batch_prompts={t.mini_batch_prompts} must divide "
                 f"rollout.prompts_per_step={r.prompts_per_step}"
             )
+        a = self.actor
+        if a.virtual_pipeline_model_parallel_size > 1 and a.pipeline_model_parallel_size == 1:
+            raise ValueError(
+                f"actor.virtual_pipeline_model_parallel_size={a.virtual_pipeline_model_parallel_size} needs "
+                "actor.pipeline_model_parallel_size of at least 2"
+            )
+        if (a.data_parallel_size * a.context_parallel_size) % a.expert_model_parallel_size:
+            raise ValueError(
+                f"actor.expert_model_parallel_size={a.expert_model_parallel_size} must divide data_parallel_size x "
+                f"context_parallel_size = {a.data_parallel_size * a.context_parallel_size}"
+            )
         if algo.importance_cap is not None and algo.old_logprobs == "rollout":
             raise ValueError("algorithm.importance_cap needs algorithm.old_logprobs=actor")
         return self
-
-
-def check_model(config: RunConfig, hf: Any) -> None:
-    """Check a Hugging Face model config against the layout.
-
-    Args:
-        hf: transformers config (num_attention_heads, num_key_value_heads, num_hidden_layers, max_position_embeddings).
-
-    Raises:
-        DapoError: one line that names both numbers.
-    """
-    tp, pp = config.actor.tensor_model_parallel_size, config.actor.pipeline_model_parallel_size
-    kv_heads = getattr(hf, "num_key_value_heads", hf.num_attention_heads)
-    for what, count in (("attention heads", hf.num_attention_heads), ("key-value heads", kv_heads)):
-        if count % tp:
-            raise DapoError(f"actor.tensor_model_parallel_size={tp} does not divide the model's {count} {what}")
-    for what, count in (("intermediate size", hf.intermediate_size), ("vocabulary of", hf.vocab_size)):
-        if count % tp:
-            raise DapoError(f"actor.tensor_model_parallel_size={tp} does not divide the model's {what} {count}")
-    if hf.num_hidden_layers % pp:
-        raise DapoError(
-            f"actor.pipeline_model_parallel_size={pp} does not divide the model's {hf.num_hidden_layers} layers"
-        )
-    if config.engine.context_length > hf.max_position_embeddings:
-        raise DapoError(
-            f"engine.context_length={config.engine.context_length} exceeds the model's "
-            f"max_position_embeddings={hf.max_position_embeddings}"
-        )
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:

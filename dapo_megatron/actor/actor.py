@@ -1,8 +1,9 @@
 """The Megatron policy: log-probs of given tokens, and one optimizer update on one mini-batch.
 
-Every token's weight already contains its denominator (batching/), so the loss is sum(weight * loss) over micro-batches,
-pipeline and data parallelism, and nothing here divides. megatron-core's per-token mode divides the gradients by the
-token count summed over data parallelism; `_count` makes that sum exactly 1.
+Every token's weight already contains its denominator (batching/), so the loss is sum(weight * loss) over micro-batches
+and over all ranks, each of which evaluates its own rows (slices.own_rows), and nothing here divides. megatron-core's
+per-token mode divides the gradients by the token count summed over data and context parallelism; `_count` makes that
+sum exactly 1.
 """
 
 import math
@@ -10,17 +11,20 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 
-from dapo_megatron.actor.logprobs import vocab_parallel_logprobs
-from dapo_megatron.actor.model import build_model
+from dapo_megatron.actor.model import PolicyModel, build_model
 from dapo_megatron.actor.objectives import Objective, TrainedTokens
 from dapo_megatron.actor.optimizer import build_optimizer, build_schedule
 from dapo_megatron.actor.parallel import Layout
+from dapo_megatron.actor.slices import OwnRows, context_rows, own_rows
+from dapo_megatron.actor.token_loss import token_logprobs
 from dapo_megatron.batching.batch import MicroBatch
 from dapo_megatron.config import RunConfig
 from dapo_megatron.weights.families import ModelShape
@@ -36,24 +40,25 @@ class Actor:
             torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         )
         self.model = build_model(config, shape)
+        self.modules: list[PolicyModel] = [chunk.module for chunk in self.model]
         self.optimizer = build_optimizer(config, self.model)
         self.schedule = build_schedule(config, self.optimizer)
         self.temperature = config.rollout.temperature
 
     def load_hf(self, path: str | Path) -> None:
         """Set the weights from a Hugging Face folder."""
-        load_hf_weights(path, self.model.module, self.shape, self.layout.tp_size, self.layout.tp_rank)
+        load_hf_weights(path, self.modules, self.shape)
         self.optimizer.reload_model_params()
 
     def logprobs(self, shard: list[MicroBatch], temperature: float | None = None) -> list[torch.Tensor]:
-        """Log-probs of the active labels of each micro-batch under the current weights.
+        """Log-probs, under the current weights, of the labels that this rank evaluates (see `own`).
 
         Args:
             shard: this data-parallel rank's micro-batches.
             temperature: divides the logits; the rollout's by default.
 
         Returns:
-            One float32 tensor [active] a micro-batch on the last pipeline stage, an empty list elsewhere.
+            One float32 tensor [n] a micro-batch on the last pipeline stage, an empty list elsewhere.
         """
         with torch.no_grad():
             stored = self._run(
@@ -68,16 +73,17 @@ class Actor:
 
         Args:
             shard: this data-parallel rank's micro-batches of the mini-batch.
-            old_logprobs: from logprobs() on the same micro-batches; None takes the update's own (the ratio is 1).
+            old_logprobs: of this rank's own labels, from logprobs() on the same micro-batches; None takes the
+                update's own (the ratio is 1).
 
         Returns:
-            The objective's metrics with policy/loss, optimizer/grad_norm, optimizer/lr and optimizer/skipped, equal on
+            The objective's metrics with policy/loss, policy/tokens (trained), optimizer/grad_norm, optimizer/lr and optimizer/skipped, equal on
             all ranks. A non-finite gradient skips the update and is counted.
         """
-        self.model.zero_grad_buffer()
+        for chunk in self.model:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        old = old_logprobs if self.layout.is_last_stage else None
-        stored = self._run(shard, partial(self._loss, objective=objective, old=old), forward_only=False)
+        stored = self._run(shard, partial(self._loss, objective=objective, old=old_logprobs), forward_only=False)
         metrics = self._reduce(objective, stored)
 
         self.schedule.step(1)
@@ -92,40 +98,71 @@ class Actor:
             "optimizer/skipped": float(not finite),
         }
 
+    def own(self, micro_batch: MicroBatch) -> np.ndarray:
+        """Positions of the trained labels that this rank evaluates; disjoint over the ranks of a stage. [n] int64."""
+        rows = self._rows(micro_batch)
+        return rows.positions[rows.real]
+
+    def own_column(self, micro_batch: MicroBatch, values: np.ndarray) -> torch.Tensor:
+        """The entries of a per-token array that belong to this rank's own labels; [n] on its device."""
+        return torch.from_numpy(values[self.own(micro_batch)]).to(self.device)
+
+    def _rows(self, micro_batch: MicroBatch) -> OwnRows:
+        layout = self.layout
+        return own_rows(
+            micro_batch,
+            cp_size=layout.cp_size,
+            cp_rank=layout.cp_rank,
+            tp_size=layout.tp_size,
+            tp_rank=layout.tp_rank,
+            sequence_parallel=self.modules[0].config.sequence_parallel,
+        )
+
     def _run(self, shard: list[MicroBatch], loss_func, *, forward_only: bool) -> list[dict]:
         def forward_step(iterator: Iterator[tuple[int, MicroBatch]], model):
             index, micro_batch = next(iterator)
-            tokens = torch.from_numpy(micro_batch.tokens).to(self.device)[None]
-            positions = torch.from_numpy(micro_batch.position_ids).to(self.device)[None]
-            logits = model(tokens, positions, None, packed_seq_params=_packed(micro_batch, self.device))
-            return logits, partial(loss_func, index, micro_batch)
+            held = context_rows(micro_batch.cu_seqlens, self.layout.cp_size, self.layout.cp_rank)
+            tokens = torch.from_numpy(micro_batch.tokens[held]).to(self.device)[None]
+            positions = torch.from_numpy(micro_batch.position_ids[held]).to(self.device)[None]
+            hidden = model(tokens, positions, None, packed_seq_params=_packed(micro_batch, self.device))
+            return hidden, partial(loss_func, index, micro_batch)
 
+        iterators = [iter(enumerate(shard)) for _ in self.model]
+        one = len(self.model) == 1
         return get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=iter(enumerate(shard)),
-            model=self.model,
+            data_iterator=iterators[0] if one else iterators,
+            model=self.model[0] if one else self.model,
             num_microbatches=len(shard),
             seq_length=len(shard[0].tokens),
             micro_batch_size=1,
             forward_only=forward_only,
         )
 
-    def _active(self, micro_batch: MicroBatch, logits: torch.Tensor, temperature: float):
-        rows = torch.from_numpy(micro_batch.active.nonzero()[0]).to(self.device)
-        labels = torch.from_numpy(micro_batch.labels).to(self.device)[rows]
-        group = mpu.get_tensor_model_parallel_group()
-        return rows, *vocab_parallel_logprobs(logits[0, rows], labels, temperature, group)
+    def _own_logprobs(self, micro_batch: MicroBatch, hidden: torch.Tensor, temperature: float):
+        """(log-probs, entropies) of this rank's own labels, from the last stage's hidden states [s, 1, h]."""
+        rows, group = self._rows(micro_batch), mpu.get_tensor_model_parallel_group()
+        hidden = hidden[torch.from_numpy(rows.hidden).to(self.device), 0]
+        if self.layout.tp_size > 1 and not self.modules[-1].config.sequence_parallel:
+            hidden = scatter_to_sequence_parallel_region(hidden, group=group)
+        logprobs, entropy = token_logprobs(
+            hidden,
+            self.modules[-1].output_weight,
+            torch.from_numpy(rows.labels).to(self.device),
+            temperature,
+            self.config.actor.loss_chunk_tokens,
+            group,
+        )
+        real = torch.from_numpy(rows.real).to(self.device)
+        return logprobs[real], entropy[real]
 
-    def _score(self, index: int, micro_batch: MicroBatch, logits: torch.Tensor, *, temperature: float):
-        _, logprobs, _ = self._active(micro_batch, logits, temperature)
+    def _score(self, index: int, micro_batch: MicroBatch, hidden: torch.Tensor, *, temperature: float):
+        logprobs, _ = self._own_logprobs(micro_batch, hidden, temperature)
         return logprobs.sum(), _count(index, self.layout), {"logprobs": logprobs}
 
-    def _loss(self, index: int, micro_batch: MicroBatch, logits: torch.Tensor, *, objective: Objective, old):
-        rows, logprobs, entropy = self._active(micro_batch, logits, self.temperature)
-
-        def column(values):
-            return torch.from_numpy(values).to(self.device)[rows]
-
+    def _loss(self, index: int, micro_batch: MicroBatch, hidden: torch.Tensor, *, objective: Objective, old):
+        logprobs, entropy = self._own_logprobs(micro_batch, hidden, self.temperature)
+        column = partial(self.own_column, micro_batch)
         tokens = TrainedTokens(
             logprobs=logprobs,
             entropy=entropy,
@@ -135,23 +172,22 @@ class Actor:
         )
         token_loss, sums = objective(tokens)
         loss = (column(micro_batch.weights) * token_loss).sum()
-        own = torch.stack([loss.detach().double(), torch.tensor(len(rows), device=self.device, dtype=torch.float64)])
+        own = torch.stack([loss.detach().double(), loss.new_tensor(logprobs.numel(), dtype=torch.float64)])
         return loss, _count(index, self.layout), {"sums": torch.cat([own, sums])}
 
     def _reduce(self, objective: Objective, stored: list[dict]) -> dict[str, float]:
         total = torch.zeros(2 + len(objective.sums), dtype=torch.float64, device=self.device)
         for entry in stored:  # empty but on the last stage
             total += entry["sums"]
-        dist.all_reduce(total, group=mpu.get_pipeline_model_parallel_group())
-        dist.all_reduce(total, group=mpu.get_data_parallel_group())
+        dist.all_reduce(total)  # every trained label was evaluated by exactly one rank
         loss, tokens, *sums = total.tolist()
         named = dict(zip(objective.sums, sums, strict=True))
-        return {"policy/loss": loss} | objective.metrics(named, tokens)
+        return {"policy/loss": loss, "policy/tokens": tokens} | objective.metrics(named, tokens)
 
 
 def _count(index: int, layout: Layout) -> torch.Tensor:
-    # 1 on the first micro-batch of data-parallel rank 0, else 0: megatron-core divides by the sum, which is 1.
-    return torch.tensor(int(index == 0 and layout.dp_rank == 0), dtype=torch.int)
+    # 1 on the first micro-batch of the first replica, else 0: megatron-core divides by the sum, which is 1.
+    return torch.tensor(int(index == 0 and layout.is_first_replica), dtype=torch.int)
 
 
 def _packed(micro_batch: MicroBatch, device: torch.device) -> PackedSeqParams:

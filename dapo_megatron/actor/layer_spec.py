@@ -6,19 +6,23 @@ normalisation that knows sequence parallelism, and attention over packed sequenc
 
 import importlib.util
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state as mpu
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
+from dapo_megatron.actor.slices import context_order, context_rows
 from dapo_megatron.errors import DapoError
 
 
-def layer_spec(config: TransformerConfig, kind: str) -> ModuleSpec:
-    """The decoder block's spec; `kind` is actor.layer_spec: auto, torch or transformer_engine.
+def layer_spec(config: TransformerConfig, kind: str, vp_stage: int | None) -> TransformerBlockSubmodules:
+    """Layers of one piece of the decoder; `kind` is actor.layer_spec: auto, torch or transformer_engine.
 
     Raises:
         DapoError: transformer_engine was asked for and is not installed.
@@ -29,13 +33,13 @@ def layer_spec(config: TransformerConfig, kind: str) -> ModuleSpec:
             "actor.layer_spec=transformer_engine, but TransformerEngine is not installed: pip install '.[te]'"
         )
     if kind == "transformer_engine" or (kind == "auto" and available):
-        return get_gpt_decoder_block_spec(config, use_transformer_engine=True)
-    return torch_block_spec(config)
+        return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
+    return torch_block_spec(config, vp_stage)
 
 
-def torch_block_spec(config: TransformerConfig) -> ModuleSpec:
+def torch_block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
     """megatron-core's local block spec with TorchRMSNorm and PackedAttention in place."""
-    block = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm")
+    block = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=vp_stage)
     for layer in block.layer_specs:
         parts = layer.submodules
         parts.input_layernorm = parts.pre_mlp_layernorm = TorchRMSNorm
@@ -60,24 +64,46 @@ class TorchRMSNorm(torch.nn.RMSNorm):
 
 
 class PackedAttention(MegatronModule):
-    """Causal attention over packed sequences on torch's scaled_dot_product_attention."""
+    """Causal attention over packed sequences on torch's scaled_dot_product_attention.
 
-    def __init__(self, config: TransformerConfig, *_, softmax_scale: float | None = None, **__):
+    Under context parallelism every rank gathers keys and values of all ranks and answers its own queries.
+    """
+
+    def __init__(self, config: TransformerConfig, *_, softmax_scale: float | None = None, pg_collection=None, **__):
         super().__init__(config=config)
         self.scale = softmax_scale
+        self.cp_group = pg_collection.cp if pg_collection is not None else mpu.get_context_parallel_group()
 
     def forward(
         self, query, key, value, attention_mask, attn_mask_type=None, attention_bias=None, packed_seq_params=None
     ):
         """query [t, heads, d], key and value [t, kv heads, d] -> [t, heads, d]; sequences end at cu_seqlens_q."""
+        cu_seqlens = packed_seq_params.cu_seqlens_q
+        cp = self.cp_group.size()
+        if cp == 1:
+            return self._attend(query, key, value, cu_seqlens, cu_seqlens, None)
+        order = torch.from_numpy(context_order(cu_seqlens.cpu().numpy(), cp)).to(key.device)
+        key, value = (gather_from_sequence_parallel_region(x, group=self.cp_group)[order] for x in (key, value))
+        return self._attend(query, key, value, cu_seqlens // cp, cu_seqlens, self.cp_group.rank())
+
+    def _attend(self, query, key, value, cu_queries, cu_keys, cp_rank: int | None):
         output = torch.empty_like(query)
-        for rows in _rows_by_length(packed_seq_params.cu_seqlens_q):
-            q, k, v = (x[rows].transpose(1, 2) for x in (query, key, value))  # [n, heads, length, d]
+        for q_rows, k_rows in zip(_rows_by_length(cu_queries), _rows_by_length(cu_keys), strict=True):
+            q = query[q_rows].transpose(1, 2)  # [n, heads, length, d]
+            k, v = (x[k_rows].transpose(1, 2) for x in (key, value))
+            mask = None if cp_rank is None else _zigzag_mask(q.size(2), k.size(2), cp_rank, q.device)
             part = F.scaled_dot_product_attention(
-                q, k, v, is_causal=True, scale=self.scale, enable_gqa=q.size(1) != k.size(1)
+                q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=q.size(1) != k.size(1)
             )
-            output = output.index_put((rows,), part.transpose(1, 2))
+            output = output.index_put((q_rows,), part.transpose(1, 2))
         return output
+
+
+def _zigzag_mask(queries: int, keys: int, cp_rank: int, device: torch.device) -> torch.Tensor:
+    """[queries, keys] bool: which keys of a whole sequence this context-parallel rank's queries may see."""
+    boundaries = np.array([0, keys], dtype=np.int32)
+    positions = torch.from_numpy(context_rows(boundaries, keys // queries, cp_rank)).to(device)
+    return positions[:, None] >= torch.arange(keys, device=device)
 
 
 def _rows_by_length(cu_seqlens: torch.Tensor) -> list[torch.Tensor]:

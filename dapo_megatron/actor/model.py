@@ -1,4 +1,9 @@
-"""The policy as a megatron-core GPTModel, built from the numbers of a Hugging Face config."""
+"""The policy as a megatron-core GPTModel, built from the numbers of a Hugging Face config.
+
+With an interleaved pipeline (VPP) a rank holds several pieces of the model; everywhere else the list has one.
+"""
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +22,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def transformer_config(actor: ActorConfig, shape: ModelShape, dtype: torch.dtype) -> TransformerConfig:
     """megatron-core's config for this model and layout."""
     tp, pp = actor.tensor_model_parallel_size, actor.pipeline_model_parallel_size
+    pieces, cp = actor.virtual_pipeline_model_parallel_size, actor.context_parallel_size
     return TransformerConfig(
         num_layers=shape.layers,
         hidden_size=shape.hidden,
@@ -35,10 +41,18 @@ def transformer_config(actor: ActorConfig, shape: ModelShape, dtype: torch.dtype
         attention_dropout=0.0,
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
+        virtual_pipeline_model_parallel_size=pieces if pieces > 1 else None,
+        context_parallel_size=cp,
+        expert_model_parallel_size=actor.expert_model_parallel_size,
         sequence_parallel=actor.sequence_parallel and tp > 1,
-        # Packed micro-batches differ in length, so pipeline stages exchange shapes before tensors.
-        variable_seq_lengths=pp > 1,
+        # Packed micro-batches differ in length, so pipeline stages exchange shapes before tensors. The interleaved
+        # schedule gets equal lengths instead: batch_p2p_comm, which it would exchange shapes and tensors by, mixes up
+        # the two directions between two stages and is silently wrong.
+        variable_seq_lengths=pp > 1 and pieces == 1,
+        batch_p2p_comm=pieces == 1,
+        overlap_p2p_comm=pieces > 1,
         moe_token_dispatcher_type="alltoall",  # the default is refused with variable lengths, experts or not
+        **_expert_options(shape),
         # The loss is a weighted sum whose denominators are already in the weights: see actor.actor.
         calculate_per_token_loss=True,
         params_dtype=dtype,
@@ -56,23 +70,62 @@ def transformer_config(actor: ActorConfig, shape: ModelShape, dtype: torch.dtype
     )
 
 
-def build_model(config: RunConfig, shape: ModelShape) -> DistributedDataParallel:
-    """This rank's pipeline stage, wrapped for data parallelism; weights are not set."""
+def _expert_options(shape: ModelShape) -> dict[str, Any]:
+    if shape.experts is None:
+        return {}
+    return dict(
+        num_moe_experts=shape.experts.count,
+        moe_router_topk=shape.experts.per_token,
+        moe_ffn_hidden_size=shape.experts.ffn,
+        # Softmax over the chosen experts equals softmax over all of them, renormalised over the chosen.
+        moe_router_pre_softmax=not shape.experts.renormalise,
+        moe_router_dtype="fp32",
+        # The policy gradient is all that trains: no auxiliary loss, and no token is dropped.
+        moe_router_load_balancing_type="none",
+        moe_aux_loss_coeff=0.0,
+        moe_z_loss_coeff=None,
+        moe_expert_capacity_factor=None,
+        moe_grouped_gemm=False,
+    )
+
+
+class PolicyModel(GPTModel):
+    """GPTModel that ends in hidden states [s, 1, h]: actor.token_loss makes the logits, a chunk at a time."""
+
+    def _postprocess(self, hidden_states, *_, **__):
+        return hidden_states
+
+    @property
+    def output_weight(self) -> torch.Tensor:
+        """[vocab / TP, h] of the output layer, on the last stage."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+
+def build_model(config: RunConfig, shape: ModelShape) -> list[DistributedDataParallel]:
+    """This rank's pieces of the model, each wrapped for data parallelism; weights are not set."""
     mcore = transformer_config(config.actor, shape, DTYPES[config.model.dtype])
-    model = GPTModel(
+    mcore.finalize_model_grads_func = finalize_model_grads
+    ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
+    pieces = config.actor.virtual_pipeline_model_parallel_size
+    stages = range(pieces) if pieces > 1 else [None]
+    return [DistributedDataParallel(mcore, ddp, _piece(config, shape, mcore, stage)) for stage in stages]
+
+
+def _piece(config: RunConfig, shape: ModelShape, mcore: TransformerConfig, vp_stage: int | None) -> PolicyModel:
+    return PolicyModel(
         mcore,
-        layer_spec(mcore, config.actor.layer_spec),
+        layer_spec(mcore, config.actor.layer_spec, vp_stage),
         vocab_size=shape.vocab,
         max_sequence_length=shape.max_positions,
-        pre_process=mpu.is_pipeline_first_stage(),
-        post_process=mpu.is_pipeline_last_stage(),
+        pre_process=mpu.is_pipeline_first_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage),
+        post_process=mpu.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage),
         parallel_output=True,
         share_embeddings_and_output_weights=shape.tied,
         position_embedding_type="rope",
         rotary_base=shape.rope_theta,
         rope_scaling=shape.rope_scaling_factor is not None,
         rope_scaling_factor=shape.rope_scaling_factor or 1.0,
+        vp_stage=vp_stage,
     )
-    ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
-    mcore.finalize_model_grads_func = finalize_model_grads
-    return DistributedDataParallel(mcore, ddp, model)

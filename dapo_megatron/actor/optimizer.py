@@ -10,7 +10,7 @@ from dapo_megatron.actor.model import DTYPES
 from dapo_megatron.config import RunConfig
 
 
-def build_optimizer(config: RunConfig, model: DistributedDataParallel) -> MegatronOptimizer:
+def build_optimizer(config: RunConfig, model: list[DistributedDataParallel]) -> MegatronOptimizer:
     """AdamW with float32 state, sharded over data parallelism."""
     o = config.optimizer
     dtype = DTYPES[config.model.dtype]
@@ -27,7 +27,7 @@ def build_optimizer(config: RunConfig, model: DistributedDataParallel) -> Megatr
             params_dtype=dtype,
             use_distributed_optimizer=True,
         ),
-        [model],
+        model,
     )
 
 

@@ -21,8 +21,16 @@ class Layout:
     tp_rank: int
     pp_size: int
     pp_rank: int
+    cp_size: int
+    cp_rank: int
+    ep_size: int
+    ep_rank: int
+    etp_size: int
+    """Ranks that share one expert's matrices; megatron-core's default is TP."""
+    etp_rank: int
     dp_size: int
     dp_rank: int
+    """Without context parallelism: ranks that see different sequences."""
     control: dist.ProcessGroup
     """All ranks, gloo, with the deadline of waiting for a batch: for messages and verdicts, never for tensors."""
 
@@ -30,6 +38,11 @@ class Layout:
     def is_last_stage(self) -> bool:
         """Whether this rank holds the output layer."""
         return self.pp_rank == self.pp_size - 1
+
+    @property
+    def is_first_replica(self) -> bool:
+        """Whether this rank holds the stage's parameters first, of all data- and context-parallel copies."""
+        return self.dp_rank == 0 and self.cp_rank == 0
 
 
 def init_parallel(config: RunConfig) -> Layout:
@@ -43,12 +56,17 @@ def init_parallel(config: RunConfig) -> Layout:
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=deadline)
     if dist.get_world_size() != config.world_size:
         raise DapoError(
-            f"the actor's layout needs {config.world_size} ranks (TP x PP x DP), {dist.get_world_size()} were started"
+            f"the actor's layout needs {config.world_size} ranks (TP x PP x CP x DP), "
+            f"{dist.get_world_size()} were started"
         )
     actor = config.actor
+    pieces = actor.virtual_pipeline_model_parallel_size
     mpu.initialize_model_parallel(
         tensor_model_parallel_size=actor.tensor_model_parallel_size,
         pipeline_model_parallel_size=actor.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=pieces if pieces > 1 else None,
+        context_parallel_size=actor.context_parallel_size,
+        expert_model_parallel_size=actor.expert_model_parallel_size,
         distributed_timeout_minutes=max(1, int(config.trainer.collective_timeout_s / 60)),
     )
     torch.manual_seed(config.seed)
@@ -59,6 +77,12 @@ def init_parallel(config: RunConfig) -> Layout:
         tp_rank=mpu.get_tensor_model_parallel_rank(),
         pp_size=mpu.get_pipeline_model_parallel_world_size(),
         pp_rank=mpu.get_pipeline_model_parallel_rank(),
+        cp_size=mpu.get_context_parallel_world_size(),
+        cp_rank=mpu.get_context_parallel_rank(),
+        ep_size=mpu.get_expert_model_parallel_world_size(),
+        ep_rank=mpu.get_expert_model_parallel_rank(),
+        etp_size=mpu.get_expert_tensor_parallel_world_size(),
+        etp_rank=mpu.get_expert_tensor_parallel_rank(),
         dp_size=mpu.get_data_parallel_world_size(),
         dp_rank=mpu.get_data_parallel_rank(),
         control=dist.new_group(backend="gloo", timeout=timedelta(seconds=config.trainer.batch_timeout_s)),

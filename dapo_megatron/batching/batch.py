@@ -3,14 +3,15 @@
 import msgspec
 import numpy as np
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 class MicroBatch(msgspec.Struct, eq=False):
     """Whole sequences packed one after the other: T tokens go through the model in one pass.
 
     Position t predicts token t + 1 of its sequence: what belongs to a token stands where it is the *label*.
-    Padding, where there is any, is the last entry of `cu_seqlens`: a sequence of its own with weight 0.
+    Padding has weight 0. Context parallelism pads each sequence at its end, where causal attention keeps it out of
+    sight of the real tokens; what else is missing to the total is a sequence of its own, the last of `cu_seqlens`.
     """
 
     tokens: np.ndarray
@@ -20,7 +21,7 @@ class MicroBatch(msgspec.Struct, eq=False):
     position_ids: np.ndarray
     """[T] int64: restarts at 0 with each sequence."""
     cu_seqlens: np.ndarray
-    """[n + 1] int32: boundaries of the n sequences, from 0 to T."""
+    """[n + 1] int32: boundaries of the n sequences with their padding, from 0 to T."""
     weights: np.ndarray
     """[T] float32: weight of the label's loss; 0 for prompt, padding, masked tokens and last positions."""
     advantages: np.ndarray
@@ -31,6 +32,8 @@ class MicroBatch(msgspec.Struct, eq=False):
     """[T] bool: the label is a response token that is trained."""
     sequences: list[tuple[str, int]]
     """(prompt id, sample index) of each sequence, in order, padding left out."""
+    real_tokens: int
+    """Tokens that are not padding."""
 
 
 class MiniBatch(msgspec.Struct, eq=False):

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 
 from dapo_megatron.algorithm.objective import Aggregation, token_weights
 from dapo_megatron.batching.batch import MicroBatch, MiniBatch, StepBatch
-from dapo_megatron.batching.packing import Sample, check_response, pack_micro_batch
+from dapo_megatron.batching.packing import Sample, check_response, pack_micro_batch, padded
 from dapo_megatron.batching.partition import balance, pack
+from dapo_megatron.batching.rules import PackingRules
 from dapo_megatron.records import Group
 
 
@@ -22,19 +23,16 @@ def build_step_batch(
     seed: int,
     mini_batch_groups: int,
     aggregation: Aggregation,
-    data_parallel_size: int,
-    micro_batch_tokens: int,
-    pad_multiple: int,
+    rules: PackingRules,
 ) -> StepBatch:
     """Batch the groups of one rollout step; their responses carry verdict, mask and advantage already.
 
     Args:
         groups: at least one; their order does not matter.
         version: policy version that is trained.
-        seed: the run's; with `step` it decides which groups share a mini-batch.
+        seed, step: decide which groups share a mini-batch.
         mini_batch_groups: groups of one update; the last mini-batch takes what is left over.
-        micro_batch_tokens: budget of one micro-batch, padding included; a longer sequence stands alone.
-        pad_multiple: every micro-batch is padded to a multiple of it (sequence parallelism, FP8).
+        rules: what the layout demands of micro-batches.
 
     Raises:
         DapoError: a response whose per-token lists disagree, or a prompt without tokens.
@@ -47,39 +45,31 @@ def build_step_batch(
             check_response(group.prompt, response)
 
     shuffled = sorted(groups, key=lambda group: _shuffle_key(seed, step, group))
-    mini_batches = [
-        _mini_batch(
-            shuffled[start : start + mini_batch_groups],
-            aggregation,
-            data_parallel_size,
-            micro_batch_tokens,
-            pad_multiple,
-        )
-        for start in range(0, len(shuffled), mini_batch_groups)
-    ]
+    parts = [shuffled[i : i + mini_batch_groups] for i in range(0, len(shuffled), mini_batch_groups)]
+    mini_batches = [MiniBatch(shards=shard_samples(weighted_samples(part, aggregation), rules)) for part in parts]
     return StepBatch(step=step, version=version, mini_batches=mini_batches, metrics=_metrics(mini_batches))
 
 
-def _shuffle_key(seed: int, step: int, group: Group) -> bytes:
-    """Sorting by a hash is a shuffle that neither the input's order nor a library's version can change."""
-    return hashlib.sha256(f"{seed}/{step}/{group.order}/{group.prompt.id}".encode()).digest()
+def shard_samples(samples: Sequence[Sample], rules: PackingRules) -> list[list[MicroBatch]]:
+    """Spread samples over the data-parallel ranks and pack each rank's into micro-batches.
+
+    Where the layout asks for more micro-batches than there is work for, the rest is padding alone.
+    """
+    lengths = [padded(sample.length, rules.sequence_multiple) for sample in samples]
+    budget = rules.micro_batch_tokens // rules.total_multiple * rules.total_multiple
+    bins = []
+    for items in balance(lengths, rules.data_parallel_size):
+        packed = pack([lengths[i] for i in items], budget) or [[]]
+        bins.append([[samples[items[i]] for i in b] for b in packed])
+    most = max(len(b) for b in bins)
+    for b in bins:
+        wanted = padded(most if rules.equal_counts else len(b), rules.count_multiple)
+        b += [[] for _ in range(wanted - len(b))]
+    return [_pack_shard(b, rules) for b in bins]
 
 
-def _mini_batch(
-    groups: Sequence[Group], aggregation: Aggregation, ranks: int, micro_batch_tokens: int, pad_multiple: int
-) -> MiniBatch:
-    samples = _weighted_samples(groups, aggregation)
-    budget = micro_batch_tokens // pad_multiple * pad_multiple
-
-    def shard(items: list[int]) -> list[MicroBatch]:
-        mine = [samples[i] for i in items]
-        bins = pack([sample.length for sample in mine], budget) or [[]]
-        return [pack_micro_batch([mine[i] for i in b], pad_multiple) for b in bins]
-
-    return MiniBatch(shards=[shard(items) for items in balance([sample.length for sample in samples], ranks)])
-
-
-def _weighted_samples(groups: Sequence[Group], aggregation: Aggregation) -> list[Sample]:
+def weighted_samples(groups: Sequence[Group], aggregation: Aggregation) -> list[Sample]:
+    """The sequences of one mini-batch, each with the weight of its trained tokens."""
     active = [[sum(response.loss_mask) for response in group.responses] for group in groups]
     weights = token_weights(active, aggregation)
     return [
@@ -89,9 +79,22 @@ def _weighted_samples(groups: Sequence[Group], aggregation: Aggregation) -> list
     ]
 
 
+def _pack_shard(bins: list[list[Sample]], rules: PackingRules) -> list[MicroBatch]:
+    shard = [pack_micro_batch(b, rules.sequence_multiple, rules.total_multiple) for b in bins]
+    if rules.equal_lengths:
+        longest = max(mb.tokens.size for mb in shard)
+        shard = [pack_micro_batch(b, rules.sequence_multiple, rules.total_multiple, longest) for b in bins]
+    return shard
+
+
+def _shuffle_key(seed: int, step: int, group: Group) -> bytes:
+    """Sorting by a hash is a shuffle that neither the input's order nor a library's version can change."""
+    return hashlib.sha256(f"{seed}/{step}/{group.order}/{group.prompt.id}".encode()).digest()
+
+
 def _metrics(mini_batches: Sequence[MiniBatch]) -> dict[str, float]:
     micro_batches = [mb for mini_batch in mini_batches for shard in mini_batch.shards for mb in shard]
-    loads = [[sum(map(_real_tokens, shard)) for shard in mini_batch.shards] for mini_batch in mini_batches]
+    loads = [[sum(mb.real_tokens for mb in shard) for shard in mini_batch.shards] for mini_batch in mini_batches]
     tokens = sum(map(sum, loads))
     # The ranks meet after every update: the time lost is that of each update's heaviest rank, summed.
     heaviest, mean = sum(map(max, loads)), sum(sum(load) / len(load) for load in loads)
@@ -102,7 +105,3 @@ def _metrics(mini_batches: Sequence[MiniBatch]) -> dict[str, float]:
         "batch/real_token_share": tokens / sum(mb.tokens.size for mb in micro_batches),
         "batch/imbalance": heaviest / mean,
     }
-
-
-def _real_tokens(micro_batch: MicroBatch) -> int:
-    return int(micro_batch.cu_seqlens[len(micro_batch.sequences)])

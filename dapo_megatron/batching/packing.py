@@ -35,13 +35,21 @@ def check_response(prompt: Prompt, response: Response) -> None:
             raise DapoError(f"{where}: {name} has {entries} entries for {tokens} tokens; rollout.function must agree")
 
 
-def pack_micro_batch(samples: Sequence[Sample], pad_multiple: int) -> MicroBatch:
-    """Concatenate `samples` and pad the total to a positive multiple of `pad_multiple` tokens.
+def padded(count: int, multiple: int) -> int:
+    """The smallest multiple that is not less than `count`."""
+    return -(-count // multiple) * multiple
 
-    Without samples the result is padding alone: what a data-parallel rank without work runs.
+
+def pack_micro_batch(
+    samples: Sequence[Sample], sequence_multiple: int = 1, total_multiple: int = 1, at_least: int = 1
+) -> MicroBatch:
+    """Concatenate `samples`, each padded to a multiple of `sequence_multiple` tokens.
+
+    The total is padded to a multiple of `total_multiple`, not less than `at_least`. Without samples the result is
+    padding alone: what a data-parallel rank without work runs.
     """
-    lengths = [sample.length for sample in samples]
-    padding = -sum(lengths) % pad_multiple if samples else pad_multiple
+    lengths = [padded(sample.length, sequence_multiple) for sample in samples]
+    padding = padded(max(sum(lengths), at_least), total_multiple) - sum(lengths)
     if padding:
         lengths.append(padding)
     cu_seqlens = np.cumsum([0, *lengths], dtype=np.int32)
@@ -57,6 +65,7 @@ def pack_micro_batch(samples: Sequence[Sample], pad_multiple: int) -> MicroBatch
         rollout_logprobs=np.zeros(total, np.float32),
         active=np.zeros(total, np.bool_),
         sequences=[(sample.prompt.id, sample.response.sample) for sample in samples],
+        real_tokens=sum(sample.length for sample in samples),
     )
     for sample, start in zip(samples, cu_seqlens.tolist(), strict=False):
         _write(batch, sample, start)

@@ -32,7 +32,13 @@ def save_checkpoint(config: RunConfig, actor: Actor, step: int, version: int, co
             version=version,
             updates=actor.schedule.num_steps,
             architecture=actor.shape.family.architecture,
-            layout={"tp": layout.tp_size, "pp": layout.pp_size, "dp": layout.dp_size},
+            layout={
+                "tp": layout.tp_size,
+                "pp": layout.pp_size,
+                "cp": layout.cp_size,
+                "ep": layout.ep_size,
+                "dp": layout.dp_size,
+            },
         )
         store.publish(partial, run_dir, manifest, controller, config.trainer.keep_checkpoints)
 
@@ -47,7 +53,8 @@ def load_checkpoint(actor: Actor, path: Path) -> store.Manifest:
     if manifest.architecture != actor.shape.family.architecture:
         raise DapoError(f"{path} holds a {manifest.architecture}, the run is for a {actor.shape.family.architecture}")
     loaded = dist_checkpointing.load(_state(actor, is_loading=True), str(path / "model"))
-    actor.model.module.load_state_dict(loaded["model"])
+    for i, module in enumerate(actor.modules):
+        module.load_state_dict(loaded[f"model{i}"])
     actor.optimizer.load_state_dict(loaded["optimizer"])
     actor.schedule.load_state_dict(loaded["schedule"])
     if actor.schedule.num_steps != manifest.updates:
@@ -64,7 +71,7 @@ def _state(actor: Actor, *, is_loading: bool) -> dict:
         "chained_optim_avoid_prefix": True,
         "dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True),
     }
-    state = {"model": actor.model.module.sharded_state_dict(metadata=metadata)}
+    state = {f"model{i}": m.sharded_state_dict(metadata=metadata) for i, m in enumerate(actor.modules)}
     state["optimizer"] = actor.optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
     state["schedule"] = actor.schedule.state_dict()
     return state

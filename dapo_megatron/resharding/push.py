@@ -1,7 +1,7 @@
 """Send the sharded policy to the engines: one weight-update session, pipeline stage by pipeline stage.
 
     all engines      pause (retract) and open a session                          trainer rank 0
-    each stage       gather over TP -> bucket -> broadcast -> engines load it    its dp0/tp0 rank (the sender)
+    each stage       gather over TP, EP -> bucket -> broadcast -> engines load it    its dp0/cp0/tp0 rank (the sender)
     all engines      close the session, flush the KV cache, set the version, go on, report the version back
 
 Every phase ends in an exchange of verdicts among all ranks, so that a failure on one of them stops the step on all with
@@ -24,7 +24,7 @@ from dapo_megatron.errors import DapoError
 from dapo_megatron.resharding.engine_control import EngineControl
 from dapo_megatron.resharding.group import join_as_sender, open_store, sender_address
 from dapo_megatron.resharding.plan import Bucket, plan_buckets
-from dapo_megatron.weights.exporter import export_names, export_stage
+from dapo_megatron.weights.exporter import export_names, export_stage, is_sender
 
 
 class Pusher:
@@ -33,7 +33,7 @@ class Pusher:
     def __init__(self, config: RunConfig, actor: Actor, engine_urls: list[str]):
         self.actor, self.layout, self.config = actor, actor.layout, config
         self.dtype = config.engine_dtype
-        self.is_sender = self.layout.dp_rank == 0 and self.layout.tp_rank == 0
+        self.is_sender = is_sender()
         timeout = config.trainer.collective_timeout_s
         self.engines = [EngineControl(url, timeout) for url in engine_urls] if self._talks else []
         self._threads = ThreadPoolExecutor(max_workers=max(1, len(engine_urls)))
@@ -73,7 +73,7 @@ class Pusher:
                 self._on_all(lambda e: (e.pause(), e.begin_update()))
         for stage in range(self.layout.pp_size):
             with self._agreed(f"sending the weights of pipeline stage {stage}"):
-                if self.layout.dp_rank == 0 and self.layout.pp_rank == stage:
+                if self.layout.pp_rank == stage:
                     sent = self._send_stage()
         with self._agreed(f"making version {version} live"):
             if self.layout.rank == 0:
@@ -103,11 +103,10 @@ class Pusher:
             join.result()
 
     def _send_stage(self) -> int:
-        """Collective over the stage's tensor-parallel ranks; returns the bytes sent."""
-        buckets = plan_buckets(
-            export_names(self.actor.model.module, self.actor.shape), self.dtype, self.config.resharding.bucket_mb << 20
-        )
-        tensors = export_stage(self.actor.model.module, self.actor.shape)
+        """Collective over the stage's ranks; returns the bytes sent."""
+        modules, shape = self.actor.modules, self.actor.shape
+        buckets = plan_buckets(export_names(modules, shape), self.dtype, self.config.resharding.bucket_mb << 20)
+        tensors = export_stage(modules, shape)
         if not self.is_sender:
             for _ in tensors:
                 pass

@@ -1,12 +1,17 @@
 """After a push: do trainer and engine give the same log-probs? A fixed prompt set answers."""
 
+import dataclasses
+
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from dapo_megatron.actor.actor import Actor
-from dapo_megatron.batching.batch import MicroBatch
+from dapo_megatron.batching.build import shard_samples
+from dapo_megatron.batching.packing import Sample
+from dapo_megatron.batching.rules import packing_rules
 from dapo_megatron.errors import DapoError
+from dapo_megatron.records import Prompt, Response, VersionSpan
 from dapo_megatron.resharding.push import Pusher
 
 
@@ -17,14 +22,19 @@ def verify_logprobs(actor: Actor, pusher: Pusher, prompts: list[list[int]], tole
         DapoError: it exceeds `tolerance`; names the engine, the prompt and the token.
     """
     layout = actor.layout
-    shard = [prompt_micro_batch(prompt, layout.tp_size) for prompt in prompts]
+    # Every data-parallel rank scores all prompts: with experts spread over them, all must take part.
+    rules = dataclasses.replace(packing_rules(actor.config.actor), data_parallel_size=1)
+    (shard,) = shard_samples([prompt_sample(i, p) for i, p in enumerate(prompts)], rules)
     ours = actor.logprobs(shard, temperature=1.0)
-    # The engines are asked by rank 0, the log-probs are on the last stage: ship them as one padded tensor.
-    longest = max(map(len, prompts))
-    table = torch.zeros(len(prompts), longest, dtype=torch.float64)
-    if layout.is_last_stage and layout.dp_rank == 0 and layout.tp_rank == 0:
-        for row, values in zip(table, ours, strict=True):
-            row[: len(values)] = values.double().cpu()
+    # The engines are asked by rank 0, the log-probs are on the last stage, a part on each rank: sum them in one table.
+    table = torch.zeros(len(prompts), max(map(len, prompts)), dtype=torch.float64)
+    if layout.dp_rank == 0:
+        for micro_batch, values in zip(shard, ours, strict=False):
+            positions = actor.own(micro_batch)
+            starts = micro_batch.cu_seqlens[:-1]
+            owners = np.searchsorted(starts, positions, side="right") - 1
+            for position, owner, value in zip(positions, owners, values.tolist(), strict=True):
+                table[micro_batch.sequences[owner][1], position - starts[owner]] = value
     dist.all_reduce(table, group=layout.control)
     worst, where, error = 0.0, "", None
     if layout.rank == 0:
@@ -57,24 +67,9 @@ def _compare(pusher: Pusher, prompts: list[list[int]], table: torch.Tensor) -> t
     return worst, where
 
 
-def prompt_micro_batch(prompt: list[int], pad_multiple: int) -> MicroBatch:
-    """One prompt whose every next token is scored."""
-    n = len(prompt)
-    padded = -(-n // pad_multiple) * pad_multiple
-    tokens = np.zeros(padded, dtype=np.int64)
-    tokens[:n] = prompt
-    labels = np.zeros(padded, dtype=np.int64)
-    labels[: n - 1] = prompt[1:]
-    zeros = np.zeros(padded, dtype=np.float32)
-    boundaries = [0, n] if padded == n else [0, n, padded]
-    return MicroBatch(
-        tokens=tokens,
-        labels=labels,
-        position_ids=np.concatenate([np.arange(n), np.arange(padded - n)]),
-        cu_seqlens=np.array(boundaries, dtype=np.int32),
-        weights=zeros,
-        advantages=zeros,
-        rollout_logprobs=zeros,
-        active=np.arange(padded) < n - 1,
-        sequences=[("verify", 0)],
-    )
+def prompt_sample(index: int, prompt: list[int]) -> Sample:
+    """A fixed prompt as a sequence whose every token but the first is scored."""
+    n = len(prompt) - 1
+    head = Prompt(id=f"verify {index}", input_ids=prompt[:1], ground_truth="", text="", row=index)
+    rest = Response(head.id, index, prompt[1:], [True] * n, [0.0] * n, [VersionSpan(0, 0, n)], "length", "")
+    return Sample(head, rest, weight=0.0)

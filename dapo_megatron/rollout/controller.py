@@ -20,6 +20,7 @@ from pathlib import Path
 import transformers
 
 from dapo_megatron.batching.build import build_step_batch
+from dapo_megatron.batching.rules import packing_rules
 from dapo_megatron.batching.wire import encode
 from dapo_megatron.config import RunConfig
 from dapo_megatron.data.prompts import LoadedPrompts, load_prompts
@@ -112,9 +113,7 @@ class Controller:
             seed=config.seed,
             mini_batch_groups=config.trainer.mini_batch_prompts,
             aggregation=config.algorithm.aggregation,
-            data_parallel_size=config.actor.data_parallel_size,
-            micro_batch_tokens=config.actor.micro_batch_tokens,
-            pad_multiple=config.actor.tensor_model_parallel_size,
+            rules=packing_rules(config.actor),
         )
         self.samples.write(step, collected.seen[: config.observe.responses_per_step])
         metrics = collected.metrics | _response_metrics(collected, version) | batch.metrics

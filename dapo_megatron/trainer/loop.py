@@ -81,7 +81,7 @@ def old_logprobs(config: RunConfig, actor: Actor, shards: list[list[MicroBatch]]
     That is exact where a step has one update, and saves a forward pass.
     """
     if config.algorithm.old_logprobs == "rollout":
-        return [[torch.from_numpy(m.rollout_logprobs[m.active]).to(actor.device) for m in shard] for shard in shards]
+        return [[actor.own_column(m, m.rollout_logprobs) for m in shard] for shard in shards]
     if len(shards) == 1:
         return [None]
     return [actor.logprobs(shard) for shard in shards]

@@ -2,7 +2,6 @@
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state as mpu
 
 from dapo_megatron.actor.actor import Actor
 from dapo_megatron.algorithm.importance import mismatch_statistics
@@ -24,13 +23,12 @@ def engine_mismatch(
     peak = torch.zeros(1, dtype=torch.float64, device=actor.device)
     for shard, values in zip(shards, old, strict=True):
         for micro_batch, ours in zip(shard, values, strict=False):  # values are empty but on the last stage
-            theirs = torch.from_numpy(micro_batch.rollout_logprobs[micro_batch.active]).to(actor.device)
+            theirs = actor.own_column(micro_batch, micro_batch.rollout_logprobs)
             s = mismatch_statistics(ours, theirs, torch.ones_like(theirs, dtype=torch.bool), cap)
             sums += torch.stack([s["tokens"], s["abs_diff_sum"], s["k3_sum"], s["truncated"]])
             peak = torch.maximum(peak, s["abs_diff_max"])
-    for group in (mpu.get_pipeline_model_parallel_group(), mpu.get_data_parallel_group()):
-        dist.all_reduce(sums, group=group)
-        dist.all_reduce(peak, dist.ReduceOp.MAX, group=group)
+    dist.all_reduce(sums)
+    dist.all_reduce(peak, dist.ReduceOp.MAX)
     tokens, absolute, k3, truncated = sums.tolist()
     n = max(tokens, 1.0)
     return {

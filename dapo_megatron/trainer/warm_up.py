@@ -24,6 +24,7 @@ from dapo_megatron.actor.objectives import SupervisedObjective
 from dapo_megatron.actor.parallel import init_parallel
 from dapo_megatron.batching.batch import MicroBatch
 from dapo_megatron.batching.build import build_step_batch
+from dapo_megatron.batching.rules import packing_rules
 from dapo_megatron.config import RunConfig, load_config
 from dapo_megatron.records import Group, Prompt, Response, VersionSpan
 from dapo_megatron.weights.exporter import export_stage
@@ -78,9 +79,7 @@ def supervised_shards(config: RunConfig, examples: list[Group], update: int, siz
         seed=config.seed,
         mini_batch_groups=size,
         aggregation="token",
-        data_parallel_size=config.actor.data_parallel_size,
-        micro_batch_tokens=config.actor.micro_batch_tokens,
-        pad_multiple=1,
+        rules=packing_rules(config.actor),
     )
     return batch.mini_batches[0].shards
 
@@ -89,7 +88,7 @@ def _save(actor: Actor, source: Path, out: Path) -> None:
     aside = out.with_name(out.name + ".partial")
     shutil.rmtree(aside, ignore_errors=True)
     shutil.copytree(source, aside, ignore=shutil.ignore_patterns("*.safetensors"))
-    tensors = {name: tensor.clone() for name, tensor in export_stage(actor.model.module, actor.shape)}
+    tensors = {name: tensor.clone() for name, tensor in export_stage(actor.modules, actor.shape)}
     save_file(tensors, aside / "model.safetensors", metadata={"format": "pt"})
     shutil.rmtree(out, ignore_errors=True)
     aside.rename(out)

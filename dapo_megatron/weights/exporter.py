@@ -1,6 +1,6 @@
 """The sharded parameters -> whole Hugging Face tensors, one pipeline stage at a time."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -8,35 +8,71 @@ from megatron.core import parallel_state as mpu
 from megatron.core.models.gpt import GPTModel
 
 from dapo_megatron.weights.families import ModelShape
-from dapo_megatron.weights.importer import named_parameters
+from dapo_megatron.weights.importer import local_experts, named_parameters
 from dapo_megatron.weights.table import Rule, from_shards, hf_shapes, rules
 
 
-def export_stage(model: GPTModel, shape: ModelShape) -> Iterator[tuple[str, torch.Tensor]]:
-    """Gather this stage's parameters over tensor parallelism, one at a time.
+def is_sender() -> bool:
+    """Whether this rank gathers its pipeline stage: the first of all its tensor, context and data parallel ranks."""
+    return mpu.get_tensor_model_parallel_rank() == mpu.get_data_parallel_rank(with_context_parallel=True) == 0
 
-    Collective over the tensor-parallel group. Yields (Hugging Face name, whole tensor) on TP rank 0 and nothing on the
+
+def export_stage(modules: Sequence[GPTModel], shape: ModelShape) -> Iterator[tuple[str, torch.Tensor]]:
+    """Gather this stage's parameters over tensor and expert parallelism, one at a time.
+
+    Collective over all ranks of the stage. Yields (Hugging Face name, whole tensor) on the sender and nothing on the
     others; the output layer of a tied model is skipped, because the embedding stands for it.
     """
-    group = mpu.get_tensor_model_parallel_group()
-    size, rank = dist.get_world_size(group), dist.get_rank(group)
-    for rule, parameter in _exported(model, shape):
-        data = parameter.detach()
-        shards = [data]
-        if size > 1 and rule.kind != "whole":
-            shards = [torch.empty_like(data) for _ in range(size)] if rank == 0 else None
-            dist.gather(data.contiguous(), shards, group=group, group_dst=0)
-        if rank == 0:
-            yield from zip(rule.hf, from_shards(rule, shape, shards), strict=True)
+    for rule, parameter in _exported(modules, shape):
+        if rule.expert is None:
+            if mpu.get_data_parallel_rank(with_context_parallel=True) != 0:
+                continue
+            group = mpu.get_tensor_model_parallel_group()
+        else:
+            # All slices of all experts with this place in their ranks: tensor parallel fastest, then expert parallel.
+            group = mpu.get_expert_tensor_and_model_parallel_group()
+        shards = _gather(parameter.detach(), group)
+        if not is_sender():
+            continue
+        copies = _copies(rule, shape)
+        slices = len(shards) // len(copies)
+        for i, copy in enumerate(copies):
+            yield from zip(copy.hf, from_shards(copy, shape, shards[i * slices : (i + 1) * slices]), strict=True)
 
 
-def export_names(model: GPTModel, shape: ModelShape) -> list[tuple[str, tuple[int, ...]]]:
-    """(Hugging Face name, shape) of what export_stage yields on TP rank 0, in the same order."""
-    return [pair for rule, _ in _exported(model, shape) for pair in zip(rule.hf, hf_shapes(rule, shape), strict=True)]
+def export_names(modules: Sequence[GPTModel], shape: ModelShape) -> list[tuple[str, tuple[int, ...]]]:
+    """(Hugging Face name, shape) of what export_stage yields on the sender, in the same order."""
+    return [
+        pair
+        for rule, _ in _exported(modules, shape)
+        for copy in _copies(rule, shape)
+        for pair in zip(copy.hf, hf_shapes(copy, shape), strict=True)
+    ]
 
 
-def _exported(model: GPTModel, shape: ModelShape) -> Iterator[tuple[Rule, torch.nn.Parameter]]:
+def _exported(modules: Sequence[GPTModel], shape: ModelShape) -> Iterator[tuple[Rule, torch.nn.Parameter]]:
     table = rules(shape)
-    for name, parameter in named_parameters(model).items():
+    for name, parameter in named_parameters(modules, shape).items():
         if not (name == "output_layer.weight" and shape.tied):
             yield table[name], parameter
+
+
+def _copies(rule: Rule, shape: ModelShape) -> list[Rule]:
+    """The rules of the parameters that stand at this one's place on the expert-parallel ranks, in their order."""
+    if rule.expert is None:
+        return [rule]
+    here, each = f".local_experts.{rule.expert}.", local_experts(shape)
+    table = rules(shape)
+    return [
+        table[rule.megatron.replace(here, f".local_experts.{expert}.")]
+        for expert in range(rule.expert % each, shape.experts.count, each)
+    ]
+
+
+def _gather(data: torch.Tensor, group: dist.ProcessGroup) -> list[torch.Tensor]:
+    """The slices of all ranks on the group's first rank."""
+    if group.size() == 1:
+        return [data]
+    shards = [torch.empty_like(data) for _ in range(group.size())] if group.rank() == 0 else None
+    dist.gather(data.contiguous(), shards, group=group, group_dst=0)
+    return shards or []

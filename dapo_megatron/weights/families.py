@@ -8,11 +8,13 @@ from dapo_megatron.errors import DapoError
 
 @dataclass(frozen=True)
 class Family:
-    """A dense decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU."""
+    """A decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU, dense or a mixture of experts."""
 
     architecture: str
     qkv_bias: bool
     qk_norm: bool
+    mixture: bool = False
+    """The feed-forward part of every layer is a mixture of experts."""
 
 
 FAMILIES = {
@@ -21,8 +23,20 @@ FAMILIES = {
         Family("LlamaForCausalLM", qkv_bias=False, qk_norm=False),
         Family("Qwen2ForCausalLM", qkv_bias=True, qk_norm=False),
         Family("Qwen3ForCausalLM", qkv_bias=False, qk_norm=True),
+        Family("Qwen3MoeForCausalLM", qkv_bias=False, qk_norm=True, mixture=True),
     )
 }
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The numbers of a mixture of experts."""
+
+    count: int
+    per_token: int
+    ffn: int
+    renormalise: bool
+    """The weights of a token's experts sum to 1."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +57,7 @@ class ModelShape:
     rope_scaling_factor: float | None
     """Llama 3's rotary scaling factor; None is plain rotary positions."""
     max_positions: int
+    experts: Experts | None = None
 
 
 def model_shape(hf: Any) -> ModelShape:
@@ -75,7 +90,17 @@ def model_shape(hf: Any) -> ModelShape:
         rope_theta=theta,
         rope_scaling_factor=factor,
         max_positions=hf.max_position_embeddings,
+        experts=_experts(hf) if family.mixture else None,
     )
+
+
+def _experts(hf: Any) -> Experts:
+    if hf.decoder_sparse_step != 1 or hf.mlp_only_layers:
+        raise DapoError(
+            f"config.json: decoder_sparse_step={hf.decoder_sparse_step}, mlp_only_layers={hf.mlp_only_layers} is not "
+            "supported: every layer must be a mixture of experts"
+        )
+    return Experts(hf.num_experts, hf.num_experts_per_tok, hf.moe_intermediate_size, hf.norm_topk_prob)
 
 
 _LLAMA3_ROPE = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}

@@ -1,15 +1,18 @@
 """Hugging Face folder -> the parameters of one rank, tensor by tensor."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
 from megatron.core.models.gpt import GPTModel
 from safetensors import SafetensorError, safe_open
 
 from dapo_megatron.errors import DapoError
 from dapo_megatron.weights.families import ModelShape
-from dapo_megatron.weights.table import canonical_name, check_names, hf_shapes, rules, to_shard
+from dapo_megatron.weights.table import Rule, canonical_name, check_names, hf_shapes, rules, to_shard
 
 
 class HfFolder:
@@ -45,13 +48,22 @@ class HfFolder:
             raise DapoError(f"{self.path / file} is not a readable safetensors file: {e}") from None
 
 
-def named_parameters(model: GPTModel) -> dict[str, torch.nn.Parameter]:
-    """Parameters of one pipeline stage by the table's names."""
-    first = model.decoder.layers[0].layer_number - 1
-    return {canonical_name(name, first): parameter for name, parameter in model.named_parameters()}
+def named_parameters(modules: Sequence[GPTModel], shape: ModelShape) -> dict[str, torch.nn.Parameter]:
+    """This rank's parameters, of all pieces of its pipeline stage, by the table's names."""
+    first_expert = local_experts(shape) * mpu.get_expert_model_parallel_rank()
+    return {
+        canonical_name(name, module.decoder.layers[0].layer_number - 1, first_expert): parameter
+        for module in modules
+        for name, parameter in module.named_parameters()
+    }
 
 
-def load_hf_weights(path: str | Path, model: GPTModel, shape: ModelShape, tp_size: int, tp_rank: int) -> None:
+def local_experts(shape: ModelShape) -> int:
+    """Experts of each layer that one rank holds."""
+    return shape.experts.count // mpu.get_expert_model_parallel_world_size() if shape.experts else 0
+
+
+def load_hf_weights(path: str | Path, modules: Sequence[GPTModel], shape: ModelShape) -> None:
     """Copy the checkpoint into this rank's parameters; one tensor is in memory at a time.
 
     Raises:
@@ -61,10 +73,18 @@ def load_hf_weights(path: str | Path, model: GPTModel, shape: ModelShape, tp_siz
     check_names(set(folder.files), shape, str(path))
     table = rules(shape)
     with torch.no_grad():
-        for name, parameter in named_parameters(model).items():
+        for name, parameter in named_parameters(modules, shape).items():
             rule = table[name]
             tensors = [folder.tensor(n) for n in rule.hf]
             for hf_name, tensor, expected in zip(rule.hf, tensors, hf_shapes(rule, shape), strict=True):
                 if tuple(tensor.shape) != expected:
                     raise DapoError(f"{path}: {hf_name} has shape {tuple(tensor.shape)}, config.json says {expected}")
-            parameter.copy_(to_shard(rule, shape, tensors, tp_size, tp_rank))
+            group = tensor_parallel_group(rule)
+            parameter.copy_(to_shard(rule, shape, tensors, group.size(), group.rank()))
+
+
+def tensor_parallel_group(rule: Rule) -> dist.ProcessGroup:
+    """The ranks that hold the slices of a parameter."""
+    if rule.expert is None:
+        return mpu.get_tensor_model_parallel_group()
+    return mpu.get_expert_tensor_parallel_group()

@@ -25,6 +25,8 @@ class Rule:
     megatron: str
     hf: tuple[str, ...]
     kind: Kind
+    expert: int | None = None
+    """Number of the expert it belongs to: split over the expert tensor-parallel ranks, held by one EP rank."""
 
 
 def rules(shape: ModelShape) -> dict[str, Rule]:
@@ -50,15 +52,26 @@ def _layer_rules(shape: ModelShape, m: str, h: str) -> list[Rule]:
         Rule(m + "self_attention.linear_qkv.weight", tuple(n + ".weight" for n in qkv), "qkv"),
         Rule(m + "self_attention.linear_proj.weight", (attention + "o_proj.weight",), "columns"),
         Rule(m + "pre_mlp_layernorm.weight", (h + "post_attention_layernorm.weight",), "whole"),
-        Rule(m + "mlp.linear_fc1.weight", (mlp + "gate_proj.weight", mlp + "up_proj.weight"), "gate_up"),
-        Rule(m + "mlp.linear_fc2.weight", (mlp + "down_proj.weight",), "columns"),
     ]
+    if shape.experts is None:
+        out += _mlp_rules(m + "mlp.", mlp, None)
+    else:
+        out.append(Rule(m + "mlp.router.weight", (mlp + "gate.weight",), "whole"))
+        for e in range(shape.experts.count):
+            out += _mlp_rules(f"{m}mlp.experts.local_experts.{e}.", f"{mlp}experts.{e}.", e)
     if shape.family.qkv_bias:
         out.append(Rule(m + "self_attention.linear_qkv.bias", tuple(n + ".bias" for n in qkv), "qkv"))
     if shape.family.qk_norm:
         out.append(Rule(m + "self_attention.q_layernorm.weight", (attention + "q_norm.weight",), "whole"))
         out.append(Rule(m + "self_attention.k_layernorm.weight", (attention + "k_norm.weight",), "whole"))
     return out
+
+
+def _mlp_rules(m: str, h: str, expert: int | None) -> list[Rule]:
+    return [
+        Rule(m + "linear_fc1.weight", (h + "gate_proj.weight", h + "up_proj.weight"), "gate_up", expert),
+        Rule(m + "linear_fc2.weight", (h + "down_proj.weight",), "columns", expert),
+    ]
 
 
 # TransformerEngine's fused layers hold the preceding norm under the linear's own name.
@@ -68,15 +81,17 @@ _ALIASES = (
 )
 
 
-def canonical_name(name: str, first_layer: int) -> str:
-    """The table's name of a parameter of one pipeline stage.
+def canonical_name(name: str, first_layer: int, first_expert: int = 0) -> str:
+    """The table's name of a parameter of one piece of the model.
 
     Args:
         name: from `named_parameters()` of the bare GPTModel.
-        first_layer: model-wide number (from 0) of the stage's first layer.
+        first_layer: model-wide number (from 0) of the piece's first layer.
+        first_expert: number of this rank's first expert.
     """
     for alias, plain in _ALIASES:
         name = name.replace(alias, plain)
+    name = re.sub(r"(?<=local_experts\.)\d+", lambda m: str(int(m[0]) + first_expert), name)
     return re.sub(r"(?<=decoder\.layers\.)\d+", lambda m: str(int(m[0]) + first_layer), name)
 
 
@@ -105,15 +120,18 @@ def check_names(present: set[str], shape: ModelShape, where: str) -> None:
 def hf_shapes(rule: Rule, shape: ModelShape) -> list[tuple[int, ...]]:
     """Shapes of a rule's Hugging Face tensors, in order."""
     q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    ffn = shape.ffn if rule.expert is None else shape.experts.ffn
     if rule.kind == "qkv":
         tail = (shape.hidden,) if rule.megatron.endswith("weight") else ()
         return [(n, *tail) for n in (q, kv, kv)]
     if rule.kind == "gate_up":
-        return [(shape.ffn, shape.hidden)] * 2
+        return [(ffn, shape.hidden)] * 2
     if rule.kind == "rows":
         return [(shape.vocab, shape.hidden)]
     if rule.kind == "columns":
-        return [(shape.hidden, q if "linear_proj" in rule.megatron else shape.ffn)]
+        return [(shape.hidden, q if "linear_proj" in rule.megatron else ffn)]
+    if rule.megatron.endswith("router.weight"):
+        return [(shape.experts.count, shape.hidden)]
     return [
         (shape.head_dim if "_layernorm" in rule.megatron and ".self_attention." in rule.megatron else shape.hidden,)
     ]

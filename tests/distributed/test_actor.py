@@ -1,5 +1,7 @@
 """The actor against transformers, and against itself under other layouts."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from dapo_megatron.actor.actor import Actor
 from dapo_megatron.actor.objectives import PolicyObjective
 from dapo_megatron.actor.parallel import init_parallel
 from dapo_megatron.batching.build import build_step_batch
+from dapo_megatron.batching.rules import packing_rules
 from dapo_megatron.weights.exporter import export_stage
 from dapo_megatron.weights.families import model_shape
 
@@ -41,14 +44,12 @@ def step_batch(config, micro_batch_tokens):
         seed=0,
         mini_batch_groups=2,
         aggregation="token",
-        data_parallel_size=config.actor.data_parallel_size,
-        micro_batch_tokens=micro_batch_tokens,
-        pad_multiple=config.actor.tensor_model_parallel_size,
+        rules=dataclasses.replace(packing_rules(config.actor), micro_batch_tokens=micro_batch_tokens),
     )
 
 
 def one_step(config, micro_batch_tokens):
-    """{(prompt, sample): log-probs} before the step, metrics of both updates, weights after them."""
+    """{(prompt, sample, position): log-prob} before the step, metrics of both updates, weights after them."""
     actor = actor_on_rank(config)
     batch = step_batch(config, micro_batch_tokens)
     scored, metrics = {}, []
@@ -56,13 +57,12 @@ def one_step(config, micro_batch_tokens):
     old = [actor.logprobs(shard) for shard in shards]
     for shard, values in zip(shards, old, strict=True):
         for micro_batch, logprobs in zip(shard, values, strict=False):
-            rows = micro_batch.active.nonzero()[0]
-            owner = np.searchsorted(micro_batch.cu_seqlens, rows, side="right") - 1
-            for i, name in enumerate(micro_batch.sequences):
-                scored[name] = logprobs[torch.from_numpy(owner == i)].numpy()
+            for position, value in zip(actor.own(micro_batch), logprobs.tolist(), strict=True):
+                owner = np.searchsorted(micro_batch.cu_seqlens, position, side="right") - 1
+                scored[(*micro_batch.sequences[owner], position - micro_batch.cu_seqlens[owner])] = value
     for shard, values in zip(shards, old, strict=True):
         metrics.append(actor.update(shard, PolicyObjective(config.algorithm), values))
-    weights = {n: t.numpy().copy() for n, t in export_stage(actor.model.module, actor.shape)}
+    weights = {n: t.numpy().copy() for n, t in export_stage(actor.modules, actor.shape)}
     return scored, metrics, weights
 
 
@@ -85,8 +85,10 @@ def test_logprobs_equal_transformers(tmp_path, kind, tied):
                 ids = torch.tensor([group.prompt.input_ids + response.token_ids])
                 with torch.no_grad():
                     full = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
-                expected = full[len(group.prompt.input_ids) - 1 :].numpy()
-                np.testing.assert_allclose(scored[group.prompt.id, response.sample], expected, atol=2e-5)
+                for position in range(len(group.prompt.input_ids) - 1, full.numel()):
+                    got = scored.pop((group.prompt.id, response.sample, position))
+                    assert got == pytest.approx(float(full[position]), abs=2e-5)
+        assert not scored
 
 
 @pytest.mark.parametrize(("kind", "tied"), [("qwen2", True), ("qwen3", False)])

@@ -1,0 +1,47 @@
+"""Does the model fit the layout? Checked before anything is started. Pure."""
+
+from dapo_megatron.config import RunConfig
+from dapo_megatron.errors import DapoError
+from dapo_megatron.weights.families import ModelShape
+
+
+def check_fit(config: RunConfig, shape: ModelShape) -> None:
+    """Check the numbers of a model against the layout and the engine's context.
+
+    Raises:
+        DapoError: one line that names both numbers.
+    """
+    actor = config.actor
+    for size, option, what, count in _divisions(config, shape):
+        if count % size:
+            raise DapoError(f"{option}={size} does not divide the model's {what} {count}")
+    if actor.expert_model_parallel_size > 1 and shape.experts is None:
+        raise DapoError(
+            f"actor.expert_model_parallel_size={actor.expert_model_parallel_size}, but {shape.family.architecture} "
+            "has no experts"
+        )
+    if shape.experts is not None and actor.tensor_model_parallel_size > 1 and not actor.sequence_parallel:
+        raise DapoError("a mixture of experts under tensor parallelism needs actor.sequence_parallel=true")
+    if config.engine.context_length > shape.max_positions:
+        raise DapoError(
+            f"engine.context_length={config.engine.context_length} exceeds the model's "
+            f"max_position_embeddings={shape.max_positions}"
+        )
+
+
+def _divisions(config: RunConfig, shape: ModelShape) -> list[tuple[int, str, str, int]]:
+    a = config.actor
+    tp = a.tensor_model_parallel_size
+    stages = a.pipeline_model_parallel_size * a.virtual_pipeline_model_parallel_size
+    stage_option = "actor.pipeline_model_parallel_size"
+    if a.virtual_pipeline_model_parallel_size > 1:
+        stage_option += " x virtual_pipeline_model_parallel_size"
+    widths = [("number of attention heads", shape.heads), ("number of key-value heads", shape.kv_heads)]
+    widths += [("intermediate size", shape.ffn), ("vocabulary size", shape.vocab)]
+    rows = [(stages, stage_option, "number of layers", shape.layers)]
+    if shape.experts is not None:
+        widths += [("experts' intermediate size", shape.experts.ffn)]
+        rows += [
+            (a.expert_model_parallel_size, "actor.expert_model_parallel_size", "number of experts", shape.experts.count)
+        ]
+    return [(tp, "actor.tensor_model_parallel_size", what, count) for what, count in widths] + rows

@@ -1,0 +1,148 @@
+"""Log-probs and entropies of tokens from hidden states, with no [tokens, vocabulary] in memory.
+
+Each tensor-parallel rank holds its own rows of hidden states and its slice of the vocabulary. The rows of all ranks
+meet a chunk at a time: logits exist for one chunk only and are computed again in backward.
+
+    forward     all-gather a chunk's rows -> logits [chunk, vocab / TP], divided by the temperature
+                -> peak, sum exp(x - peak), x - peak at the label, sum (x - peak) exp(x - peak)
+                one MAX all-reduce of the peaks, one SUM reduce-scatter of the rest: each rank ends with its own rows
+    backward    one all-gather of (gradient, log sum exp); then for each chunk the logits again, their gradient,
+                a reduce-scatter of the hidden states' gradient, and the output weight's gradient added up in place
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+
+
+def token_logprobs(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    temperature: float,
+    chunk_tokens: int,
+    group: dist.ProcessGroup,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-prob of each label and entropy of each distribution softmax(hidden @ weight.T / temperature).
+
+    Args:
+        hidden: [n, h], this rank's rows; n is the same on all ranks of the group. Any float type.
+        weight: [vocab / TP, h], this rank's contiguous slice of the output layer.
+        labels: [TP * n] int64, token ids of the whole vocabulary for the rows of all ranks, in rank order.
+        chunk_tokens: rows, over all ranks together, whose logits exist at a time.
+        group: the tensor-parallel group.
+
+    Returns:
+        (log-probs [n] with gradient to hidden and weight, entropies [n] without), of this rank's rows; float32, or
+        float64 for float64 inputs. Sums and products over the vocabulary are taken in that type.
+    """
+    return _TokenLogprobs.apply(hidden, weight, labels, temperature, chunk_tokens, group)
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, temperature, chunk_tokens, group):
+        tp, n = dist.get_world_size(group), hidden.size(0)
+        first = dist.get_rank(group) * weight.size(0)
+        labels = (labels - first).view(tp, n)
+        kind = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        peak = hidden.new_empty(tp, n, dtype=kind)
+        rest = hidden.new_empty(tp, 3, n, dtype=kind)
+        for rows in _chunks(n, tp, chunk_tokens):
+            logits = _logits(_gather(hidden[rows], group), weight, temperature, kind)
+            found = _statistics(logits, labels[:, rows].reshape(-1))
+            peak[:, rows] = found[0].view(tp, -1)
+            rest[:, :, rows] = found[1:].view(3, tp, -1).transpose(0, 1)
+
+        own = peak
+        if tp > 1:
+            own = peak.clone()
+            dist.all_reduce(peak, dist.ReduceOp.MAX, group)
+        # Relative to the group's peak instead of this rank's: x - peak = (x - own) + (own - peak).
+        shift = own - peak
+        scale = shift.exp()
+        total, target, weighted = rest.unbind(1)
+        mine = (labels >= 0) & (labels < weight.size(0))
+        rest = torch.stack([total * scale, (target + shift) * mine, (weighted + shift * total) * scale], dim=1)
+        total, target, weighted = _reduce_scatter(rest, group)[0]
+
+        ctx.save_for_backward(hidden, weight, labels, peak[dist.get_rank(group)] + total.log())
+        ctx.temperature, ctx.chunk_tokens, ctx.group = temperature, chunk_tokens, group
+        entropy = total.log() - weighted / total
+        ctx.mark_non_differentiable(entropy)
+        return target - total.log(), entropy
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        hidden, weight, labels, log_total = ctx.saved_tensors
+        group, n = ctx.group, hidden.size(0)
+        tp = labels.size(0)
+        grads, log_totals = _gather(torch.stack([grad / ctx.temperature, log_total])[None], group).unbind(1)
+        grad_hidden = torch.empty_like(hidden)
+        # Many chunks are added up: in float32, whatever the weight's type.
+        grad_weight = torch.zeros_like(weight, dtype=log_total.dtype)
+        for rows in _chunks(n, tp, ctx.chunk_tokens):
+            gathered = _gather(hidden[rows], group)
+            x = _logits(gathered, weight, ctx.temperature, log_total.dtype)
+            _logit_gradients(
+                x, labels[:, rows].reshape(-1), log_totals[:, rows].reshape(-1), grads[:, rows].reshape(-1)
+            )
+            x = x.to(weight.dtype)
+            grad_hidden[rows] = _reduce_scatter((x @ weight).view(tp, -1, hidden.size(1)), group)[0]
+            _add_product(grad_weight, x.T, gathered)
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
+
+
+def _logits(hidden: torch.Tensor, weight: torch.Tensor, temperature: float, kind: torch.dtype) -> torch.Tensor:
+    logits = (hidden @ weight.T).to(kind)
+    return logits if temperature == 1.0 else logits.div_(temperature)
+
+
+def _statistics(x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """[4, rows]: peak; sum exp(x - peak); x - peak at the label (of row 0 of the slice if it is elsewhere);
+    sum (x - peak) exp(x - peak). `x` is used up."""
+    peak = x.amax(dim=-1)
+    x.sub_(peak[:, None])
+    target = x.gather(1, labels.clamp(0, x.size(1) - 1)[:, None])[:, 0]
+    exp = x.exp()
+    return torch.stack([peak, exp.sum(-1), target, x.mul_(exp).sum(-1)])
+
+
+def _logit_gradients(x: torch.Tensor, labels: torch.Tensor, log_totals: torch.Tensor, grads: torch.Tensor) -> None:
+    """Turn logits in place into the gradient of sum(grads * log-probs): grads * (one-hot - softmax)."""
+    x.sub_(log_totals[:, None]).exp_().mul_(-grads[:, None])
+    mine = (labels >= 0) & (labels < x.size(1))
+    x.scatter_add_(1, labels.clamp(0, x.size(1) - 1)[:, None], (grads * mine)[:, None])
+
+
+def _add_product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    if a.dtype == out.dtype:
+        out.addmm_(a, b)
+    else:
+        out.add_(a @ b)
+
+
+def _chunks(n: int, tp: int, chunk_tokens: int) -> Iterator[slice]:
+    size = max(1, chunk_tokens // tp)
+    for start in range(0, n, size):
+        yield slice(start, min(start + size, n))
+
+
+def _gather(own: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """[a, ...] of each rank -> [TP * a, ...] in rank order."""
+    tp = dist.get_world_size(group)
+    if tp == 1:
+        return own
+    out = own.new_empty(tp * own.size(0), *own.shape[1:])
+    dist.all_gather_into_tensor(out, own.contiguous(), group=group)
+    return out
+
+
+def _reduce_scatter(parts: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """[TP, ...] of each rank -> [1, ...], the sum over ranks of this rank's part."""
+    if dist.get_world_size(group) == 1:
+        return parts
+    out = parts.new_empty(1, *parts.shape[1:])
+    dist.reduce_scatter_tensor(out, parts.contiguous(), group=group)
+    return out

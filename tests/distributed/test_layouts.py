@@ -1,0 +1,235 @@
+"""The same mini-batch gives the same loss, gradients and metrics under every layout, packing and aggregation.
+
+Each case runs one update on real gloo ranks and is held against the float64 reference, and against one rank. A covering
+array runs here (every pair of layout, model, packing and aggregation, and more); `make test-full` runs the product.
+
+Mutations that were tried, and made it fail: the sign of the clip's lower edge; no all-reduce of the peaks; no
+reduce-scatter in the token loss's backward; a mean over micro-batches instead of the weights; the count on every rank;
+zig-zag chunks in ascending order; experts exported in the order of the other axis; no padding of sequences under CP.
+"""
+
+import itertools
+import os
+import random
+from functools import lru_cache
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.distributed.harness import run_ranks  # first: patches megatron-core on machines without CUDA
+from tests.distributed import reference
+from tests.distributed.test_actor import actor_on_rank
+from tests.tiny import groups, hf_folder, run_config
+
+from dapo_megatron.actor.objectives import PolicyObjective
+from dapo_megatron.batching.build import build_step_batch
+from dapo_megatron.batching.rules import packing_rules
+from dapo_megatron.weights.exporter import export_stage
+
+TP, PP, VPP, CP, EP, DP = (
+    f"{name}_size"
+    for name in (
+        "tensor_model_parallel",
+        "pipeline_model_parallel",
+        "virtual_pipeline_model_parallel",
+        "context_parallel",
+        "expert_model_parallel",
+        "data_parallel",
+    )
+)
+NO_SP = {"sequence_parallel": False}
+LAYOUTS = {
+    "TP2": {TP: 2} | NO_SP,
+    "TP2+SP": {TP: 2},
+    "PP2": {PP: 2},
+    "PP2+VPP2": {PP: 2, VPP: 2},
+    "CP2": {CP: 2},
+    "DP2": {DP: 2},
+    "EP2": {DP: 2, EP: 2},
+    "TP2xPP2+SP": {TP: 2, PP: 2},
+    "TP2xCP2": {TP: 2, CP: 2} | NO_SP,
+    "TP2xCP2+SP": {TP: 2, CP: 2},
+    "DP2xTP2+SP": {DP: 2, TP: 2},
+    "EP2xTP2+SP": {DP: 2, TP: 2, EP: 2},
+    "EP2xCP2": {CP: 2, EP: 2},
+}
+MODELS = {
+    "qwen2": ("qwen2", True),
+    "qwen3 tied": ("qwen3", True),
+    "qwen3 untied": ("qwen3", False),
+    "llama": ("llama", False),
+    "qwen3 moe": ("qwen3_moe", False),
+}
+AGGREGATIONS = ("token", "group_token", "sample")
+TEMPERATURE, EPS_LOW, EPS_HIGH = 0.9, 0.2, 0.28
+
+
+def many():
+    return groups(3, 3, seed=1), 1000
+
+
+def one_a_micro_batch():
+    return groups(2, 3, seed=2), 1
+
+
+def unequal_lengths():
+    batch = groups(2, 3, seed=3)
+    long, short = batch[0].responses[0], batch[0].responses[1]
+    long.token_ids, short.token_ids = long.token_ids * 40, short.token_ids[:1]
+    for response in (long, short):
+        response.loss_mask = [True] * len(response.token_ids)
+        response.rollout_logprobs = [0.0] * len(response.token_ids)
+    return batch, 40
+
+
+def fully_masked_response():
+    batch = groups(3, 2, seed=4)
+    for response in (batch[0].responses[1], *batch[2].responses):
+        response.loss_mask = [False] * len(response.token_ids)
+    batch[1].responses[0].loss_mask[0] = False
+    return batch, 24
+
+
+def empty_rank():
+    return groups(1, 1, seed=5), 1000
+
+
+PACKINGS = {f.__name__: f for f in (many, one_a_micro_batch, unequal_lengths, fully_masked_response, empty_rank)}
+
+
+def applies(layout, model):
+    mixture, actor = model == "qwen3 moe", LAYOUTS[layout]
+    return mixture or EP not in actor if actor.get("sequence_parallel", True) else not mixture
+
+
+PRODUCT = [c for c in itertools.product(LAYOUTS, MODELS, PACKINGS, AGGREGATIONS) if applies(c[0], c[1])]
+
+
+def covering(cases, extra):
+    """Cases that together hold every pair of values, chosen greedily, and `extra` more."""
+    shuffled = random.Random(0).sample(cases, len(cases))
+
+    def pairs(case):
+        return set(itertools.combinations(enumerate(case), 2))
+
+    missing, chosen = set().union(*map(pairs, cases)), []
+    while missing:
+        best = max(shuffled, key=lambda case: len(pairs(case) & missing))
+        chosen.append(best)
+        missing -= pairs(best)
+    return chosen + [c for c in shuffled if c not in chosen][:extra]
+
+
+CASES = PRODUCT if os.environ.get("LAYOUTS") == "all" else covering(PRODUCT, extra=10)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    made = {}
+    for name, (kind, tied) in MODELS.items():
+        made[name] = hf_folder(tmp_path_factory.mktemp(kind), kind, tied, layers=4, seed=3)
+    return made
+
+
+@lru_cache
+def expected(folder, packing, aggregation):
+    """(groups with old log-probs whose ratios lie on both sides of the clip edges, the reference's update)."""
+    batch, _ = PACKINGS[packing]()
+    rng = random.Random(0)
+    settings = dict(aggregation=aggregation, temperature=TEMPERATURE, eps_low=EPS_LOW, eps_high=EPS_HIGH)
+
+    def plain():
+        return [
+            [(g.prompt.input_ids, r.token_ids, r.loss_mask, r.rollout_logprobs, r.advantage) for r in g.responses]
+            for g in batch
+        ]
+
+    scored = reference.update(folder, plain(), **settings)["logprobs"]
+    for gi, group in enumerate(batch):
+        for ri, response in enumerate(group.responses):
+            response.rollout_logprobs = [
+                scored[gi, ri, t] - rng.choice([-0.5, -0.3, -0.1, 0.05, 0.15, 0.35, 0.6])
+                for t in range(len(response.token_ids))
+            ]
+    truth = reference.update(folder, plain(), **settings)
+    assert truth["clip_margin"] > 1e-3 and truth["router_margin"] > 1e-5
+    return batch, truth
+
+
+def config_for(folder, layout, packing, aggregation):
+    return run_config(
+        folder,
+        actor=LAYOUTS.get(layout, {}) | {"micro_batch_tokens": PACKINGS[packing]()[1], "loss_chunk_tokens": 6},
+        algorithm={"aggregation": aggregation, "clip_low": EPS_LOW, "clip_high": EPS_HIGH},
+        rollout={"temperature": TEMPERATURE},
+        optimizer={"clip_grad": 1e9},
+    )
+
+
+def one_update(config, batch):
+    """Metrics of one update and, from the senders, its gradients by Hugging Face name."""
+    actor = actor_on_rank(config)
+    step = build_step_batch(
+        batch,
+        step=1,
+        version=0,
+        seed=0,
+        mini_batch_groups=len(batch),
+        aggregation=config.algorithm.aggregation,
+        rules=packing_rules(config.actor),
+    )
+    shard = step.mini_batches[0].shards[actor.layout.dp_rank]
+    old = [actor.own_column(m, m.rollout_logprobs) for m in shard]
+    metrics = actor.update(shard, PolicyObjective(config.algorithm), old)
+    for chunk in actor.model:
+        for buffer in chunk.buffers + chunk.expert_parallel_buffers:
+            for bucket in buffer.buckets:  # each data-parallel rank ends with its own part of the sum
+                group = buffer.data_parallel_group
+                part = bucket.grad_data.view(group.size(), -1)[group.rank()].clone()
+                dist.all_gather_into_tensor(bucket.grad_data, part, group=group)
+    with torch.no_grad():
+        for module in actor.modules:
+            for parameter in module.parameters():
+                parameter.copy_(parameter.main_grad)
+    return metrics, {name: tensor.numpy().copy() for name, tensor in export_stage(actor.modules, actor.shape)}
+
+
+def run(config, batch):
+    results = run_ranks(config.world_size, one_update, config, batch)
+    return results[0][0], {name: torch.from_numpy(array) for _, found in results for name, array in found.items()}
+
+
+@lru_cache
+def on_one_rank(folder, packing, aggregation):
+    return run(config_for(folder, "one", packing, aggregation), expected(folder, packing, aggregation)[0])
+
+
+def assert_close(got, want, relative):
+    assert got.keys() == want.keys()
+    whole = torch.cat([t.double().flatten() for t in want.values()]).norm()
+    for name, tensor in want.items():
+        difference = (got[name].double() - tensor.double()).norm()
+        assert difference <= max(relative * tensor.double().norm(), 1e-6 * whole), (name, difference, tensor.norm())
+
+
+@pytest.mark.parametrize(("layout", "model", "packing", "aggregation"), CASES)
+def test_the_update_is_the_same(folders, layout, model, packing, aggregation):
+    batch, truth = expected(folders[model], packing, aggregation)
+    metrics, gradients = run(config_for(folders[model], layout, packing, aggregation), batch)
+
+    assert abs(metrics["policy/loss"] - truth["loss"]) <= 2e-6 * max(truth["scale"], 1e-3)
+    assert metrics["policy/tokens"] == truth["tokens"]
+    means = truth["means"]
+    assert metrics["policy/entropy"] == pytest.approx(means["entropy"], rel=1e-5)
+    assert metrics["policy/ratio_mean"] == pytest.approx(means["ratio"], rel=1e-5)
+    assert metrics["policy/clip_high_share"] == pytest.approx(means["high"], rel=1e-9)
+    assert metrics["policy/clip_low_share"] == pytest.approx(means["low"], rel=1e-9)
+    whole = torch.cat([t.flatten() for t in truth["gradients"].values()]).norm()
+    assert metrics["optimizer/grad_norm"] == pytest.approx(float(whole), rel=1e-4)
+    assert_close(gradients, truth["gradients"], 1e-4)
+
+    alone, alone_gradients = on_one_rank(folders[model], packing, aggregation)
+    assert_close(gradients, alone_gradients, 1e-5)
+    for name in alone:
+        assert metrics[name] == pytest.approx(alone[name], rel=1e-5, abs=2e-6), name
