@@ -144,7 +144,7 @@ class ActorConfig(Section):
     context_parallel_size: int = Field(1, ge=1)
     """Ranks that share each sequence (CP)."""
     expert_model_parallel_size: int = Field(1, ge=1)
-    """Ranks that share the experts of a layer (EP), taken out of DP x CP; experts are split over TP as well."""
+    """Ranks that share out the experts of a layer (EP), taken out of TP x CP x DP."""
     data_parallel_size: int = Field(1, ge=1)
     """Copies of the model that share each mini-batch (DP)."""
     sequence_parallel: bool = True
@@ -157,6 +157,14 @@ class ActorConfig(Section):
     """Recompute every layer's activations in backward."""
     layer_spec: Literal["auto", "torch", "transformer_engine"] = "auto"
     """Layer implementation; auto takes TransformerEngine where it can be imported."""
+
+    @property
+    def expert_tensor_parallel_size(self) -> int:
+        """Ranks that share each expert's matrices (ETP): 1, but TP where the experts are not spread (EP 1).
+
+        With EP 1 and any other ETP, megatron-core 0.16.1 leaves out the sum of the experts' gradients over TP.
+        """
+        return 1 if self.expert_model_parallel_size > 1 else self.tensor_model_parallel_size
 
 
 class OptimizerConfig(Section):
@@ -312,10 +320,11 @@ class RunConfig(Section):
                 f"actor.virtual_pipeline_model_parallel_size={a.virtual_pipeline_model_parallel_size} needs "
                 "actor.pipeline_model_parallel_size of at least 2"
             )
-        if (a.data_parallel_size * a.context_parallel_size) % a.expert_model_parallel_size:
+        ranks = self.world_size // a.pipeline_model_parallel_size
+        if ranks % (a.expert_model_parallel_size * a.expert_tensor_parallel_size):
             raise ValueError(
-                f"actor.expert_model_parallel_size={a.expert_model_parallel_size} must divide data_parallel_size x "
-                f"context_parallel_size = {a.data_parallel_size * a.context_parallel_size}"
+                f"actor.expert_model_parallel_size={a.expert_model_parallel_size} must divide the {ranks} ranks of a "
+                "pipeline stage (TP x CP x DP)"
             )
         if algo.importance_cap is not None and algo.old_logprobs == "rollout":
             raise ValueError("algorithm.importance_cap needs algorithm.old_logprobs=actor")

@@ -77,8 +77,8 @@ class Actor:
                 update's own (the ratio is 1).
 
         Returns:
-            The objective's metrics with policy/loss, policy/tokens (trained), optimizer/grad_norm, optimizer/lr and optimizer/skipped, equal on
-            all ranks. A non-finite gradient skips the update and is counted.
+            The objective's metrics with policy/loss, policy/tokens (trained), optimizer/grad_norm, optimizer/lr and
+            optimizer/skipped, equal on all ranks. A non-finite gradient skips the update and is counted.
         """
         for chunk in self.model:
             chunk.zero_grad_buffer()

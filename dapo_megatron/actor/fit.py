@@ -40,8 +40,8 @@ def _divisions(config: RunConfig, shape: ModelShape) -> list[tuple[int, str, str
     widths += [("intermediate size", shape.ffn), ("vocabulary size", shape.vocab)]
     rows = [(stages, stage_option, "number of layers", shape.layers)]
     if shape.experts is not None:
-        widths += [("experts' intermediate size", shape.experts.ffn)]
-        rows += [
-            (a.expert_model_parallel_size, "actor.expert_model_parallel_size", "number of experts", shape.experts.count)
-        ]
+        ep = a.expert_model_parallel_size
+        rows.append((ep, "actor.expert_model_parallel_size", "number of experts", shape.experts.count))
+        if a.expert_tensor_parallel_size > 1:
+            widths.append(("experts' intermediate size", shape.experts.ffn))
     return [(tp, "actor.tensor_model_parallel_size", what, count) for what, count in widths] + rows

@@ -44,6 +44,7 @@ def transformer_config(actor: ActorConfig, shape: ModelShape, dtype: torch.dtype
         virtual_pipeline_model_parallel_size=pieces if pieces > 1 else None,
         context_parallel_size=cp,
         expert_model_parallel_size=actor.expert_model_parallel_size,
+        expert_tensor_parallel_size=actor.expert_tensor_parallel_size,
         sequence_parallel=actor.sequence_parallel and tp > 1,
         # Packed micro-batches differ in length, so pipeline stages exchange shapes before tensors. The interleaved
         # schedule gets equal lengths instead: batch_p2p_comm, which it would exchange shapes and tensors by, mixes up

@@ -24,10 +24,6 @@ class Layout:
     cp_size: int
     cp_rank: int
     ep_size: int
-    ep_rank: int
-    etp_size: int
-    """Ranks that share one expert's matrices; megatron-core's default is TP."""
-    etp_rank: int
     dp_size: int
     dp_rank: int
     """Without context parallelism: ranks that see different sequences."""
@@ -67,6 +63,7 @@ def init_parallel(config: RunConfig) -> Layout:
         virtual_pipeline_model_parallel_size=pieces if pieces > 1 else None,
         context_parallel_size=actor.context_parallel_size,
         expert_model_parallel_size=actor.expert_model_parallel_size,
+        expert_tensor_parallel_size=actor.expert_tensor_parallel_size,
         distributed_timeout_minutes=max(1, int(config.trainer.collective_timeout_s / 60)),
     )
     torch.manual_seed(config.seed)
@@ -80,9 +77,6 @@ def init_parallel(config: RunConfig) -> Layout:
         cp_size=mpu.get_context_parallel_world_size(),
         cp_rank=mpu.get_context_parallel_rank(),
         ep_size=mpu.get_expert_model_parallel_world_size(),
-        ep_rank=mpu.get_expert_model_parallel_rank(),
-        etp_size=mpu.get_expert_tensor_parallel_world_size(),
-        etp_rank=mpu.get_expert_tensor_parallel_rank(),
         dp_size=mpu.get_data_parallel_world_size(),
         dp_rank=mpu.get_data_parallel_rank(),
         control=dist.new_group(backend="gloo", timeout=timedelta(seconds=config.trainer.batch_timeout_s)),

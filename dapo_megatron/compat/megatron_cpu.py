@@ -12,7 +12,7 @@ import types
 
 import torch
 
-PATCHES = ("constants", "device", "to_cuda", "synchronize", "rng")
+PATCHES = ("constants", "device", "to_cuda", "synchronize", "rng", "streams", "experts")
 
 _CPU = torch.device("cpu")
 _CUDA_TENSOR = re.compile(r"torch\.cuda\.(\w+Tensor)$")
@@ -74,7 +74,51 @@ def _rng() -> None:
     tensor_parallel_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
 
 
-_PATCH = dict(zip(PATCHES, (_constants, _device, _to_cuda, _synchronize, _rng), strict=True))
+class _Stream:
+    """A stream or an event on a device that does everything in order: nothing to wait for."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return False
+
+    def record_event(self, *_):
+        return _Stream()
+
+    def wait_stream(self, *_):
+        pass
+
+    synchronize = wait_event = wait_stream
+
+
+def _streams() -> None:
+    # The all-to-all token dispatcher copies its counts to the host on a stream of its own.
+    cuda = torch.cuda
+    cuda.Stream = cuda.Event = _Stream
+    cuda.current_stream = lambda *args, **kwargs: _Stream()
+    cuda.stream = lambda stream: _Stream()
+
+
+def _experts() -> None:
+    # moe_utils uses te_general_gemm, which it only defines where TransformerEngine imports.
+    import megatron.core.transformer.moe.moe_utils as moe_utils
+    import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+
+    # The dispatcher turns its split sizes into numpy only if they are on a GPU; all_to_all_single wants sequences.
+    def to_host(tensor, as_numpy=False, record_stream=False):
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    token_dispatcher.maybe_move_tensor_to_cpu = to_host
+
+
+_PATCH = dict(zip(PATCHES, (_constants, _device, _to_cuda, _synchronize, _rng, _streams, _experts), strict=True))
 
 
 def _rewrite(constant):

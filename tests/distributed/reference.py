@@ -1,7 +1,7 @@
 """The truth that every layout is held against: float64, one process, plain torch, and nothing of the package.
 
-A decoder of the Llama, Qwen2, Qwen3 or Qwen3-MoE family computed from the tensors of a Hugging Face folder, one sequence
-at a time, and the DAPO loss as a loop over its formula (arXiv 2503.14476, equations 8 to 12).
+A decoder of the Llama, Qwen2, Qwen3 or Qwen3-MoE family computed from the tensors of a Hugging Face folder, one
+sequence at a time, and the DAPO loss as a loop over its formula (arXiv 2503.14476, equations 8 to 12).
 """
 
 import json

@@ -11,19 +11,23 @@ from dapo_megatron.compat.megatron_cpu import PATCHES
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(torch.cuda.is_available(), reason="the patches are for CPU")]
 
 
-def probe(*arguments):
-    command = [sys.executable, "-m", "tests.distributed.compat_probe", "pp2", *arguments]
+OF_EXPERTS = ("streams", "experts")
+
+
+def probe(scenario, *without):
+    command = [sys.executable, "-m", "tests.distributed.compat_probe", scenario, *without]
     return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
 
 
-def test_with_all_patches_it_runs():
-    done = probe()
+@pytest.mark.parametrize("scenario", ["stages", "experts"])
+def test_with_all_patches_it_runs(scenario):
+    done = probe(scenario)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.parametrize("patch", [*PATCHES, "adam"])
 def test_without_one_it_does_not(patch):
-    done = probe(patch)
+    done = probe("experts" if patch in OF_EXPERTS else "stages", patch)
     assert done.returncode != 0
-    expected = "step" if patch == "adam" else "CUDA"
+    expected = {"adam": "step", "experts": "te_general_gemm"}.get(patch, "CUDA")
     assert expected in done.stderr, done.stderr[-3000:]

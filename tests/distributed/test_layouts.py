@@ -74,7 +74,7 @@ def one_a_micro_batch():
 
 
 def unequal_lengths():
-    batch = groups(2, 3, seed=3)
+    batch = groups(2, 3, seed=6)
     long, short = batch[0].responses[0], batch[0].responses[1]
     long.token_ids, short.token_ids = long.token_ids * 40, short.token_ids[:1]
     for response in (long, short):

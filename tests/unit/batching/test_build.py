@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from dapo_megatron.algorithm.objective import token_weights
 from dapo_megatron.batching.build import build_step_batch
+from dapo_megatron.batching.rules import PackingRules
 from dapo_megatron.errors import DapoError
 from dapo_megatron.records import Group, Prompt, Response, VersionSpan
 
@@ -56,13 +57,20 @@ def group_lists(draw):
     ]
 
 
-layouts = st.fixed_dictionaries(
-    {
-        "data_parallel_size": st.integers(1, 5),
-        "micro_batch_tokens": st.integers(1, 60),
-        "pad_multiple": st.integers(1, 8),
-    }
-)
+@st.composite
+def layouts(draw):
+    sequence = draw(st.sampled_from([1, 1, 2, 4]))
+    return PackingRules(
+        data_parallel_size=draw(st.integers(1, 5)),
+        micro_batch_tokens=draw(st.integers(1, 60)),
+        sequence_multiple=sequence,
+        total_multiple=sequence * draw(st.integers(1, 8)),
+        equal_counts=draw(st.booleans()),
+        count_multiple=draw(st.integers(1, 3)),
+        equal_lengths=draw(st.booleans()),
+    )
+
+
 problems = st.fixed_dictionaries(
     {
         "step": st.integers(0, 5),
@@ -71,7 +79,7 @@ problems = st.fixed_dictionaries(
         "aggregation": st.sampled_from(AGGREGATIONS),
     }
 )
-ONE_RANK = {"data_parallel_size": 1, "micro_batch_tokens": 10_000, "pad_multiple": 1}
+ONE_RANK = PackingRules(data_parallel_size=1, micro_batch_tokens=10_000)
 
 
 def sequences_of(mini_batch):
@@ -95,9 +103,9 @@ def membership(batch):
 
 
 @settings(deadline=None)
-@given(group_lists(), problems, layouts)
+@given(group_lists(), problems, layouts())
 def test_every_token_appears_once_with_its_label_weight_advantage_and_logprob(groups, problem, layout):
-    batch = build_step_batch(groups, version=3, **problem, **layout)
+    batch = build_step_batch(groups, version=3, **problem, rules=layout)
 
     by_id = {group.prompt.id: group for group in groups}
     seen = []
@@ -115,8 +123,11 @@ def test_every_token_appears_once_with_its_label_weight_advantage_and_logprob(gr
 
 def _assert_sequence(arrays, prompt, response, weight):
     tokens = prompt.input_ids + response.token_ids
-    assert arrays["tokens"].tolist() == tokens
-    assert arrays["position_ids"].tolist() == list(range(len(tokens)))
+    n, size = len(tokens), arrays["tokens"].size
+    assert arrays["tokens"].tolist() == tokens + [0] * (size - n)
+    assert arrays["position_ids"].tolist() == list(range(size))
+    for name in ("labels", "weights", "advantages", "rollout_logprobs", "active"):
+        assert not arrays[name][n:].any()
     for t in range(len(tokens)):
         last = t == len(tokens) - 1
         assert arrays["labels"][t] == (0 if last else tokens[t + 1])
@@ -130,9 +141,9 @@ def _assert_sequence(arrays, prompt, response, weight):
 
 
 @settings(deadline=None)
-@given(group_lists(), problems, layouts)
+@given(group_lists(), problems, layouts())
 def test_weights_of_a_mini_batch_sum_to_one_unless_all_is_masked(groups, problem, layout):
-    for mini_batch in build_step_batch(groups, version=0, **problem, **layout).mini_batches:
+    for mini_batch in build_step_batch(groups, version=0, **problem, rules=layout).mini_batches:
         micro_batches = [mb for shard in mini_batch.shards for mb in shard]
         total = sum(float(mb.weights.astype(np.float64).sum()) for mb in micro_batches)
         trained = any(mb.active.any() for mb in micro_batches)
@@ -140,38 +151,45 @@ def test_weights_of_a_mini_batch_sum_to_one_unless_all_is_masked(groups, problem
 
 
 @settings(deadline=None)
-@given(group_lists(), problems, layouts, layouts, st.randoms(use_true_random=False))
+@given(group_lists(), problems, layouts(), layouts(), st.randoms(use_true_random=False))
 def test_membership_and_weights_depend_on_neither_layout_nor_arrival_order(groups, problem, one, other, random):
     arrived = random.sample(groups, len(groups))
-    a = build_step_batch(groups, version=0, **problem, **one)
-    b = build_step_batch(arrived, version=0, **problem, **other)
+    a = build_step_batch(groups, version=0, **problem, rules=one)
+    b = build_step_batch(arrived, version=0, **problem, rules=other)
 
     assert membership(a) == membership(b)
     for left, right in zip(a.mini_batches, b.mini_batches, strict=True):
         left, right = sequences_of(left), sequences_of(right)
-        assert all(np.array_equal(left[key]["weights"], right[key]["weights"]) for key in left)
+        for key in left:
+            ours, theirs = (arrays[key]["weights"][arrays[key]["active"]] for arrays in (left, right))
+            assert np.array_equal(ours, theirs)
 
 
 @settings(deadline=None)
-@given(group_lists(), problems, layouts)
+@given(group_lists(), problems, layouts())
 def test_shapes_budget_padding_and_balance(groups, problem, layout):
-    batch = build_step_batch(groups, version=0, **problem, **layout)
+    batch = build_step_batch(groups, version=0, **problem, rules=layout)
 
-    budget, multiple = layout["micro_batch_tokens"], layout["pad_multiple"]
     for mini_batch in batch.mini_batches:
-        assert len(mini_batch.shards) == layout["data_parallel_size"]
-        assert all(shard for shard in mini_batch.shards)
-        for mb in (mb for shard in mini_batch.shards for mb in shard):
-            _assert_shape(mb, multiple)
-            assert mb.tokens.size <= budget or len(mb.sequences) <= 1
+        assert len(mini_batch.shards) == layout.data_parallel_size
+        counts = [len(shard) for shard in mini_batch.shards]
+        assert all(count and count % layout.count_multiple == 0 for count in counts)
+        assert len(set(counts)) == 1 or not layout.equal_counts
+        for shard in mini_batch.shards:
+            sizes = [mb.tokens.size for mb in shard]
+            assert len(set(sizes)) == 1 or not layout.equal_lengths
+            for mb in shard:
+                _assert_shape(mb, layout)
+                over = mb.tokens.size > layout.micro_batch_tokens
+                assert not over or len(mb.sequences) <= 1 or layout.equal_lengths
         lengths = [arrays["tokens"].size for arrays in sequences_of(mini_batch).values()]
         loads = [sum(int(mb.cu_seqlens[len(mb.sequences)]) for mb in shard) for shard in mini_batch.shards]
         assert max(loads) <= sum(loads) / len(loads) + max(lengths)
 
 
-def _assert_shape(mb, multiple):
+def _assert_shape(mb, layout):
     T = mb.tokens.size
-    assert T > 0 and T % multiple == 0
+    assert T > 0 and T % layout.total_multiple == 0
     for name, dtype in (
         ("tokens", np.int64),
         ("labels", np.int64),
@@ -183,9 +201,9 @@ def _assert_shape(mb, multiple):
     ):
         assert getattr(mb, name).shape == (T,) and getattr(mb, name).dtype == dtype
     assert mb.cu_seqlens.dtype == np.int32 and mb.cu_seqlens[0] == 0 and mb.cu_seqlens[-1] == T
-    assert (np.diff(mb.cu_seqlens) > 0).all()
+    assert (np.diff(mb.cu_seqlens) > 0).all() and not (mb.cu_seqlens % layout.sequence_multiple).any()
     padding = slice(int(mb.cu_seqlens[len(mb.sequences)]), T)
-    assert T - padding.start < multiple or not mb.sequences
+    assert T - padding.start < layout.total_multiple or not mb.sequences or layout.equal_lengths
     assert len(mb.cu_seqlens) == len(mb.sequences) + 1 + (padding.start < T)
     for name in ("tokens", "labels", "weights", "advantages", "rollout_logprobs", "active"):
         assert not getattr(mb, name)[padding].any()
@@ -193,9 +211,9 @@ def _assert_shape(mb, multiple):
 
 
 @settings(deadline=None)
-@given(group_lists(), problems, layouts)
+@given(group_lists(), problems, layouts())
 def test_metrics_count_what_is_there(groups, problem, layout):
-    batch = build_step_batch(groups, version=0, **problem, **layout)
+    batch = build_step_batch(groups, version=0, **problem, rules=layout)
 
     shards = [shard for mini_batch in batch.mini_batches for shard in mini_batch.shards]
     tokens = sum(len(g.prompt.input_ids) + len(r.token_ids) for g in groups for r in g.responses)
@@ -204,7 +222,7 @@ def test_metrics_count_what_is_there(groups, problem, layout):
     assert batch.metrics["batch/micro_batches"] == sum(map(len, shards))
     padded = sum(mb.tokens.size for shard in shards for mb in shard)
     assert batch.metrics["batch/real_token_share"] == pytest.approx(tokens / padded)
-    assert 1 <= batch.metrics["batch/imbalance"] <= layout["data_parallel_size"] + 1e-9
+    assert 1 <= batch.metrics["batch/imbalance"] <= layout.data_parallel_size + 1e-9
 
 
 def test_a_packed_micro_batch_by_hand():
@@ -216,9 +234,7 @@ def test_a_packed_micro_batch_by_hand():
         seed=0,
         mini_batch_groups=1,
         aggregation="token",
-        data_parallel_size=1,
-        micro_batch_tokens=100,
-        pad_multiple=5,
+        rules=PackingRules(data_parallel_size=1, micro_batch_tokens=100, total_multiple=5),
     )
     ((mb,),) = batch.mini_batches[0].shards
     third = np.float32(1 / 3)
@@ -234,7 +250,7 @@ def test_a_packed_micro_batch_by_hand():
 
 def test_mini_batches_are_whole_groups_shuffled_anew_by_step_and_seed():
     groups = [make_group(i, [1], [make_response(f"p{i}", j, [2]) for j in range(2)]) for i in range(32)]
-    build = {"version": 0, "mini_batch_groups": 8, "aggregation": "token", **ONE_RANK}
+    build = {"version": 0, "mini_batch_groups": 8, "aggregation": "token", "rules": ONE_RANK}
     first = membership(build_step_batch(groups, step=1, seed=0, **build))
 
     assert [len(members) for members in first] == [16] * 4
@@ -254,9 +270,7 @@ def test_a_rank_without_work_gets_padding_only():
         seed=0,
         mini_batch_groups=1,
         aggregation="token",
-        data_parallel_size=2,
-        micro_batch_tokens=8,
-        pad_multiple=4,
+        rules=PackingRules(data_parallel_size=2, micro_batch_tokens=8, total_multiple=4),
     )
     busy, idle = batch.mini_batches[0].shards
     assert busy[0].sequences == [("p0", 0)]
@@ -271,8 +285,8 @@ def test_a_fully_masked_response_changes_no_other_weight(aggregation):
     trained = [make_response("p0", 0, [1, 2]), make_response("p0", 1, [3])]
     masked = make_response("p0", 2, [4, 5, 6], [False] * 3)
     problem = {"step": 0, "version": 0, "seed": 0, "mini_batch_groups": 4, "aggregation": aggregation}
-    without = build_step_batch([make_group(0, [9], trained)], **problem, **ONE_RANK)
-    with_it = build_step_batch([make_group(0, [9], [*trained, masked])], **problem, **ONE_RANK)
+    without = build_step_batch([make_group(0, [9], trained)], **problem, rules=ONE_RANK)
+    with_it = build_step_batch([make_group(0, [9], [*trained, masked])], **problem, rules=ONE_RANK)
 
     expected, found = sequences_of(without.mini_batches[0]), sequences_of(with_it.mini_batches[0])
     assert all(np.array_equal(found[key]["weights"], expected[key]["weights"]) for key in expected)
@@ -281,7 +295,7 @@ def test_a_fully_masked_response_changes_no_other_weight(aggregation):
 
 
 def test_bad_input_is_named_in_one_line():
-    problem = {"step": 0, "version": 0, "seed": 0, "mini_batch_groups": 1, "aggregation": "token", **ONE_RANK}
+    problem = {"step": 0, "version": 0, "seed": 0, "mini_batch_groups": 1, "aggregation": "token", "rules": ONE_RANK}
     short = make_response("p0", 3, [1, 2])
     short.rollout_logprobs.pop()
     with pytest.raises(DapoError, match="prompt 'p0', response 3: rollout_logprobs has 1 entries for 2 tokens"):

@@ -5,9 +5,10 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from dapo_megatron.errors import DapoError
-from dapo_megatron.weights.families import FAMILIES, ModelShape, model_shape
+from dapo_megatron.weights.families import FAMILIES, Experts, ModelShape, model_shape
 from dapo_megatron.weights.table import canonical_name, check_names, from_shards, hf_names, hf_shapes, rules, to_shard
 from tests.tiny import KINDS, hf_folder
 
@@ -15,8 +16,9 @@ from tests.tiny import KINDS, hf_folder
 def shape_of(
     family="Qwen2ForCausalLM", tied=False, heads=4, kv_heads=2, head_dim=8, hidden=16, ffn=24, vocab=32, layers=2
 ):
+    experts = Experts(4, 2, 8, True) if FAMILIES[family].mixture else None
     return ModelShape(
-        FAMILIES[family], layers, hidden, ffn, heads, kv_heads, head_dim, vocab, tied, 1e-6, 1e4, None, 64
+        FAMILIES[family], layers, hidden, ffn, heads, kv_heads, head_dim, vocab, tied, 1e-6, 1e4, None, 64, experts
     )
 
 
@@ -56,11 +58,10 @@ def test_gate_and_up_are_split_together():
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
 @pytest.mark.parametrize("tied", [True, False])
-def test_names_and_shapes_are_those_of_transformers(tmp_path, kind, tied):
+def test_names_and_shapes_are_those_that_transformers_writes(tmp_path, kind, tied):
     path = hf_folder(tmp_path, kind, tied)
     shape = model_shape(transformers.AutoConfig.from_pretrained(path))
-    model = transformers.AutoModelForCausalLM.from_pretrained(path)
-    real = {n: tuple(p.shape) for n, p in model.named_parameters()}
+    real = {n: tuple(t.shape) for n, t in load_file(path / "model.safetensors").items()}
     ours = {n: s for rule in rules(shape).values() for n, s in zip(rule.hf, hf_shapes(rule, shape), strict=True)}
     assert ours == real
 
@@ -84,6 +85,8 @@ def test_canonical_names():
     assert canonical_name("decoder.layers.1.mlp.linear_fc2.weight", 4) == "decoder.layers.5.mlp.linear_fc2.weight"
     fused = "decoder.layers.0.self_attention.linear_qkv.layer_norm_weight"
     assert canonical_name(fused, 0) == "decoder.layers.0.input_layernorm.weight"
+    expert = "decoder.layers.1.mlp.experts.local_experts.{}.linear_fc1.weight".format
+    assert canonical_name(expert(1), 0, first_expert=2) == expert(3)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,42 @@
+"""A model that does not fit the layout is refused with one line that names both numbers."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dapo_megatron.actor.fit import check_fit
+from dapo_megatron.errors import DapoError
+from dapo_megatron.weights.families import FAMILIES, Experts, ModelShape
+from tests.tiny import run_config
+
+SHAPE = ModelShape(FAMILIES["Qwen3ForCausalLM"], 6, 32, 64, 8, 4, 8, 100, False, 1e-6, 1e4, None, 40960)
+MOE = replace(SHAPE, family=FAMILIES["Qwen3MoeForCausalLM"], experts=Experts(6, 2, 30, True))
+TP, PP, EP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size"
+
+
+@pytest.mark.parametrize(
+    ("shape", "actor", "says"),
+    [
+        (SHAPE, {TP: 3}, "attention heads 8"),
+        (SHAPE, {TP: 8}, "key-value heads 4"),
+        (replace(SHAPE, vocab=101), {TP: 2}, "vocabulary size 101"),
+        (replace(SHAPE, ffn=63), {TP: 2}, "intermediate size 63"),
+        (SHAPE, {PP: 4}, "layers 6"),
+        (SHAPE, {PP: 2, "virtual_pipeline_model_parallel_size": 2}, "virtual_pipeline_model_parallel_size=4"),
+        (SHAPE, {EP: 2, "data_parallel_size": 2}, "has no experts"),
+        (MOE, {EP: 4, "data_parallel_size": 4}, "experts 6"),
+        (MOE, {TP: 4}, "experts' intermediate size 30"),
+        (MOE, {TP: 2, "sequence_parallel": False}, "needs actor.sequence_parallel=true"),
+        (replace(SHAPE, max_positions=256), {}, "max_position_embeddings=256"),
+    ],
+)
+def test_misfits(shape, actor, says):
+    with pytest.raises(DapoError) as e:
+        check_fit(run_config(Path("m"), actor=actor), shape)
+    assert says in str(e.value) and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("actor", [{TP: 4}, {TP: 2, EP: 2}, {PP: 3, "virtual_pipeline_model_parallel_size": 2}])
+def test_fits(actor):
+    check_fit(run_config(Path("m"), actor=actor), MOE if EP in actor else SHAPE)
