@@ -233,3 +233,29 @@ def test_the_update_is_the_same(folders, layout, model, packing, aggregation):
     assert_close(gradients, alone_gradients, 1e-5)
     for name in alone:
         assert metrics[name] == pytest.approx(alone[name], rel=1e-5, abs=2e-6), name
+
+
+def ratios_of_the_first_update(config, batch):
+    """The update's own log-probs minus the old ones, of this rank's labels, in the first mini-batch of a step."""
+    actor = actor_on_rank(config)
+    step = build_step_batch(
+        batch,
+        step=1,
+        version=0,
+        seed=0,
+        mini_batch_groups=len(batch),
+        aggregation="token",
+        rules=packing_rules(config.actor),
+    )
+    shard = step.mini_batches[0].shards[actor.layout.dp_rank]
+    metrics = actor.update(shard, PolicyObjective(config.algorithm), actor.logprobs(shard))
+    return metrics["policy/ratio_mean"], metrics["policy/approx_kl"]
+
+
+@pytest.mark.parametrize("layout", ["one", "TP2+SP", "PP2+VPP2", "TP2xCP2+SP", "DP2"])
+def test_the_first_ratio_is_exactly_one(folders, layout):
+    folder = folders["qwen3 tied"]
+    config = config_for(folder, layout, "unequal_lengths", "token")
+    results = run_ranks(config.world_size, ratios_of_the_first_update, config, unequal_lengths()[0])
+    # k3 = exp(d) - 1 - d is zero only where d is; it is a mean of values that are never negative.
+    assert all(result == (1.0, 0.0) for result in results)

@@ -23,6 +23,7 @@ DTYPES = {
 micro_batches = st.builds(
     MicroBatch,
     sequences=st.lists(st.tuples(st.text(), st.integers(0, 99)), max_size=3),
+    real_tokens=st.integers(0, 2**31),
     **{name: hnp.arrays(dtype, st.integers(0, 9)) for name, dtype in DTYPES.items()},
 )
 step_batches = st.builds(
@@ -67,7 +68,7 @@ def test_a_shard_travels_alone(shard):
 
 
 def test_another_schema_is_refused_before_anything_else_is_read():
-    with pytest.raises(DapoError, match="schema 99, this program reads 1"):
+    with pytest.raises(DapoError, match="schema 99, this program reads 2"):
         decode_step_batch(msgspec.msgpack.encode({"schema": 99, "mini_batches": "changed"}))
 
 
