@@ -84,10 +84,11 @@ def check_inputs(config: RunConfig) -> None:
     """Check what a run reads before anything is started.
 
     Raises:
-        DapoError: a file is missing or the model does not fit the layout.
+        DapoError: a file is missing, the model does not fit the layout, or this machine cannot train in FP8.
     """
     import transformers
 
+    from dapo_megatron.actor.precision import require_precision
     from dapo_megatron.weights.families import model_shape
 
     folder = Path(config.model.path)
@@ -98,7 +99,7 @@ def check_inputs(config: RunConfig) -> None:
             raise DapoError(f"{name}={path} does not exist")
     hf = transformers.AutoConfig.from_pretrained(folder)
     check_model(config, hf)
-    model_shape(hf)
+    require_precision(config, model_shape(hf))
 
 
 def _print_plan(config: RunConfig) -> None:

@@ -151,6 +151,19 @@ class ActorConfig(Section):
     """Layer implementation; auto takes TransformerEngine where it can be imported."""
 
 
+class PrecisionConfig(Section):
+    fp8: Literal["off", "delayed", "tensorwise", "blockwise", "mxfp8"] = "off"
+    """FP8 recipe of the layers' matrix products (docs/gpu.md says what each needs); off is model.dtype."""
+    fp8_format: Literal["e4m3", "hybrid"] | None = None
+    """e4m3 everywhere, or hybrid: e5m2 for gradients; null is TransformerEngine's default for the recipe."""
+    bf16_layers_at_start: int = Field(0, ge=0)
+    """First layers that stay in bfloat16; not with delayed."""
+    bf16_layers_at_end: int = Field(0, ge=0)
+    """Last layers that stay in bfloat16; not with delayed."""
+    fp8_param_gather: bool = False
+    """Keep the layers' weights in FP8 (1 byte each) and gather them so over data parallelism; masters are float32."""
+
+
 class OptimizerConfig(Section):
     lr: float = Field(1e-6, gt=0)
     """AdamW's learning rate after the warm-up."""
@@ -232,6 +245,7 @@ class RunConfig(Section):
     grading: GradingConfig = GradingConfig()
     engine: EngineConfig = EngineConfig()
     actor: ActorConfig = ActorConfig()
+    precision: PrecisionConfig = PrecisionConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     trainer: TrainerConfig = TrainerConfig()
     resharding: ReshardingConfig = ReshardingConfig()
@@ -295,6 +309,8 @@ class RunConfig(Section):
             )
         if algo.importance_cap is not None and algo.old_logprobs == "rollout":
             raise ValueError("algorithm.importance_cap needs algorithm.old_logprobs=actor")
+        if self.precision.fp8_param_gather and self.precision.fp8 == "off":
+            raise ValueError("precision.fp8_param_gather needs an FP8 recipe: set precision.fp8")
         return self
 
 

@@ -42,8 +42,8 @@ class Actor:
 
     def load_hf(self, path: str | Path) -> None:
         """Set the weights from a Hugging Face folder."""
-        load_hf_weights(path, self.model.module, self.shape, self.layout.tp_size, self.layout.tp_rank)
-        self.optimizer.reload_model_params()
+        exact = load_hf_weights(path, self.model.module, self.shape, self.layout.tp_size, self.layout.tp_rank)
+        self.optimizer.reload_model_params(exact)
 
     def logprobs(self, shard: list[MicroBatch], temperature: float | None = None) -> list[torch.Tensor]:
         """Log-probs of the active labels of each micro-batch under the current weights.

@@ -8,14 +8,17 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
 
 from dapo_megatron.actor.layer_spec import layer_spec
-from dapo_megatron.config import ActorConfig, RunConfig
+from dapo_megatron.actor.precision import ddp_arguments, model_arguments
+from dapo_megatron.config import ActorConfig, PrecisionConfig, RunConfig
 from dapo_megatron.weights.families import ModelShape
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def transformer_config(actor: ActorConfig, shape: ModelShape, dtype: torch.dtype) -> TransformerConfig:
-    """megatron-core's config for this model and layout."""
+def transformer_config(
+    actor: ActorConfig, precision: PrecisionConfig, shape: ModelShape, dtype: torch.dtype
+) -> TransformerConfig:
+    """megatron-core's config for this model, layout and precision."""
     tp, pp = actor.tensor_model_parallel_size, actor.pipeline_model_parallel_size
     return TransformerConfig(
         num_layers=shape.layers,
@@ -53,12 +56,13 @@ def transformer_config(actor: ActorConfig, shape: ModelShape, dtype: torch.dtype
         recompute_granularity="full" if actor.recompute else None,
         recompute_method="uniform" if actor.recompute else None,
         recompute_num_layers=1 if actor.recompute else None,
+        **model_arguments(precision),
     )
 
 
 def build_model(config: RunConfig, shape: ModelShape) -> DistributedDataParallel:
     """This rank's pipeline stage, wrapped for data parallelism; weights are not set."""
-    mcore = transformer_config(config.actor, shape, DTYPES[config.model.dtype])
+    mcore = transformer_config(config.actor, config.precision, shape, DTYPES[config.model.dtype])
     model = GPTModel(
         mcore,
         layer_spec(mcore, config.actor.layer_spec),
@@ -73,6 +77,8 @@ def build_model(config: RunConfig, shape: ModelShape) -> DistributedDataParallel
         rope_scaling=shape.rope_scaling_factor is not None,
         rope_scaling_factor=shape.rope_scaling_factor or 1.0,
     )
-    ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=True, **ddp_arguments(config.precision)
+    )
     mcore.finalize_model_grads_func = finalize_model_grads
     return DistributedDataParallel(mcore, ddp, model)

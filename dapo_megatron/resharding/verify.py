@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 
 from dapo_megatron.actor.actor import Actor
+from dapo_megatron.actor.precision import pad_multiple
 from dapo_megatron.batching.batch import MicroBatch
 from dapo_megatron.errors import DapoError
 from dapo_megatron.resharding.push import Pusher
@@ -17,7 +18,7 @@ def verify_logprobs(actor: Actor, pusher: Pusher, prompts: list[list[int]], tole
         DapoError: it exceeds `tolerance`; names the engine, the prompt and the token.
     """
     layout = actor.layout
-    shard = [prompt_micro_batch(prompt, layout.tp_size) for prompt in prompts]
+    shard = [prompt_micro_batch(prompt, pad_multiple(actor.config)) for prompt in prompts]
     ours = actor.logprobs(shard, temperature=1.0)
     # The engines are asked by rank 0, the log-probs are on the last stage: ship them as one padded tensor.
     longest = max(map(len, prompts))

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import transformers
 
+from dapo_megatron.actor.precision import pad_multiple
 from dapo_megatron.batching.build import build_step_batch
 from dapo_megatron.batching.wire import encode
 from dapo_megatron.config import RunConfig
@@ -114,7 +115,7 @@ class Controller:
             aggregation=config.algorithm.aggregation,
             data_parallel_size=config.actor.data_parallel_size,
             micro_batch_tokens=config.actor.micro_batch_tokens,
-            pad_multiple=config.actor.tensor_model_parallel_size,
+            pad_multiple=pad_multiple(config),
         )
         self.samples.write(step, collected.seen[: config.observe.responses_per_step])
         metrics = collected.metrics | _response_metrics(collected, version) | batch.metrics

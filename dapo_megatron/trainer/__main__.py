@@ -16,6 +16,7 @@ import transformers
 
 from dapo_megatron.actor.actor import Actor
 from dapo_megatron.actor.parallel import init_parallel
+from dapo_megatron.actor.precision import require_precision
 from dapo_megatron.checkpoint.store import latest
 from dapo_megatron.config import check_model, load_config
 from dapo_megatron.errors import exit_code
@@ -43,10 +44,12 @@ def _train(args: argparse.Namespace) -> None:
     config = load_config(args.config)
     hf = transformers.AutoConfig.from_pretrained(config.model.path)
     check_model(config, hf)
+    shape = model_shape(hf)
+    require_precision(config, shape)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     layout = init_parallel(config)
-    actor = Actor(config, model_shape(hf), layout)
+    actor = Actor(config, shape, layout)
     pusher = Pusher(config, actor, args.engines)
     try:
         resume = latest(Path(config.run_dir)) if args.resume else None

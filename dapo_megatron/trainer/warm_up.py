@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from dapo_megatron.actor.actor import Actor
 from dapo_megatron.actor.objectives import SupervisedObjective
 from dapo_megatron.actor.parallel import init_parallel
+from dapo_megatron.actor.precision import pad_multiple
 from dapo_megatron.batching.build import build_step_batch
 from dapo_megatron.config import RunConfig, load_config
 from dapo_megatron.records import Group, Prompt, Response, VersionSpan
@@ -76,7 +77,7 @@ def _batch(config: RunConfig, examples: list[Group], update: int, size: int):
         aggregation="token",
         data_parallel_size=1,
         micro_batch_tokens=config.actor.micro_batch_tokens,
-        pad_multiple=1,
+        pad_multiple=pad_multiple(config),
     )
     return batch.mini_batches[0].shards[0]
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
+from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from megatron.core.models.gpt import GPTModel
 
 from dapo_megatron.weights.families import ModelShape
@@ -22,6 +23,8 @@ def export_stage(model: GPTModel, shape: ModelShape) -> Iterator[tuple[str, torc
     size, rank = dist.get_world_size(group), dist.get_rank(group)
     for rule, parameter in _exported(model, shape):
         data = parameter.detach()
+        if is_float8tensor(data):  # a gather of its bytes would lose the scales
+            data = dequantize_fp8_tensor(data)
         shards = [data]
         if size > 1 and rule.kind != "whole":
             shards = [torch.empty_like(data) for _ in range(size)] if rank == 0 else None

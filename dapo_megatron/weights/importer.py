@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import torch
+from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.models.gpt import GPTModel
 from safetensors import SafetensorError, safe_open
 
@@ -51,8 +52,14 @@ def named_parameters(model: GPTModel) -> dict[str, torch.nn.Parameter]:
     return {canonical_name(name, first): parameter for name, parameter in model.named_parameters()}
 
 
-def load_hf_weights(path: str | Path, model: GPTModel, shape: ModelShape, tp_size: int, tp_rank: int) -> None:
+def load_hf_weights(
+    path: str | Path, model: GPTModel, shape: ModelShape, tp_size: int, tp_rank: int
+) -> dict[str, torch.Tensor] | None:
     """Copy the checkpoint into this rank's parameters; one tensor is in memory at a time.
+
+    Returns:
+        None, or where parameters are kept in FP8 all of them by megatron-core's own names, these as the checkpoint has
+        them (on the CPU): what the optimizer's float32 masters start from, since FP8 has lost it.
 
     Raises:
         DapoError: a tensor is missing, unexpected or of the wrong shape.
@@ -60,11 +67,15 @@ def load_hf_weights(path: str | Path, model: GPTModel, shape: ModelShape, tp_siz
     folder = HfFolder(path)
     check_names(set(folder.files), shape, str(path))
     table = rules(shape)
+    exact: dict[str, torch.Tensor] = {}
     with torch.no_grad():
-        for name, parameter in named_parameters(model).items():
+        for (own_name, parameter), name in zip(model.named_parameters(), named_parameters(model), strict=True):
             rule = table[name]
             tensors = [folder.tensor(n) for n in rule.hf]
             for hf_name, tensor, expected in zip(rule.hf, tensors, hf_shapes(rule, shape), strict=True):
                 if tuple(tensor.shape) != expected:
                     raise DapoError(f"{path}: {hf_name} has shape {tuple(tensor.shape)}, config.json says {expected}")
-            parameter.copy_(to_shard(rule, shape, tensors, tp_size, tp_rank))
+            shard = to_shard(rule, shape, tensors, tp_size, tp_rank)
+            parameter.copy_(shard)
+            exact[own_name] = shard if is_float8tensor(parameter) else parameter
+    return exact if any(map(is_float8tensor, model.parameters())) else None

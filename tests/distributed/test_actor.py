@@ -11,6 +11,7 @@ from tests.tiny import groups, hf_folder, run_config
 from dapo_megatron.actor.actor import Actor
 from dapo_megatron.actor.objectives import PolicyObjective
 from dapo_megatron.actor.parallel import init_parallel
+from dapo_megatron.actor.precision import pad_multiple
 from dapo_megatron.batching.build import build_step_batch
 from dapo_megatron.weights.exporter import export_stage
 from dapo_megatron.weights.families import model_shape
@@ -43,7 +44,7 @@ def step_batch(config, micro_batch_tokens):
         aggregation="token",
         data_parallel_size=config.actor.data_parallel_size,
         micro_batch_tokens=micro_batch_tokens,
-        pad_multiple=config.actor.tensor_model_parallel_size,
+        pad_multiple=pad_multiple(config),
     )
 
 

@@ -1,0 +1,71 @@
+"""What FP8 asks of the actor and can be checked without it: padding, and masters more exact than the parameters."""
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+from tests.distributed.harness import run_ranks  # first: patches megatron-core on machines without CUDA
+from tests.distributed.test_actor import actor_on_rank
+from tests.tiny import groups, hf_folder, run_config
+
+from dapo_megatron.actor.objectives import PolicyObjective
+from dapo_megatron.batching.build import build_step_batch
+from dapo_megatron.resharding.verify import prompt_micro_batch
+from dapo_megatron.weights import importer
+from dapo_megatron.weights.exporter import export_stage
+
+
+def update(config, pad_multiple):
+    """Metrics of one update and the weights after it."""
+    actor = actor_on_rank(config)
+    batch = build_step_batch(
+        groups(),
+        step=1,
+        version=0,
+        seed=0,
+        mini_batch_groups=4,
+        aggregation="token",
+        data_parallel_size=1,
+        micro_batch_tokens=256,
+        pad_multiple=pad_multiple,
+    )
+    prompt = actor.logprobs([prompt_micro_batch([5, 9, 13, 2, 7], pad_multiple)])
+    metrics = actor.update(batch.mini_batches[0].shards[0], PolicyObjective(config.algorithm), None)
+    weights = {name: tensor.numpy().copy() for name, tensor in export_stage(actor.model.module, actor.shape)}
+    return prompt[0].numpy(), metrics, weights
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_padding_to_fp8_blocks_changes_nothing(tmp_path, tp):
+    config = run_config(hf_folder(tmp_path), actor={"tensor_model_parallel_size": tp})
+    plain, padded = (run_ranks(tp, update, config, multiple)[0] for multiple in (tp, 128 * tp))
+    assert len(plain[0]) == 4
+    np.testing.assert_allclose(padded[0], plain[0], atol=1e-5)
+    for key, value in plain[1].items():
+        assert padded[1][key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
+    for name, value in plain[2].items():
+        np.testing.assert_allclose(padded[2][name], value, atol=2e-6, err_msg=name)
+
+
+def masters(config, parameters_lose_precision):
+    """{name: float32 master} of the first layer's output projection and the final norm; one rank holds them whole."""
+    if parameters_lose_precision:
+        importer.is_float8tensor = lambda tensor: True  # in this process only: bfloat16 stands in for FP8
+    actor = actor_on_rank(config)
+    named = importer.named_parameters(actor.model.module)
+    names = ("decoder.layers.0.self_attention.linear_proj.weight", "decoder.final_layernorm.weight")
+    return {name: named[name].main_param.view(named[name].shape).numpy().copy() for name in names}
+
+
+def test_masters_start_from_the_checkpoint_and_not_from_rounded_parameters(tmp_path):
+    path = hf_folder(tmp_path)
+    config = run_config(path, model={"dtype": "bfloat16"})
+    original = load_file(path / "model.safetensors")
+    tensors = [original["model.layers.0.self_attn.o_proj.weight"], original["model.norm.weight"]]
+    (exact,) = run_ranks(1, masters, config, True)
+    for master, tensor in zip(exact.values(), tensors, strict=True):
+        np.testing.assert_array_equal(master, tensor)
+        assert (master != tensor.bfloat16().float().numpy()).any()
+    (rounded,) = run_ranks(1, masters, config, False)
+    for master, tensor in zip(rounded.values(), tensors, strict=True):
+        np.testing.assert_array_equal(master, tensor.bfloat16().float())
