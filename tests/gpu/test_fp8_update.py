@@ -1,7 +1,8 @@
 """One FP8 update against the same one in bfloat16, for each recipe that this GPU has.
 
-The bounds follow from the formats, not from measurements: e4m3 rounds by at most 1/16 of a value, independently in each
-of the many terms of a product.
+The bounds are not measurements of a GPU. Rounding inputs, weights and output gradients of this model's layers to
+e4m3/e5m2 with one scale a tensor, in float32 on a CPU, gave a gradient cosine of 0.988, a mean |log-prob difference| of
+0.039 and a relative loss difference of 6e-4 (2026-11-24); the bounds leave room around these.
 """
 
 import pytest
