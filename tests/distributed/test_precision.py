@@ -1,18 +1,24 @@
 """What FP8 asks of the actor and can be checked without it: padding, and masters more exact than the parameters."""
 
+import contextlib
+import importlib.util
+
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from tests.distributed.harness import run_ranks  # first: patches megatron-core on machines without CUDA
 from tests.distributed.test_actor import actor_on_rank
 from tests.tiny import groups, hf_folder, run_config
 
+from dapo_megatron.actor.model import transformer_config
 from dapo_megatron.actor.objectives import PolicyObjective
 from dapo_megatron.batching.build import build_step_batch
 from dapo_megatron.resharding.verify import prompt_micro_batch
 from dapo_megatron.weights import importer
 from dapo_megatron.weights.exporter import export_stage
+from tests.unit.actor.test_precision import SHAPE, fp8_config
 
 
 def update(config, pad_multiple):
@@ -69,3 +75,13 @@ def test_masters_start_from_the_checkpoint_and_not_from_rounded_parameters(tmp_p
     (rounded,) = run_ranks(1, masters, config, False)
     for master, tensor in zip(rounded.values(), tensors, strict=True):
         np.testing.assert_array_equal(master, tensor.bfloat16().float())
+
+
+@pytest.mark.skipif(importlib.util.find_spec("transformer_engine") is not None, reason="TransformerEngine is installed")
+def test_megatron_core_alone_would_train_in_bfloat16_without_a_word():
+    from megatron.core.fp8_utils import get_fp8_context
+
+    config = fp8_config("blockwise")
+    mcore = transformer_config(config.actor, config.precision, SHAPE, torch.bfloat16)
+    assert (mcore.fp8, mcore.fp8_recipe) == ("e4m3", "blockwise")
+    assert isinstance(get_fp8_context(mcore), contextlib.nullcontext)
