@@ -6,6 +6,10 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 READY := .venv/.ready
+# Python sources of TransformerEngine for one test, in folders of their own: where it can be imported, actor.layer_spec
+# auto would take it, and without CUDA nothing of it runs. The newest that megatron-core 0.16.1 names (< 2.12), and ours.
+TE := 2.11.0 2.20.2
+TE_READY := $(TE:%=.venv-te/%/.ready)
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test lint setup clean
@@ -13,7 +17,7 @@ unexport PYTHONDONTWRITEBYTECODE
 demo: $(READY)
 	$(BIN)/dapo-megatron demo $(ARGS)
 
-test: $(READY)
+test: $(READY) $(TE_READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(if $(FAST),-m "not slow") $(ARGS)
 
 lint: $(READY)
@@ -21,7 +25,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-setup: $(READY)
+setup: $(READY) $(TE_READY)
 
 # torch first: anything that pulls it in by itself would bring the CUDA build.
 $(READY): pyproject.toml requirements/cpu.txt requirements/sglang-cpu.txt
@@ -32,5 +36,9 @@ $(READY): pyproject.toml requirements/cpu.txt requirements/sglang-cpu.txt
 	$(BIN)/pip install --quiet --no-deps -e .
 	touch $(READY)
 
+.venv-te/%/.ready: | $(READY)
+	$(BIN)/pip install --quiet --no-deps --upgrade --target .venv-te/$* transformer-engine==$*
+	touch $@
+
 clean:
-	rm -rf .venv demo runs
+	rm -rf .venv .venv-te demo runs

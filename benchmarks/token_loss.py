@@ -3,8 +3,8 @@
     python benchmarks/token_loss.py                                        # 2,048 tokens, Qwen2.5-0.5B's output layer
     python benchmarks/token_loss.py --tokens 16384 --hidden 2048 --dtype bfloat16       # on a GPU
 
-Every peer runs in a process of its own on the same tensors: log-probs of given labels, with gradients to the hidden states
-and to the output weight. This project's version computes the entropies besides; the others do not.
+Every peer runs in a process of its own on the same tensors: log-probs of given labels, with gradients to the hidden
+states and to the output weight. This project's version computes the entropies besides; the others do not.
 
 memory      peak beyond the inputs and their two gradients
 matmuls     the products that a loss without logits in memory needs (forward, recompute, two backward), in the same
@@ -31,12 +31,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dapo_megatron.actor.token_loss import token_logprobs
 
-CHUNK = 256
+CHUNKS = {"cpu": 128, "cuda": 1024}
+"""Tokens whose logits exist at a time; a GPU wants more to be busy, and has more memory to compare with."""
 MiB = 2**20
 
 
 def ours(hidden, weight, labels):
-    return token_logprobs(hidden, weight, labels, 1.0, CHUNK, dist.group.WORLD)[0]
+    return token_logprobs(hidden, weight, labels, 1.0, CHUNKS[hidden.device.type], dist.group.WORLD)[0]
 
 
 def full_logits(hidden, weight, labels):
@@ -133,11 +134,12 @@ def resident(field: str) -> int:
 def floors(args) -> dict[str, float]:
     """Seconds of the products alone, and of moving the bytes that must be moved."""
     hidden, weight, _ = (t.detach() for t in inputs(args))
-    logits = hidden[:CHUNK] @ weight.T
+    chunk = CHUNKS[args.device]
+    logits = hidden[:chunk] @ weight.T
     grad_weight, grad_hidden = torch.zeros_like(weight), torch.empty_like(hidden)
 
     def products():
-        for rows in hidden.split(CHUNK):
+        for rows in hidden.split(chunk):
             for _ in range(2):
                 torch.mm(rows, weight.T, out=logits[: len(rows)])
             torch.mm(logits[: len(rows)], weight, out=grad_hidden[: len(rows)])

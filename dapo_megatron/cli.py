@@ -84,11 +84,12 @@ def check_inputs(config: RunConfig) -> None:
     """Check what a run reads before anything is started.
 
     Raises:
-        DapoError: a file is missing or the model does not fit the layout.
+        DapoError: a file is missing, the model does not fit the layout, or this machine cannot train in FP8.
     """
     import transformers
 
     from dapo_megatron.actor.fit import check_fit
+    from dapo_megatron.actor.precision import require_precision
     from dapo_megatron.weights.families import model_shape
 
     folder = Path(config.model.path)
@@ -97,7 +98,9 @@ def check_inputs(config: RunConfig) -> None:
     for name, path in (("data.train", config.data.train), ("data.eval", config.data.eval)):
         if path is not None and not Path(path).exists():
             raise DapoError(f"{name}={path} does not exist")
-    check_fit(config, model_shape(transformers.AutoConfig.from_pretrained(folder)))
+    shape = model_shape(transformers.AutoConfig.from_pretrained(folder))
+    check_fit(config, shape)
+    require_precision(config, shape)
 
 
 def _print_plan(config: RunConfig) -> None:

@@ -151,7 +151,7 @@ class ActorConfig(Section):
     """Split activations between layers along the sequence over TP (used where TP > 1)."""
     micro_batch_tokens: int = Field(16384, ge=1)
     """Token budget of one packed micro-batch, over its CP ranks together; a longer sequence stands alone."""
-    loss_chunk_tokens: int = Field(256, ge=1)
+    loss_chunk_tokens: int = Field(1024, ge=1)
     """Tokens whose logits exist at a time in the loss."""
     recompute: bool = False
     """Recompute every layer's activations in backward."""
@@ -165,6 +165,24 @@ class ActorConfig(Section):
         With EP 1 and any other ETP, megatron-core 0.16.1 leaves out the sum of the experts' gradients over TP.
         """
         return 1 if self.expert_model_parallel_size > 1 else self.tensor_model_parallel_size
+
+
+class PrecisionConfig(Section):
+    fp8: Literal["off", "delayed", "tensorwise", "blockwise", "mxfp8"] = "off"
+    """FP8 recipe of the layers' matrix products (docs/gpu.md says what each needs); off is model.dtype."""
+    fp8_format: Literal["e4m3", "hybrid"] | None = None
+    """e4m3 everywhere, or hybrid: e5m2 for gradients; null is TransformerEngine's default for the recipe."""
+    bf16_layers_at_start: int = Field(0, ge=0)
+    """First layers that stay in bfloat16; not with delayed."""
+    bf16_layers_at_end: int = Field(0, ge=0)
+    """Last layers that stay in bfloat16; not with delayed."""
+    fp8_param_gather: bool = False
+    """Keep the layers' weights in FP8 (1 byte each) and gather them so over data parallelism; masters are float32."""
+
+    @property
+    def token_multiple(self) -> int:
+        """Tokens on each tensor-parallel rank are a multiple of it (TransformerEngine's blocks)."""
+        return {"off": 1, "delayed": 16, "tensorwise": 16, "blockwise": 128, "mxfp8": 32}[self.fp8]
 
 
 class OptimizerConfig(Section):
@@ -248,6 +266,7 @@ class RunConfig(Section):
     grading: GradingConfig = GradingConfig()
     engine: EngineConfig = EngineConfig()
     actor: ActorConfig = ActorConfig()
+    precision: PrecisionConfig = PrecisionConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     trainer: TrainerConfig = TrainerConfig()
     resharding: ReshardingConfig = ReshardingConfig()
@@ -328,6 +347,8 @@ class RunConfig(Section):
             )
         if algo.importance_cap is not None and algo.old_logprobs == "rollout":
             raise ValueError("algorithm.importance_cap needs algorithm.old_logprobs=actor")
+        if self.precision.fp8_param_gather and self.precision.fp8 == "off":
+            raise ValueError("precision.fp8_param_gather needs an FP8 recipe: set precision.fp8")
         return self
 
 

@@ -47,8 +47,8 @@ class Actor:
 
     def load_hf(self, path: str | Path) -> None:
         """Set the weights from a Hugging Face folder."""
-        load_hf_weights(path, self.modules, self.shape)
-        self.optimizer.reload_model_params()
+        exact = load_hf_weights(path, self.modules, self.shape)
+        self.optimizer.reload_model_params(exact)
 
     def logprobs(self, shard: list[MicroBatch], temperature: float | None = None) -> list[torch.Tensor]:
         """Log-probs, under the current weights, of the labels that this rank evaluates (see `own`).

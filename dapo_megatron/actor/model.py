@@ -13,14 +13,17 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
 
 from dapo_megatron.actor.layer_spec import layer_spec
-from dapo_megatron.config import ActorConfig, RunConfig
+from dapo_megatron.actor.precision import ddp_arguments, model_arguments
+from dapo_megatron.config import ActorConfig, PrecisionConfig, RunConfig
 from dapo_megatron.weights.families import ModelShape
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def transformer_config(actor: ActorConfig, shape: ModelShape, dtype: torch.dtype) -> TransformerConfig:
-    """megatron-core's config for this model and layout."""
+def transformer_config(
+    actor: ActorConfig, precision: PrecisionConfig, shape: ModelShape, dtype: torch.dtype
+) -> TransformerConfig:
+    """megatron-core's config for this model, layout and precision."""
     tp, pp = actor.tensor_model_parallel_size, actor.pipeline_model_parallel_size
     pieces, cp = actor.virtual_pipeline_model_parallel_size, actor.context_parallel_size
     return TransformerConfig(
@@ -53,7 +56,7 @@ def transformer_config(actor: ActorConfig, shape: ModelShape, dtype: torch.dtype
         batch_p2p_comm=pieces == 1,
         overlap_p2p_comm=pieces > 1,
         moe_token_dispatcher_type="alltoall",  # the default is refused with variable lengths, experts or not
-        **_expert_options(shape),
+        **_expert_options(shape, fp8=precision.fp8 != "off"),
         # The loss is a weighted sum whose denominators are already in the weights: see actor.actor.
         calculate_per_token_loss=True,
         params_dtype=dtype,
@@ -68,10 +71,11 @@ def transformer_config(actor: ActorConfig, shape: ModelShape, dtype: torch.dtype
         recompute_granularity="full" if actor.recompute else None,
         recompute_method="uniform" if actor.recompute else None,
         recompute_num_layers=1 if actor.recompute else None,
+        **model_arguments(precision),
     )
 
 
-def _expert_options(shape: ModelShape) -> dict[str, Any]:
+def _expert_options(shape: ModelShape, *, fp8: bool) -> dict[str, Any]:
     if shape.experts is None:
         return {}
     return dict(
@@ -87,6 +91,7 @@ def _expert_options(shape: ModelShape) -> dict[str, Any]:
         moe_z_loss_coeff=None,
         moe_expert_capacity_factor=None,
         moe_grouped_gemm=False,
+        moe_router_padding_for_quantization=fp8,
     )
 
 
@@ -106,9 +111,11 @@ class PolicyModel(GPTModel):
 
 def build_model(config: RunConfig, shape: ModelShape) -> list[DistributedDataParallel]:
     """This rank's pieces of the model, each wrapped for data parallelism; weights are not set."""
-    mcore = transformer_config(config.actor, shape, DTYPES[config.model.dtype])
+    mcore = transformer_config(config.actor, config.precision, shape, DTYPES[config.model.dtype])
     mcore.finalize_model_grads_func = finalize_model_grads
-    ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=True, **ddp_arguments(config.precision)
+    )
     pieces = config.actor.virtual_pipeline_model_parallel_size
     stages = range(pieces) if pieces > 1 else [None]
     return [DistributedDataParallel(mcore, ddp, _piece(config, shape, mcore, stage)) for stage in stages]

@@ -7,6 +7,7 @@ from megatron.core.optimizer import OptimizerConfig as McoreOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from dapo_megatron.actor.model import DTYPES
+from dapo_megatron.actor.precision import optimizer_arguments
 from dapo_megatron.config import RunConfig
 
 
@@ -26,6 +27,7 @@ def build_optimizer(config: RunConfig, model: list[DistributedDataParallel]) -> 
             bf16=dtype == torch.bfloat16,
             params_dtype=dtype,
             use_distributed_optimizer=True,
+            **optimizer_arguments(config.precision),
         ),
         model,
     )

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from math import lcm
 
-from dapo_megatron.config import ActorConfig
+from dapo_megatron.config import RunConfig
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,14 @@ class PackingRules:
     """All micro-batches of a rank have the same length (interleaved pipeline: stages exchange no shapes)."""
 
 
-def packing_rules(actor: ActorConfig) -> PackingRules:
-    """The rules of a layout.
+def packing_rules(config: RunConfig) -> PackingRules:
+    """The rules of a layout and of its precision.
 
-    Sequence parallelism cuts a context-parallel rank's tokens into TP equal parts; zig-zag context parallelism cuts
-    every sequence into 2 CP equal parts (megatron-core get_batch_on_this_cp_rank).
+    Sequence parallelism cuts a context-parallel rank's tokens into TP equal parts, each of which FP8 wants to be a
+    multiple of its own; zig-zag context parallelism cuts every sequence into 2 CP equal parts (megatron-core
+    get_batch_on_this_cp_rank).
     """
+    actor = config.actor
     tp, cp = actor.tensor_model_parallel_size, actor.context_parallel_size
     sequence_multiple = 2 * cp if cp > 1 else 1
     interleaved = actor.virtual_pipeline_model_parallel_size > 1
@@ -38,7 +40,7 @@ def packing_rules(actor: ActorConfig) -> PackingRules:
         data_parallel_size=actor.data_parallel_size,
         micro_batch_tokens=actor.micro_batch_tokens,
         sequence_multiple=sequence_multiple,
-        total_multiple=lcm(sequence_multiple, cp * tp),
+        total_multiple=lcm(sequence_multiple, cp * tp * config.precision.token_multiple),
         equal_counts=actor.expert_model_parallel_size > 1,
         count_multiple=actor.pipeline_model_parallel_size if interleaved else 1,
         equal_lengths=interleaved,

@@ -23,7 +23,7 @@ def verify_logprobs(actor: Actor, pusher: Pusher, prompts: list[list[int]], tole
     """
     layout = actor.layout
     # Every data-parallel rank scores all prompts: with experts spread over them, all must take part.
-    rules = dataclasses.replace(packing_rules(actor.config.actor), data_parallel_size=1)
+    rules = dataclasses.replace(packing_rules(actor.config), data_parallel_size=1)
     (shard,) = shard_samples([prompt_sample(i, p) for i, p in enumerate(prompts)], rules)
     ours = actor.logprobs(shard, temperature=1.0)
     # The engines are asked by rank 0, the log-probs are on the last stage, a part on each rank: sum them in one table.

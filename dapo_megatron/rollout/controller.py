@@ -113,7 +113,7 @@ class Controller:
             seed=config.seed,
             mini_batch_groups=config.trainer.mini_batch_prompts,
             aggregation=config.algorithm.aggregation,
-            rules=packing_rules(config.actor),
+            rules=packing_rules(config),
         )
         self.samples.write(step, collected.seen[: config.observe.responses_per_step])
         metrics = collected.metrics | _response_metrics(collected, version) | batch.metrics

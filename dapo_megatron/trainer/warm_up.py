@@ -79,7 +79,7 @@ def supervised_shards(config: RunConfig, examples: list[Group], update: int, siz
         seed=config.seed,
         mini_batch_groups=size,
         aggregation="token",
-        rules=packing_rules(config.actor),
+        rules=packing_rules(config),
     )
     return batch.mini_batches[0].shards
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
+from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from megatron.core.models.gpt import GPTModel
 
 from dapo_megatron.weights.families import ModelShape
@@ -31,7 +32,10 @@ def export_stage(modules: Sequence[GPTModel], shape: ModelShape) -> Iterator[tup
         else:
             # All slices of all experts with this place in their ranks: tensor parallel fastest, then expert parallel.
             group = mpu.get_expert_tensor_and_model_parallel_group()
-        shards = _gather(parameter.detach(), group)
+        data = parameter.detach()
+        if is_float8tensor(data):  # a gather of its bytes would lose the scales
+            data = dequantize_fp8_tensor(data)
+        shards = _gather(data, group)
         if not is_sender():
             continue
         copies = _copies(rule, shape)

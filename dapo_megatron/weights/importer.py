@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
+from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.models.gpt import GPTModel
 from safetensors import SafetensorError, safe_open
 
@@ -63,8 +64,13 @@ def local_experts(shape: ModelShape) -> int:
     return shape.experts.count // mpu.get_expert_model_parallel_world_size() if shape.experts else 0
 
 
-def load_hf_weights(path: str | Path, modules: Sequence[GPTModel], shape: ModelShape) -> None:
+def load_hf_weights(path: str | Path, modules: Sequence[GPTModel], shape: ModelShape) -> dict[str, torch.Tensor] | None:
     """Copy the checkpoint into this rank's parameters; one tensor is in memory at a time.
+
+    Returns:
+        None, or where parameters are kept in FP8 (one module, no experts) all of them by megatron-core's own names,
+        these as the checkpoint has them (on the CPU): what the optimizer's float32 masters start from, since FP8 has
+        lost it.
 
     Raises:
         DapoError: a tensor is missing, unexpected or of the wrong shape.
@@ -72,6 +78,7 @@ def load_hf_weights(path: str | Path, modules: Sequence[GPTModel], shape: ModelS
     folder = HfFolder(path)
     check_names(set(folder.files), shape, str(path))
     table = rules(shape)
+    exact: dict[torch.nn.Parameter, torch.Tensor] = {}
     with torch.no_grad():
         for name, parameter in named_parameters(modules, shape).items():
             rule = table[name]
@@ -80,7 +87,11 @@ def load_hf_weights(path: str | Path, modules: Sequence[GPTModel], shape: ModelS
                 if tuple(tensor.shape) != expected:
                     raise DapoError(f"{path}: {hf_name} has shape {tuple(tensor.shape)}, config.json says {expected}")
             group = tensor_parallel_group(rule)
-            parameter.copy_(to_shard(rule, shape, tensors, group.size(), group.rank()))
+            shard = to_shard(rule, shape, tensors, group.size(), group.rank())
+            parameter.copy_(shard)
+            if is_float8tensor(parameter):
+                exact[parameter] = shard
+    return {name: exact.get(p, p) for name, p in modules[0].named_parameters()} if exact else None
 
 
 def tensor_parallel_group(rule: Rule) -> dist.ProcessGroup:

@@ -44,7 +44,7 @@ def step_batch(config, micro_batch_tokens):
         seed=0,
         mini_batch_groups=2,
         aggregation="token",
-        rules=dataclasses.replace(packing_rules(config.actor), micro_batch_tokens=micro_batch_tokens),
+        rules=dataclasses.replace(packing_rules(config), micro_batch_tokens=micro_batch_tokens),
     )
 
 

@@ -177,7 +177,7 @@ def one_update(config, batch):
         seed=0,
         mini_batch_groups=len(batch),
         aggregation=config.algorithm.aggregation,
-        rules=packing_rules(config.actor),
+        rules=packing_rules(config),
     )
     shard = step.mini_batches[0].shards[actor.layout.dp_rank]
     old = [actor.own_column(m, m.rollout_logprobs) for m in shard]
@@ -245,7 +245,7 @@ def ratios_of_the_first_update(config, batch):
         seed=0,
         mini_batch_groups=len(batch),
         aggregation="token",
-        rules=packing_rules(config.actor),
+        rules=packing_rules(config),
     )
     shard = step.mini_batches[0].shards[actor.layout.dp_rank]
     metrics = actor.update(shard, PolicyObjective(config.algorithm), actor.logprobs(shard))
