@@ -1,6 +1,7 @@
 """One real SGLang server for the whole session: starting it takes tens of seconds."""
 
 import os
+from contextlib import contextmanager
 
 import pytest
 
@@ -20,12 +21,12 @@ def model_path(tmp_path_factory):
     return hf_folder(tmp_path_factory.mktemp("model"), "qwen3", tied=True, seed=1)
 
 
-@pytest.fixture(scope="session")
-def engine_url(model_path, tmp_path_factory):
-    """URL of a server that is up."""
+@contextmanager
+def serve(model_path, log_dir):
+    """(URL, pid) of a server that is up, and ends with the block."""
     (port,) = free_ports(1)
     config = run_config(model_path, engine=ENGINE)
-    with ProcessGroup(tmp_path_factory.mktemp("logs")) as group:
+    with ProcessGroup(log_dir) as group:
         child = group.start(
             "engine-0",
             engine_command(config, "127.0.0.1", port, cpu=True),
@@ -39,4 +40,11 @@ def engine_url(model_path, tmp_path_factory):
             print(child.tail(60))
             raise
         control.close()
+        yield url, child.process.pid
+
+
+@pytest.fixture(scope="session")
+def engine_url(model_path, tmp_path_factory):
+    """URL of a server that is up."""
+    with serve(model_path, tmp_path_factory.mktemp("logs")) as (url, _):
         yield url

@@ -1,18 +1,14 @@
 """Whole jobs from the command line, every part real: they end well, die clearly, leave nothing behind, and resume."""
 
 import os
-import random
 import signal
-import subprocess
-import sys
 import time
 
 import psutil
 import pytest
-import yaml
 
 from dapo_megatron.observe.metrics import read_metrics
-from launch.demo import write_data, write_model
+from tests.launch.conftest import finish, start
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -21,37 +17,6 @@ ROLES = {
     "controller": "dapo_megatron.rollout",
     "trainer rank": "dapo_megatron.trainer",
 }
-
-
-@pytest.fixture(scope="module")
-def job(tmp_path_factory):
-    """A recipe for an untrained demo model: every group is wrong, so dynamic sampling is off."""
-    folder = tmp_path_factory.mktemp("job")
-    write_data(folder, random.Random(0))
-    write_model(folder / "model")
-    recipe = yaml.safe_load(open("launch/recipes/demo.yaml"))
-    recipe["model"]["path"] = str(folder / "model")
-    recipe["data"] |= {"train": str(folder / "train.jsonl"), "eval": str(folder / "eval.jsonl"), "eval_limit": 4}
-    recipe["algorithm"]["dynamic_sampling"] = False
-    recipe["rollout"] |= {"prompts_per_step": 4, "group_size": 4}
-    recipe["trainer"] |= {"mini_batch_prompts": 2, "checkpoint_every": 1, "steps": 2}
-    recipe["optimizer"] = {"lr": 1e-3, "warmup_steps": 4}
-    recipe["run_dir"] = str(folder / "run")
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe))
-    return path, folder / "run"
-
-
-def start(recipe, *arguments):
-    command = [sys.executable, "-m", "dapo_megatron.cli", "run", str(recipe), *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def finish(process, timeout=300):
-    """(exit code, output, seconds until it ended); nothing it started may be left."""
-    began = time.monotonic()
-    output, _ = process.communicate(timeout=timeout)
-    return process.returncode, output, time.monotonic() - began
 
 
 def descendants(process, role):

@@ -1,0 +1,63 @@
+"""A push to a server that hangs or dies stops within its deadline, with a message that names server and bucket."""
+
+import os
+import signal
+
+import psutil
+import pytest
+
+from tests.distributed.harness import run_ranks  # first: patches megatron-core on machines without CUDA
+from tests.distributed.test_actor import actor_on_rank
+from tests.engine.conftest import ENGINE, serve
+from tests.tiny import hf_folder, run_config
+
+from dapo_megatron.errors import DapoError
+from dapo_megatron.resharding.push import Pusher
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+DEADLINE_S = 8
+
+
+def signal_server(pid, number):
+    server = psutil.Process(pid)
+    for process in [*server.children(recursive=True), server]:
+        os.kill(process.pid, number)
+
+
+def faulty_push(config, url, pid, number, in_bucket):
+    """The error of a second push, before which (or before whose first bucket) the server gets a signal."""
+    actor = actor_on_rank(config)
+    pusher = Pusher(config, actor, [url])
+    pusher.connect()
+    pusher.push(1)
+    send = pusher._send_bucket
+
+    def strike(*args):
+        signal_server(pid, number)
+        return send(*args)
+
+    if in_bucket:
+        pusher._send_bucket = strike
+    else:
+        signal_server(pid, number)
+    try:
+        pusher.push(2)
+    except DapoError as e:
+        return str(e)
+
+
+@pytest.mark.parametrize(
+    ("number", "in_bucket", "says"),
+    [
+        (signal.SIGSTOP, False, ["pausing the engines failed", "did not answer /pause_generation in time"]),
+        (signal.SIGSTOP, True, ["sending the weights of pipeline stage 0 failed", "bucket model.embed_tokens.weight"]),
+        (signal.SIGKILL, True, ["sending the weights of pipeline stage 0 failed", "bucket model.embed_tokens.weight"]),
+    ],
+)
+def test_the_server_and_the_bucket_are_named(tmp_path, tmp_path_factory, number, in_bucket, says):
+    path = hf_folder(tmp_path / "model")
+    config = run_config(path, engine=ENGINE, trainer={"collective_timeout_s": DEADLINE_S})
+    with serve(path, tmp_path_factory.mktemp("logs")) as (url, pid):
+        (message,) = run_ranks(1, faulty_push, config, url, pid, number, in_bucket, deadline_s=90)
+    assert all(text in message for text in [*says, url]), message
