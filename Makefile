@@ -1,5 +1,6 @@
 # make demo   set up, then train a tiny model to add, every part real
 # make test   set up, then all tests (about a quarter of an hour on 2 cores); FAST=1 leaves out the slow ones
+# make test-full   the same, with every combination of layout, model, packing and loss, and with megatron-core 0.19
 # make lint   ruff and mypy
 # ARGS adds overrides to the demo: make demo ARGS="actor.pipeline_model_parallel_size=2 actor.tensor_model_parallel_size=1"
 
@@ -12,13 +13,18 @@ TE := 2.11.0 2.20.2
 TE_READY := $(TE:%=.venv-te/%/.ready)
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test lint setup clean
+NEWER := .venv-megatron-0.19
+
+.PHONY: demo test test-full lint setup clean
 
 demo: $(READY)
 	$(BIN)/dapo-megatron demo $(ARGS)
 
 test: $(READY) $(TE_READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(if $(FAST),-m "not slow") $(ARGS)
+
+test-full: $(READY) $(TE_READY) $(NEWER)
+	OMP_NUM_THREADS=1 LAYOUTS=all $(BIN)/python -m pytest -q $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -40,5 +46,9 @@ $(READY): pyproject.toml requirements/cpu.txt requirements/sglang-cpu.txt
 	$(BIN)/pip install --quiet --no-deps --upgrade --target .venv-te/$* transformer-engine==$*
 	touch $@
 
+# Its metadata ask for Python 3.12; the code that is used here runs on 3.11 too.
+$(NEWER): | $(READY)
+	$(BIN)/pip install --quiet --no-deps --ignore-requires-python --target $@ megatron-core==0.19.2
+
 clean:
-	rm -rf .venv .venv-te demo runs
+	rm -rf .venv .venv-te $(NEWER) demo runs

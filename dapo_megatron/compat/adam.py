@@ -11,9 +11,12 @@ from torch.optim.adam import adam
 
 
 class FusedAdam(torch.optim.Optimizer):
-    """AdamW (Loshchilov and Hutter, 2019) with `step` in the parameter group."""
+    """AdamW (Loshchilov and Hutter, 2019) with `step` in the parameter group.
 
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, adam_w_mode=True):
+    `capturable` (in CUDA graphs) is named by megatron-core 0.19 and means nothing here.
+    """
+
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, adam_w_mode=True, capturable=False):
         self.adam_w_mode = adam_w_mode
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, bias_correction=True))
 
