@@ -140,7 +140,7 @@ class Actor:
         )
 
     def _own_logprobs(self, micro_batch: MicroBatch, hidden: torch.Tensor, temperature: float):
-        """(log-probs, entropies) of this rank's own labels, from the last stage's hidden states [s, 1, h]."""
+        """(log-probs, entropies, positions) of this rank's own labels, from the last stage's hidden states [s, 1, h]."""
         rows, group = self._rows(micro_batch), mpu.get_tensor_model_parallel_group()
         hidden = hidden[torch.from_numpy(rows.hidden).to(self.device), 0]
         if self.layout.tp_size > 1 and not self.modules[-1].config.sequence_parallel:
@@ -154,15 +154,18 @@ class Actor:
             group,
         )
         real = torch.from_numpy(rows.real).to(self.device)
-        return logprobs[real], entropy[real]
+        return logprobs[real], entropy[real], rows.positions[rows.real]
 
     def _score(self, index: int, micro_batch: MicroBatch, hidden: torch.Tensor, *, temperature: float):
-        logprobs, _ = self._own_logprobs(micro_batch, hidden, temperature)
+        logprobs, _, _ = self._own_logprobs(micro_batch, hidden, temperature)
         return logprobs.sum(), _count(index, self.layout), {"logprobs": logprobs}
 
     def _loss(self, index: int, micro_batch: MicroBatch, hidden: torch.Tensor, *, objective: Objective, old):
-        logprobs, entropy = self._own_logprobs(micro_batch, hidden, self.temperature)
-        column = partial(self.own_column, micro_batch)
+        logprobs, entropy, positions = self._own_logprobs(micro_batch, hidden, self.temperature)
+
+        def column(values: np.ndarray) -> torch.Tensor:
+            return torch.from_numpy(values[positions]).to(self.device)
+
         tokens = TrainedTokens(
             logprobs=logprobs,
             entropy=entropy,
