@@ -3,9 +3,12 @@
 Each case runs one update on real gloo ranks and is held against the float64 reference, and against one rank. A covering
 array runs here (every pair of layout, model, packing and aggregation, and more); `make test-full` runs the product.
 
-Mutations that were tried, and made it fail: the sign of the clip's lower edge; no all-reduce of the peaks; no
-reduce-scatter in the token loss's backward; a mean over micro-batches instead of the weights; the count on every rank;
-zig-zag chunks in ascending order; experts exported in the order of the other axis; no padding of sequences under CP.
+Mutations that were tried, each of which made it fail: the sign of the clip's lower edge, and of the objective; the
+temperature left out; no all-reduce of the peaks; no reduce-scatter in the token loss's backward; a mean of each
+micro-batch instead of the weights; the token count on every rank; no all-reduce of the metrics; hidden states scattered
+over TP without a gather in backward; norms not summed over TP; zig-zag chunks in ascending order; no padding of sequences
+under CP; experts exported in another order; ETP 1 with EP 1; unequal numbers of micro-batches under EP; batch_p2p_comm
+with VPP.
 """
 
 import itertools
