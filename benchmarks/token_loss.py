@@ -7,8 +7,8 @@ Every peer runs in a process of its own on the same tensors: log-probs of given 
 states and to the output weight. This project's version computes the entropies besides; the others do not.
 
 memory      peak beyond the inputs and their two gradients
-matmuls     the products that a loss without logits in memory needs (forward, recompute, two backward), in the same
-            chunks, alone: the floor in time. The full-logits versions need one product less.
+matmuls     the products that a loss without logits in memory needs (forward, recompute, two backward) at the machine's
+            best rate, that of large products: the floor in time. The full-logits versions need one product less.
 bytes       hidden states and weight read three times, both gradients written, at the measured copy rate: the floor
             that would hold if arithmetic were free
 """
@@ -31,8 +31,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dapo_megatron.actor.token_loss import token_logprobs
 
-CHUNKS = {"cpu": 128, "cuda": 1024}
+CHUNKS = {"cpu": 384, "cuda": 1024}
 """Tokens whose logits exist at a time; a GPU wants more to be busy, and has more memory to compare with."""
+LARGE = 2048
+"""Rows of the products that give the machine's rate."""
 MiB = 2**20
 
 
@@ -134,22 +136,20 @@ def resident(field: str) -> int:
 def floors(args) -> dict[str, float]:
     """Seconds of the products alone, and of moving the bytes that must be moved."""
     hidden, weight, _ = (t.detach() for t in inputs(args))
-    chunk = CHUNKS[args.device]
-    logits = hidden[:chunk] @ weight.T
-    grad_weight, grad_hidden = torch.zeros_like(weight), torch.empty_like(hidden)
+    rows = hidden[:LARGE]
+    logits, grad_hidden, grad_weight = rows @ weight.T, torch.empty_like(rows), torch.empty_like(weight)
 
     def products():
-        for rows in hidden.split(chunk):
-            for _ in range(2):
-                torch.mm(rows, weight.T, out=logits[: len(rows)])
-            torch.mm(logits[: len(rows)], weight, out=grad_hidden[: len(rows)])
-            grad_weight.addmm_(logits[: len(rows)].T, rows)
+        for _ in range(2):
+            torch.mm(rows, weight.T, out=logits)
+        torch.mm(logits, weight, out=grad_hidden)
+        torch.mm(logits.T, rows, out=grad_weight)
 
     large = torch.empty(256 * MiB, dtype=torch.uint8, device=args.device)
     copy = torch.empty_like(large)
     rate = 2 * large.numel() / timed(args, lambda: copy.copy_(large))
     moved = 4 * (hidden.numel() + weight.numel()) * hidden.element_size()
-    return {"matmuls": timed(args, products), "bytes": moved / rate}
+    return {"matmuls": timed(args, products) * args.tokens / len(rows), "bytes": moved / rate}
 
 
 def main() -> None:

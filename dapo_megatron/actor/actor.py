@@ -140,7 +140,7 @@ class Actor:
         )
 
     def _own_logprobs(self, micro_batch: MicroBatch, hidden: torch.Tensor, temperature: float):
-        """(log-probs, entropies, positions) of this rank's own labels, from the last stage's hidden states [s, 1, h]."""
+        """(log-probs, entropies, positions) of this rank's own labels, from the last stage's hidden [s, 1, h]."""
         rows, group = self._rows(micro_batch), mpu.get_tensor_model_parallel_group()
         hidden = hidden[torch.from_numpy(rows.hidden).to(self.device), 0]
         if self.layout.tp_size > 1 and not self.modules[-1].config.sequence_parallel:

@@ -15,6 +15,9 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
+BLOCK_BYTES = {"cpu": 8 << 20, "cuda": 128 << 20}
+"""Logits that are worked on at a time between two products: about a CPU's cache; on a GPU, enough for all its cores."""
+
 
 def token_logprobs(
     hidden: torch.Tensor,
@@ -50,8 +53,7 @@ class _TokenLogprobs(torch.autograd.Function):
         peak = hidden.new_empty(tp, n, dtype=kind)
         rest = hidden.new_empty(tp, 3, n, dtype=kind)
         for rows in _chunks(n, tp, chunk_tokens):
-            logits = _logits(_gather(hidden[rows], group), weight, temperature, kind)
-            found = _statistics(logits, labels[:, rows].reshape(-1))
+            found = _statistics(_gather(hidden[rows], group), weight, labels[:, rows].reshape(-1), temperature, kind)
             peak[:, rows] = found[0].view(tp, -1)
             rest[:, :, rows] = found[1:].view(3, tp, -1).transpose(0, 1)
 
@@ -83,14 +85,9 @@ class _TokenLogprobs(torch.autograd.Function):
         # Many chunks are added up: in float32, whatever the weight's type.
         grad_weight = torch.zeros_like(weight, dtype=log_total.dtype)
         for rows in _chunks(n, tp, ctx.chunk_tokens):
-            gathered = _gather(hidden[rows], group)
-            x = _logits(gathered, weight, ctx.temperature, log_total.dtype)
-            _logit_gradients(
-                x, labels[:, rows].reshape(-1), log_totals[:, rows].reshape(-1), grads[:, rows].reshape(-1)
-            )
-            x = x.to(weight.dtype)
-            grad_hidden[rows] = _reduce_scatter((x @ weight).view(tp, -1, hidden.size(1)), group)[0]
-            _add_product(grad_weight, x.T, gathered)
+            columns = (values[:, rows].reshape(-1) for values in (labels, log_totals, grads))
+            part = _gradients(_gather(hidden[rows], group), weight, *columns, ctx.temperature, grad_weight)
+            grad_hidden[rows] = _reduce_scatter(part.view(tp, -1, hidden.size(1)), group)[0]
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
 
 
@@ -99,9 +96,24 @@ def _logits(hidden: torch.Tensor, weight: torch.Tensor, temperature: float, kind
     return logits if temperature == 1.0 else logits.div_(temperature)
 
 
-def _statistics(x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """[4, rows]: peak; sum exp(x - peak); x - peak at the label (of row 0 of the slice if it is elsewhere);
-    sum (x - peak) exp(x - peak). `x` is used up."""
+def _blocks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Rows of the tensors, a block of logits at a time: several passes over one block stay in a CPU's cache, and a
+    temporary of a block's size is small."""
+    logits = tensors[0]
+    block = BLOCK_BYTES[logits.device.type] // (logits.size(1) * logits.element_size())
+    yield from zip(*(t.split(max(1, block)) for t in tensors), strict=True)
+
+
+def _statistics(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, temperature: float, kind: torch.dtype
+) -> torch.Tensor:
+    """[4, rows] of the logits x: peak; sum exp(x - peak); x - peak at the label (at an end of the slice if it is
+    elsewhere); sum (x - peak) exp(x - peak)."""
+    logits = _logits(hidden, weight, temperature, kind)
+    return torch.cat([_row_statistics(*block) for block in _blocks(logits, labels)], dim=1)
+
+
+def _row_statistics(x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     peak = x.amax(dim=-1)
     x.sub_(peak[:, None])
     target = x.gather(1, labels.clamp(0, x.size(1) - 1)[:, None])[:, 0]
@@ -109,18 +121,28 @@ def _statistics(x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return torch.stack([peak, exp.sum(-1), target, x.mul_(exp).sum(-1)])
 
 
-def _logit_gradients(x: torch.Tensor, labels: torch.Tensor, log_totals: torch.Tensor, grads: torch.Tensor) -> None:
-    """Turn logits in place into the gradient of sum(grads * log-probs): grads * (one-hot - softmax)."""
-    x.sub_(log_totals[:, None]).exp_().mul_(-grads[:, None])
-    mine = (labels >= 0) & (labels < x.size(1))
-    x.scatter_add_(1, labels.clamp(0, x.size(1) - 1)[:, None], (grads * mine)[:, None])
-
-
-def _add_product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    if a.dtype == out.dtype:
-        out.addmm_(a, b)
+def _gradients(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    log_totals: torch.Tensor,
+    grads: torch.Tensor,
+    temperature: float,
+    grad_weight: torch.Tensor,
+) -> torch.Tensor:
+    """This slice's part of the hidden states' gradient, [rows, h]; the weight's is added to `grad_weight`."""
+    logits = _logits(hidden, weight, temperature, grad_weight.dtype)
+    # In place, the gradient of sum(grads * log-probs) by the logits: grads * (one-hot - softmax).
+    for x, log_total, grad in _blocks(logits, log_totals, grads):
+        x.sub_(log_total[:, None]).exp_().mul_(-grad[:, None])
+    mine = (labels >= 0) & (labels < logits.size(1))
+    logits.scatter_add_(1, labels.clamp(0, logits.size(1) - 1)[:, None], (grads * mine)[:, None])
+    logits = logits.to(weight.dtype)
+    if grad_weight.dtype == weight.dtype:
+        grad_weight.addmm_(logits.T, hidden)
     else:
-        out.add_(a @ b)
+        grad_weight.add_(logits.T @ hidden)
+    return logits @ weight
 
 
 def _chunks(n: int, tp: int, chunk_tokens: int) -> Iterator[slice]:

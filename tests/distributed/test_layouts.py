@@ -6,7 +6,7 @@ array runs here (every pair of layout, model, packing and aggregation, and more)
 Mutations that were tried, each of which made it fail: the sign of the clip's lower edge, and of the objective; the
 temperature left out; no all-reduce of the peaks; no reduce-scatter in the token loss's backward; a mean of each
 micro-batch instead of the weights; the token count on every rank; no all-reduce of the metrics; hidden states scattered
-over TP without a gather in backward; norms not summed over TP; zig-zag chunks in ascending order; no padding of sequences
+over TP without a gather in backward; norms not summed over TP; zig-zag chunks in ascending order; sequences not padded
 under CP; experts exported in another order; ETP 1 with EP 1; unequal numbers of micro-batches under EP; batch_p2p_comm
 with VPP.
 """

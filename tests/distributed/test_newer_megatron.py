@@ -1,4 +1,4 @@
-"""megatron-core 0.19 imports, and does what a trainer does: build, update, save, resume. `make test-full` fetches it."""
+"""megatron-core 0.19 imports, and does what a trainer does: update, save, resume. `make test-full` fetches it."""
 
 import os
 import subprocess
