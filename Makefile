@@ -1,14 +1,16 @@
 # make demo   set up, then train a tiny model to add, every part real
 # make test   set up, then all tests (about a quarter of an hour on 2 cores); FAST=1 leaves out the slow ones
 # make lint   ruff and mypy
+# make bench-trl   set up, TRL too in an environment of its own, then compare speed with it; ARGS=--quick for a few steps
 # ARGS adds overrides to the demo: make demo ARGS="actor.pipeline_model_parallel_size=2 actor.tensor_model_parallel_size=1"
 
 PYTHON ?= python3.11
 BIN := .venv/bin
 READY := .venv/.ready
+TRL_READY := .venv-trl/.ready
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test lint setup clean
+.PHONY: demo test lint bench-trl setup clean
 
 demo: $(READY)
 	$(BIN)/dapo-megatron demo $(ARGS)
@@ -21,6 +23,9 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+bench-trl: $(READY) $(TRL_READY)
+	$(BIN)/python -m benchmarks.vs_trl $(ARGS)
+
 setup: $(READY)
 
 # torch first: anything that pulls it in by itself would bring the CUDA build.
@@ -32,5 +37,11 @@ $(READY): pyproject.toml requirements/cpu.txt requirements/sglang-cpu.txt
 	$(BIN)/pip install --quiet --no-deps -e .
 	touch $(READY)
 
+$(TRL_READY): requirements/trl-cpu.txt
+	test -x .venv-trl/bin/python || $(PYTHON) -m venv .venv-trl
+	.venv-trl/bin/pip install --quiet torch==2.13.0
+	.venv-trl/bin/pip install --quiet --no-deps -r requirements/trl-cpu.txt
+	touch $(TRL_READY)
+
 clean:
-	rm -rf .venv demo runs
+	rm -rf .venv .venv-trl demo runs

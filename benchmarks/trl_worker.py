@@ -24,7 +24,6 @@ from dapo_megatron.algorithm.reward import accuracy_reward
 from dapo_megatron.grading.answers import grade
 
 
-
 class TimedTrainer(GRPOTrainer):
     """GRPOTrainer with a clock on its phases, and this project's learning-rate warm-up."""
 

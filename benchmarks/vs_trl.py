@@ -1,12 +1,14 @@
 """This project and TRL's GRPOTrainer (loss_type="dapo") on the same two cores, the same model, data and recipe.
 
-    make bench-trl                                     # both environments, both workloads, about ten minutes
+    make bench-trl                                     # both environments, both workloads, a quarter of an hour or more
     python -m benchmarks.vs_trl --quick                # a few steps, to see that it runs
     python -m benchmarks.vs_trl --only long --steps 6  # one workload
 
-What differs, and cannot be made equal: TRL generates with transformers in the training process (two threads), this
-project with an SGLang server beside two trainer ranks (one thread each) and sends weights to it; TRL has no dynamic
-sampling, so it is off here too; TRL mixes the responses of all prompts into every update, this project keeps groups whole.
+What differs, and cannot be made equal: TRL generates with transformers in the training process (with one thread and with
+two; the faster run counts), this project with an SGLang server beside two trainer ranks (one thread each), to which it
+sends weights. TRL has no dynamic sampling, so it is off here too. TRL mixes the responses of all prompts into every
+update, this project keeps groups whole. This project's log-prob comparison after a push (a check, not training) is off.
+TRL grades in its process between generation and update, which counts as rest; here grading overlaps with generation.
 """
 
 import argparse
@@ -139,10 +141,18 @@ def run_within(command: list[str], log: Path, deadline: float, *, threads: int) 
         finally:
             if process.poll() is None:
                 process.terminate()
-                process.wait(STOP_S)
+                _wait_or_kill(process)
     if code:
         raise DapoError(f"{log.stem} ended with exit code {code}: see {log}")
     return started
+
+
+def _wait_or_kill(process: subprocess.Popen) -> None:
+    try:
+        process.wait(STOP_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ WORKLOADS = (
         title="short answers: the demo's addition",
         prepare=demo.prepare,
         overrides=("resharding.verify_every=0",),
-        steps=60,
+        steps=30,
         target=0.7,
     ),
     Workload(
@@ -100,7 +100,7 @@ WORKLOADS = (
             # The paper's rate: the lengths stay what they are while they are measured.
             "optimizer.lr=1.0e-6",
         ),
-        steps=12,
+        steps=7,
         target=None,
     ),
 )

@@ -1,8 +1,8 @@
 """The embedded demo task: two-digit addition, a tiny Qwen3-shaped model with its own tokenizer, made on the spot.
 
-The supervised warm-up learns from sloppy examples: most of them forget the carries. It leaves a model that knows both how
-to add and how to get it wrong, and does it wrong more often than not: groups are all right (sums without a carry), mixed
-and all wrong, and DAPO has to find out from rewards alone that carries count.
+The supervised warm-up learns from sloppy examples: most of them forget the carries. It leaves a model that knows both
+how to add and how to get it wrong, and does it wrong more often than not: groups are all right (sums without a carry),
+mixed and all wrong, and DAPO has to find out from rewards alone that carries count.
 """
 
 import json
