@@ -2,6 +2,7 @@
 # make test   set up, then all tests (about a quarter of an hour on 2 cores); FAST=1 leaves out the slow ones
 # make test-full   the same, with every combination of layout, model, packing and loss, and with megatron-core 0.19
 # make lint   ruff and mypy
+# make bench-trl   set up, TRL too in an environment of its own, then compare speed with it; ARGS=--quick for a few steps
 # ARGS adds overrides to the demo: make demo ARGS="actor.pipeline_model_parallel_size=2 actor.tensor_model_parallel_size=1"
 
 PYTHON ?= python3.11
@@ -11,11 +12,11 @@ READY := .venv/.ready
 # auto would take it, and without CUDA nothing of it runs. The newest that megatron-core 0.16.1 names (< 2.12), and ours.
 TE := 2.11.0 2.20.2
 TE_READY := $(TE:%=.venv-te/%/.ready)
+NEWER := .venv-megatron-0.19
+TRL_READY := .venv-trl/.ready
 unexport PYTHONDONTWRITEBYTECODE
 
-NEWER := .venv-megatron-0.19
-
-.PHONY: demo test test-full lint setup clean
+.PHONY: demo test test-full lint bench-trl setup clean
 
 demo: $(READY)
 	$(BIN)/dapo-megatron demo $(ARGS)
@@ -30,6 +31,9 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench-trl: $(READY) $(TRL_READY)
+	$(BIN)/python -m benchmarks.vs_trl $(ARGS)
 
 setup: $(READY) $(TE_READY)
 
@@ -52,3 +56,11 @@ $(NEWER): | $(READY)
 
 clean:
 	rm -rf .venv .venv-te $(NEWER) demo runs
+$(TRL_READY): requirements/trl-cpu.txt
+	test -x .venv-trl/bin/python || $(PYTHON) -m venv .venv-trl
+	.venv-trl/bin/pip install --quiet torch==2.13.0
+	.venv-trl/bin/pip install --quiet --no-deps -r requirements/trl-cpu.txt
+	touch $(TRL_READY)
+
+clean:
+	rm -rf .venv .venv-trl demo runs

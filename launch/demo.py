@@ -43,7 +43,7 @@ def prepare(folder: Path) -> None:
     print("preparing the demo: two-digit addition, a tiny Qwen3 model, supervised warm-up (a minute, kept for later)")
     write_data(folder, random.Random(0))
     write_model(folder / "untrained")
-    _warm_up(folder)
+    warm_up(folder, WARM_UP_UPDATES)
 
 
 def run_folder(parent: Path) -> Path:
@@ -99,14 +99,19 @@ def write_model(path: Path) -> None:
     transformers.Qwen3ForCausalLM(config).float().save_pretrained(path)
 
 
-def _warm_up(folder: Path) -> None:
+def warm_up(folder: Path, updates: int) -> None:
+    """Supervised training of folder/untrained on folder/train.jsonl, into folder/model.
+
+    Raises:
+        DapoError: it failed; names its log.
+    """
     recipe = {
         "model": {"path": str(folder / "untrained"), "dtype": "float32"},
         "data": {"train": str(folder / "train.jsonl"), "max_prompt_tokens": 16},
         "rollout": {"prompts_per_step": 1, "max_response_tokens": 12},
         "algorithm": {"overlong_cache": 4},
         "optimizer": {"lr": 1e-3, "warmup_steps": 20, "weight_decay": 0.0},
-        "trainer": {"mini_batch_prompts": 1, "steps": WARM_UP_UPDATES},
+        "trainer": {"mini_batch_prompts": 1, "steps": updates},
         "actor": {"data_parallel_size": WARM_UP_RANKS},
     }
     (folder / "warm_up.yaml").write_text(json.dumps(recipe))
@@ -115,9 +120,9 @@ def _warm_up(folder: Path) -> None:
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WARM_UP_RANKS),
         "-m", "dapo_megatron.trainer.warm_up",
         "--config", str(folder / "warm_up.yaml"), "--out", str(folder / "model"),
-        "--updates", str(WARM_UP_UPDATES), "--batch", str(WARM_UP_BATCH),
+        "--updates", str(updates), "--batch", str(WARM_UP_BATCH),
     ]  # fmt: skip
     with log.open("wb") as out:
         done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=out, stderr=out, check=False)
     if done.returncode:
-        raise DapoError(f"the demo's warm-up failed with exit code {done.returncode}: see {log}")
+        raise DapoError(f"the supervised warm-up failed with exit code {done.returncode}: see {log}")
