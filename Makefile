@@ -54,8 +54,6 @@ $(READY): pyproject.toml requirements/cpu.txt requirements/sglang-cpu.txt
 $(NEWER): | $(READY)
 	$(BIN)/pip install --quiet --no-deps --ignore-requires-python --target $@ megatron-core==0.19.2
 
-clean:
-	rm -rf .venv .venv-te $(NEWER) demo runs
 $(TRL_READY): requirements/trl-cpu.txt
 	test -x .venv-trl/bin/python || $(PYTHON) -m venv .venv-trl
 	.venv-trl/bin/pip install --quiet torch==2.13.0
@@ -63,4 +61,4 @@ $(TRL_READY): requirements/trl-cpu.txt
 	touch $(TRL_READY)
 
 clean:
-	rm -rf .venv .venv-trl demo runs
+	rm -rf .venv .venv-te .venv-trl $(NEWER) demo runs

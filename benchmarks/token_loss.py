@@ -1,7 +1,7 @@
 """Memory and time of the token loss, forward and backward, beside its peers and its floors.
 
-    python benchmarks/token_loss.py                                        # 2,048 tokens, Qwen2.5-0.5B's output layer
-    python benchmarks/token_loss.py --tokens 16384 --hidden 2048 --dtype bfloat16       # on a GPU
+    python -m benchmarks.token_loss                                        # 2,048 tokens, Qwen2.5-0.5B's output layer
+    python -m benchmarks.token_loss --tokens 16384 --hidden 2048 --dtype bfloat16       # on a GPU
 
 Every peer runs in a process of its own on the same tensors: log-probs of given labels, with gradients to the hidden
 states and to the output weight. This project's version computes the entropies besides; the others do not.
@@ -14,8 +14,8 @@ bytes       hidden states and weight read three times, both gradients written, a
 """
 
 import argparse
+import importlib.util
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -26,8 +26,6 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dapo_megatron.actor.token_loss import token_logprobs
 
@@ -164,7 +162,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.part:
         result = floors(args) if args.part == "floors" else measure(args, args.part)
-        print(json.dumps(result | {"maxrss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}))
+        print(json.dumps(result))
         return
 
     floor = run(args, "floors")
@@ -188,8 +186,6 @@ def run(args, part: str) -> dict:
     """One part in a process of its own."""
     package = PEERS[part][1] if part in PEERS else None
     if package is not None:
-        import importlib.util
-
         if args.device == "cpu":
             return {"skipped": "needs a GPU"}
         if importlib.util.find_spec(package) is None:

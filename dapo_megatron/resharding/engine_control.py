@@ -61,10 +61,6 @@ class EngineControl:
         if self.has_sessions:
             self._call("POST", "/end_weight_update", {})
 
-    def flush_cache(self) -> None:
-        """Drop the KV cache that the old weights produced."""
-        self._call("POST", "/flush_cache")
-
     def set_version(self, version: int) -> None:
         """Name the weights that are served now."""
         self._call("POST", "/update_weight_version", {"new_version": str(version), "abort_all_requests": False})
@@ -89,15 +85,20 @@ class EngineControl:
         """Leave a sender's process group."""
         self._call("POST", "/destroy_weights_update_group", {"group_name": group})
 
-    def receive_bucket(self, group: str, bucket: Bucket) -> None:
-        """Receive one bucket broadcast by the group's rank 0 and load it; blocks until it is loaded."""
+    def receive_bucket(self, group: str, bucket: Bucket, *, flush_cache: bool) -> None:
+        """Receive one bucket broadcast by the group's rank 0 and load it; blocks until it is loaded.
+
+        Args:
+            flush_cache: then drop the KV cache that the old weights produced. (A call of /flush_cache would also run
+                the garbage collector of a server on CPU, which takes longer than the whole push of a small model.)
+        """
         body = {
             "names": list(bucket.names),
             "dtypes": [bucket.dtype] * len(bucket.names),
             "shapes": [list(s) for s in bucket.shapes],
             "group_name": group,
             "load_format": "flattened_bucket",
-            "flush_cache": False,
+            "flush_cache": flush_cache,
         }
         self._call("POST", "/update_weights_from_distributed", body)
 

@@ -2,7 +2,8 @@
 
     all engines      pause (retract) and open a session                          trainer rank 0
     each stage       gather over TP, EP -> bucket -> broadcast -> engines load it    its dp0/cp0/tp0 rank (the sender)
-    all engines      close the session, flush the KV cache, set the version, go on, report the version back
+                     the last bucket of all also flushes the KV cache
+    all engines      close the session, set the version, go on, report the version back
 
 Every phase ends in an exchange of verdicts among all ranks, so that a failure on one of them stops the step on all with
 the same message instead of a hang.
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -112,16 +114,18 @@ class Pusher:
                 pass
             return 0
         for bucket in buckets:
-            self._send_bucket(bucket, [next(tensors) for _ in bucket.names])
+            last = self.layout.is_last_stage and bucket is buckets[-1]
+            self._send_bucket(bucket, [next(tensors) for _ in bucket.names], flush_cache=last)
         if next(tensors, None) is not None:
             raise DapoError("the push plan does not name every tensor of the stage")
         return sum(b.bytes for b in buckets)
 
-    def _send_bucket(self, bucket: Bucket, tensors: list[tuple[str, torch.Tensor]]) -> None:
+    def _send_bucket(self, bucket: Bucket, tensors: list[tuple[str, torch.Tensor]], *, flush_cache: bool) -> None:
         if tuple(name for name, _ in tensors) != bucket.names:
             raise DapoError(f"the push plan expects {bucket.names[0]} ..., the model has {tensors[0][0]} ...")
         flat = torch.cat([t.to(DTYPES[self.dtype]).contiguous().view(-1).view(torch.uint8) for _, t in tensors])
-        loads = [(e, self._threads.submit(e.receive_bucket, self._group_name, bucket)) for e in self.engines]
+        receive = partial(self._threads.submit, flush_cache=flush_cache)
+        loads = [(e, receive(e.receive_bucket, self._group_name, bucket)) for e in self.engines]
         try:
             dist.broadcast(flat, group=self._group, group_src=0)
         except RuntimeError as e:
@@ -134,7 +138,6 @@ class Pusher:
 
     def _make_live(self, engine: EngineControl, version: int) -> None:
         engine.end_update()
-        engine.flush_cache()
         engine.set_version(version)
         engine.resume()
         served = engine.version()

@@ -4,6 +4,7 @@ import asyncio
 import random
 import time
 from collections import Counter
+from functools import partial
 from typing import Any, Literal
 
 import aiohttp
@@ -34,15 +35,19 @@ class Generation(msgspec.Struct):
 class EngineClient:
     """One HTTP session to all engines: bounded concurrency, retries of what can be retried, deadlines.
 
-    Use as an async context manager. A request goes to the engine with the fewest requests in flight.
+    Use as an async context manager. Requests that are equal and made at once, such as the samples of one group, travel
+    as one; a request goes to the engine with the fewest responses in flight.
     """
 
     def __init__(self, urls: list[str], *, concurrency: int, timeout_s: float):
         self.urls = urls
         self.timeout_s = timeout_s
-        self._slots = asyncio.Semaphore(concurrency)
+        self._concurrency = concurrency
+        self._slots, self._turn = asyncio.Semaphore(concurrency), asyncio.Lock()
         self._in_flight: Counter[str] = Counter(dict.fromkeys(urls, 0))
         self._session: aiohttp.ClientSession | None = None
+        self._waiting: dict[tuple, list[asyncio.Future[Generation]]] = {}
+        self._sends: set[asyncio.Task] = set()
 
     async def __aenter__(self) -> "EngineClient":
         self._session = aiohttp.ClientSession(
@@ -51,6 +56,8 @@ class EngineClient:
         return self
 
     async def __aexit__(self, *_) -> None:
+        for send in self._sends:
+            send.cancel()
         await self._session.close()
 
     async def generate(self, input_ids: list[int], sampling: Sampling) -> Generation:
@@ -61,37 +68,81 @@ class EngineClient:
         Raises:
             DapoError: the server refused the request, or no engine answered before the deadline.
         """
-        body = {"input_ids": input_ids, "sampling_params": msgspec.to_builtins(sampling), "return_logprob": True}
+        key = (tuple(input_ids), msgspec.json.encode(sampling))
+        response = asyncio.get_running_loop().create_future()
+        if key in self._waiting:
+            self._waiting[key].append(response)
+        else:
+            self._waiting[key] = [response]
+            asyncio.get_running_loop().call_soon(self._dispatch, key, input_ids, sampling)
+        return await response
+
+    def _dispatch(self, key: tuple, input_ids: list[int], sampling: Sampling) -> None:
+        """Send what is waiting under one key, at most as many responses together as may be in flight."""
+        waiting = self._waiting.pop(key)
+        for start in range(0, len(waiting), self._concurrency):
+            part = waiting[start : start + self._concurrency]
+            send = asyncio.ensure_future(self._send(input_ids, sampling, part))
+            self._sends.add(send)
+            send.add_done_callback(partial(self._sent, part))
+
+    def _sent(self, responses: list[asyncio.Future], send: asyncio.Task) -> None:
+        """Whatever ended a request is what those hear who have no response."""
+        self._sends.discard(send)
+        for response in responses:
+            if send.cancelled():
+                response.cancel()
+            elif not response.done():
+                response.set_exception(send.exception())
+
+    async def _send(self, input_ids: list[int], sampling: Sampling, responses: list[asyncio.Future]) -> None:
         deadline = time.monotonic() + self.timeout_s
+        async with self._turn:  # two that each wait for several slots would wait for each other
+            for _ in responses:
+                await self._slots.acquire()
+        try:
+            await self._until_answered(input_ids, sampling, responses, deadline)
+        finally:
+            for _ in responses:
+                self._slots.release()
+
+    async def _until_answered(self, input_ids: list[int], sampling: Sampling, responses: list, deadline: float) -> None:
         pause, last = 0.1, "no engine was free"
-        async with self._slots:
-            while (left := deadline - time.monotonic()) > 0:
-                url = min(self.urls, key=self._in_flight.__getitem__)
-                self._in_flight[url] += 1
-                try:
-                    generation, last = await asyncio.wait_for(self._attempt(url, body), left)
-                    if generation is not None:
-                        return generation
-                except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, TimeoutError) as e:
-                    last = f"{url}: {type(e).__name__} {e}".strip()
-                finally:
-                    self._in_flight[url] -= 1
+        while left_out := [r for r in responses if not r.done()]:
+            if (left := deadline - time.monotonic()) <= 0:
+                raise DapoError(
+                    f"no response from the engines within {self.timeout_s:.0f} s (last: {last}): see logs/engine-*.log"
+                )
+            url = min(self.urls, key=self._in_flight.__getitem__)
+            self._in_flight[url] += len(left_out)
+            try:
+                found, last = await asyncio.wait_for(self._attempt(url, input_ids, sampling, len(left_out)), left)
+            except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, TimeoutError) as e:
+                found, last = [], f"{url}: {type(e).__name__} {e}".strip()
+            finally:
+                self._in_flight[url] -= len(left_out)
+            for response, generation in zip(left_out, found, strict=False):
+                if not response.done():
+                    response.set_result(generation)
+            if len(found) < len(left_out):
                 await asyncio.sleep(min(pause * random.uniform(0.5, 1.5), max(0.0, deadline - time.monotonic())))
                 pause = min(pause * 2, 5.0)
-        raise DapoError(
-            f"no response from the engines within {self.timeout_s:.0f} s (last: {last}): see logs/engine-*.log"
-        )
 
-    async def _attempt(self, url: str, body: dict[str, Any]) -> tuple[Generation | None, str]:
+    async def _attempt(
+        self, url: str, input_ids: list[int], sampling: Sampling, count: int
+    ) -> tuple[list[Generation], str]:
+        """At most `count` responses, and what became of the rest."""
+        params = msgspec.to_builtins(sampling) | {"n": count}
+        body = {"input_ids": input_ids, "sampling_params": params, "return_logprob": True}
         async with self._session.post(url + "/generate", json=body) as reply:
             data = await reply.read()
             if reply.status == 200:
-                generation = await asyncio.to_thread(decode_generation, data)
-                return generation, f"{url}: aborted"
+                generations = await asyncio.to_thread(decode_generations, data)
+                return [g for g in generations if g is not None], f"{url}: aborted"
             text = " ".join(data[:500].decode(errors="replace").split())
             if reply.status in (408, 429) or reply.status >= 500:
-                return None, f"{url}: HTTP {reply.status} {text}"
-            raise DapoError(f"{url}/generate refused a request of {len(body['input_ids'])} tokens: {text}")
+                return [], f"{url}: HTTP {reply.status} {text}"
+            raise DapoError(f"{url}/generate refused a request of {len(input_ids)} tokens: {text}")
 
 
 class _FinishReason(msgspec.Struct):
@@ -115,16 +166,20 @@ class _Reply(msgspec.Struct):
     meta_info: _Meta
 
 
-_decoder = msgspec.json.Decoder(_Reply)
+_decoder = msgspec.json.Decoder(_Reply | list[_Reply])
 
 
-def decode_generation(data: bytes) -> Generation | None:
-    """Decode SGLang's reply to /generate; None for an aborted request.
+def decode_generations(data: bytes) -> list[Generation | None]:
+    """Decode SGLang's reply to /generate, of one response or of several; None for an aborted one.
 
     Raises:
         DapoError: a weight version that this project did not set.
     """
-    meta = _decoder.decode(data).meta_info
+    replies = _decoder.decode(data)
+    return [_generation(reply.meta_info) for reply in (replies if isinstance(replies, list) else [replies])]
+
+
+def _generation(meta: _Meta) -> Generation | None:
     if meta.finish_reason.type == "abort":
         return None
     tokens = meta.output_token_logprobs

@@ -33,9 +33,9 @@ def faulty_push(config, url, pid, number, in_bucket):
     pusher.push(1)
     send = pusher._send_bucket
 
-    def strike(*args):
+    def strike(*args, **options):
         signal_server(pid, number)
-        return send(*args)
+        return send(*args, **options)
 
     if in_bucket:
         pusher._send_bucket = strike
