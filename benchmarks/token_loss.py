@@ -28,16 +28,16 @@ from rich.console import Console
 from rich.table import Table
 
 from dapo_megatron.actor.token_loss import token_logprobs
+from dapo_megatron.config import ActorConfig
 
-CHUNKS = {"cpu": 384, "cuda": 1024}
-"""Tokens whose logits exist at a time; a GPU wants more to be busy, and has more memory to compare with."""
+CHUNK = ActorConfig().loss_chunk_tokens
 LARGE = 2048
 """Rows of the products that give the machine's rate."""
 MiB = 2**20
 
 
 def ours(hidden, weight, labels):
-    return token_logprobs(hidden, weight, labels, 1.0, CHUNKS[hidden.device.type], dist.group.WORLD)[0]
+    return token_logprobs(hidden, weight, labels, 1.0, CHUNK, dist.group.WORLD)[0]
 
 
 def full_logits(hidden, weight, labels):

@@ -104,9 +104,9 @@ class RolloutConfig(Section):
     function: str = "dapo_megatron.rollout.single_turn:rollout"
     """package.module:async function(prompt, engine) -> Response."""
     concurrency: int = Field(1024, ge=1)
-    """Most requests in flight to all engines together."""
+    """Most responses in flight on all engines together."""
     request_timeout_s: float = Field(1800.0, gt=0)
-    """Seconds for one request, retries included."""
+    """Seconds for one request from the moment it is sent, retries included."""
 
 
 class EngineConfig(Section):
@@ -151,7 +151,7 @@ class ActorConfig(Section):
     """Split activations between layers along the sequence over TP (used where TP > 1)."""
     micro_batch_tokens: int = Field(16384, ge=1)
     """Token budget of one packed micro-batch, over its CP ranks together; a longer sequence stands alone."""
-    loss_chunk_tokens: int = Field(1024, ge=1)
+    loss_chunk_tokens: int = Field(384, ge=1)
     """Tokens whose logits exist at a time in the loss."""
     recompute: bool = False
     """Recompute every layer's activations in backward."""

@@ -36,7 +36,9 @@ def prepare(folder: Path) -> None:
     Raises:
         DapoError: the warm-up failed; names its log.
     """
-    if (folder / "model" / "model.safetensors").exists():
+    task = {"careful": CAREFUL_SHARE, "updates": WARM_UP_UPDATES, "batch": WARM_UP_BATCH, "held out": HELD_OUT}
+    made = folder / "task.json"
+    if made.exists() and json.loads(made.read_text()) == task:
         return
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -44,6 +46,7 @@ def prepare(folder: Path) -> None:
     write_data(folder, random.Random(0))
     write_model(folder / "untrained")
     warm_up(folder, WARM_UP_UPDATES)
+    made.write_text(json.dumps(task))
 
 
 def run_folder(parent: Path) -> Path:

@@ -14,6 +14,7 @@ KINDS = {
     "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
     "qwen3_moe": (transformers.Qwen3MoeConfig, transformers.Qwen3MoeForCausalLM),
 }
+KINDS["qwen3_moe_raw"] = KINDS["qwen3_moe"]
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
 
 
@@ -23,8 +24,8 @@ def hf_folder(
     """A random Hugging Face checkpoint whose norms and biases are not trivial."""
     config_class, model_class = KINDS[kind]
     extra = {} if kind == "qwen2" else {"head_dim": 16}
-    if kind == "qwen3_moe":
-        extra |= EXPERTS
+    if kind.startswith("qwen3_moe"):
+        extra |= EXPERTS | {"norm_topk_prob": kind == "qwen3_moe"}
     config = config_class(
         vocab_size=vocab,
         hidden_size=64,

@@ -22,6 +22,8 @@ def check_fit(config: RunConfig, shape: ModelShape) -> None:
         )
     if shape.experts is not None and actor.tensor_model_parallel_size > 1 and not actor.sequence_parallel:
         raise DapoError("a mixture of experts under tensor parallelism needs actor.sequence_parallel=true")
+    if shape.experts is not None and shape.experts.per_token == 1 and shape.experts.renormalise:
+        raise DapoError("config.json: one expert per token with norm_topk_prob=true is not supported by megatron-core")
     if config.engine.context_length > shape.max_positions:
         raise DapoError(
             f"engine.context_length={config.engine.context_length} exceeds the model's "
@@ -37,9 +39,11 @@ def _divisions(config: RunConfig, shape: ModelShape) -> list[tuple[int, str, str
     if a.virtual_pipeline_model_parallel_size > 1:
         stage_option += " x virtual_pipeline_model_parallel_size"
     widths = [("number of attention heads", shape.heads), ("number of key-value heads", shape.kv_heads)]
-    widths += [("intermediate size", shape.ffn), ("vocabulary size", shape.vocab)]
+    widths.append(("vocabulary size", shape.vocab))
     rows = [(stages, stage_option, "number of layers", shape.layers)]
-    if shape.experts is not None:
+    if shape.experts is None:
+        widths.append(("intermediate size", shape.ffn))
+    else:
         ep = a.expert_model_parallel_size
         rows.append((ep, "actor.expert_model_parallel_size", "number of experts", shape.experts.count))
         if a.expert_tensor_parallel_size > 1:

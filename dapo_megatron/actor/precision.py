@@ -179,11 +179,12 @@ def _check_sizes(config: RunConfig, shape: ModelShape) -> None:
     attention = shape.heads * shape.head_dim
     sizes = {
         "hidden size": shape.hidden,
-        f"intermediate size / TP {tp}": shape.ffn // tp,
         f"attention heads x head size / TP {tp}": attention // tp,
         f"query, key and value rows / TP {tp}": (attention + 2 * shape.kv_heads * shape.head_dim) // tp,
     }
-    if shape.experts is not None:
+    if shape.experts is None:
+        sizes[f"intermediate size / TP {tp}"] = shape.ffn // tp
+    else:
         sizes["experts' intermediate size / ETP"] = shape.experts.ffn // config.actor.expert_tensor_parallel_size
     for name, size in sizes.items():
         if size % recipe.block:

@@ -38,7 +38,8 @@ def token_logprobs(
 
     Returns:
         (log-probs [n] with gradient to hidden and weight, entropies [n] without), of this rank's rows; float32, or
-        float64 for float64 inputs. Sums and products over the vocabulary are taken in that type.
+        float64 for float64 inputs. Sums over the vocabulary, and the sum of the weight's gradient over chunks, are
+        taken in that type; matrix products take and give the inputs' type.
     """
     return _TokenLogprobs.apply(hidden, weight, labels, temperature, chunk_tokens, group)
 

@@ -18,7 +18,8 @@ class PackingRules:
     total_multiple: int = 1
     """The sum of a micro-batch is padded to a multiple of it; a multiple of sequence_multiple."""
     equal_counts: bool = False
-    """Every data-parallel rank gets the same number of micro-batches (experts exchange tokens between ranks)."""
+    """Every data-parallel rank gets the same number of micro-batches: in each of them, experts exchange tokens between
+    the ranks, and FP8 with delayed scaling its maxima."""
     count_multiple: int = 1
     """The number of micro-batches is a multiple of it (interleaved pipeline: PP)."""
     equal_lengths: bool = False
@@ -41,7 +42,7 @@ def packing_rules(config: RunConfig) -> PackingRules:
         micro_batch_tokens=actor.micro_batch_tokens,
         sequence_multiple=sequence_multiple,
         total_multiple=lcm(sequence_multiple, cp * tp * config.precision.token_multiple),
-        equal_counts=actor.expert_model_parallel_size > 1,
+        equal_counts=actor.expert_model_parallel_size > 1 or config.precision.fp8 == "delayed",
         count_multiple=actor.pipeline_model_parallel_size if interleaved else 1,
         equal_lengths=interleaved,
     )

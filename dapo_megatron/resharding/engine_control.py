@@ -61,6 +61,15 @@ class EngineControl:
         if self.has_sessions:
             self._call("POST", "/end_weight_update", {})
 
+    def flush_cache(self) -> None:
+        """Drop the KV cache that the old weights produced, where receive_bucket has not done it.
+
+        Older servers refuse a flush in the middle of an update while retracted requests wait; on newer ones on CPU this
+        call runs the garbage collector, which takes longer than the whole push of a small model.
+        """
+        if not self.has_sessions:
+            self._call("POST", "/flush_cache")
+
     def set_version(self, version: int) -> None:
         """Name the weights that are served now."""
         self._call("POST", "/update_weight_version", {"new_version": str(version), "abort_all_requests": False})
@@ -89,8 +98,7 @@ class EngineControl:
         """Receive one bucket broadcast by the group's rank 0 and load it; blocks until it is loaded.
 
         Args:
-            flush_cache: then drop the KV cache that the old weights produced. (A call of /flush_cache would also run
-                the garbage collector of a server on CPU, which takes longer than the whole push of a small model.)
+            flush_cache: then drop the KV cache that the old weights produced, where the server has update sessions.
         """
         body = {
             "names": list(bucket.names),
@@ -98,7 +106,7 @@ class EngineControl:
             "shapes": [list(s) for s in bucket.shapes],
             "group_name": group,
             "load_format": "flattened_bucket",
-            "flush_cache": flush_cache,
+            "flush_cache": flush_cache and self.has_sessions,
         }
         self._call("POST", "/update_weights_from_distributed", body)
 

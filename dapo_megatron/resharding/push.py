@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -124,8 +123,10 @@ class Pusher:
         if tuple(name for name, _ in tensors) != bucket.names:
             raise DapoError(f"the push plan expects {bucket.names[0]} ..., the model has {tensors[0][0]} ...")
         flat = torch.cat([t.to(DTYPES[self.dtype]).contiguous().view(-1).view(torch.uint8) for _, t in tensors])
-        receive = partial(self._threads.submit, flush_cache=flush_cache)
-        loads = [(e, receive(e.receive_bucket, self._group_name, bucket)) for e in self.engines]
+        loads = [
+            (e, self._threads.submit(e.receive_bucket, self._group_name, bucket, flush_cache=flush_cache))
+            for e in self.engines
+        ]
         try:
             dist.broadcast(flat, group=self._group, group_src=0)
         except RuntimeError as e:
@@ -138,6 +139,7 @@ class Pusher:
 
     def _make_live(self, engine: EngineControl, version: int) -> None:
         engine.end_update()
+        engine.flush_cache()
         engine.set_version(version)
         engine.resume()
         served = engine.version()

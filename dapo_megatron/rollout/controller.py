@@ -12,6 +12,7 @@ groups (at most one version older) is sampled by the version that it trains.
 
 import asyncio
 import contextlib
+import itertools
 import json
 import logging
 import time
@@ -84,7 +85,8 @@ class Controller:
             case Hello(snapshot, step):
                 self._begin(snapshot, step)
                 wanted = self.config.resharding.verify_prompts
-                return Welcome([p.input_ids for p in self.prompts.prompts[:wanted]])
+                longer = (p.input_ids for p in self.prompts.prompts if len(p.input_ids) > 1)
+                return Welcome(list(itertools.islice(longer, wanted)))
             case NextBatch(step, version):
                 return await self._batch(step, version)
             case Evaluate(step):

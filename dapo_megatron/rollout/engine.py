@@ -32,11 +32,15 @@ class Generation(msgspec.Struct):
     finish_reason: Literal["stop", "length"]
 
 
+TOGETHER_TOKENS = 512
+"""Longest responses whose requests travel together: for those, an HTTP request costs as much as sampling."""
+
+
 class EngineClient:
     """One HTTP session to all engines: bounded concurrency, retries of what can be retried, deadlines.
 
-    Use as an async context manager. Requests that are equal and made at once, such as the samples of one group, travel
-    as one; a request goes to the engine with the fewest responses in flight.
+    Use as an async context manager. A request goes to the engine with the fewest responses in flight. Requests for
+    short responses that are equal and made at once, such as the samples of one group, travel as one.
     """
 
     def __init__(self, urls: list[str], *, concurrency: int, timeout_s: float):
@@ -68,8 +72,10 @@ class EngineClient:
         Raises:
             DapoError: the server refused the request, or no engine answered before the deadline.
         """
-        key = (tuple(input_ids), msgspec.json.encode(sampling))
         response = asyncio.get_running_loop().create_future()
+        # Long ones go alone: each is graded, and its slot free, when it ends, and is lost alone when its engine dies.
+        alone = id(response) if sampling.max_new_tokens > TOGETHER_TOKENS else None
+        key = (tuple(input_ids), msgspec.json.encode(sampling), alone)
         if key in self._waiting:
             self._waiting[key].append(response)
         else:
@@ -85,6 +91,8 @@ class EngineClient:
             send = asyncio.ensure_future(self._send(input_ids, sampling, part))
             self._sends.add(send)
             send.add_done_callback(partial(self._sent, part))
+            for response in part:
+                response.add_done_callback(partial(_cancel_unwanted, send, part))
 
     def _sent(self, responses: list[asyncio.Future], send: asyncio.Task) -> None:
         """Whatever ended a request is what those hear who have no response."""
@@ -96,12 +104,11 @@ class EngineClient:
                 response.set_exception(send.exception())
 
     async def _send(self, input_ids: list[int], sampling: Sampling, responses: list[asyncio.Future]) -> None:
-        deadline = time.monotonic() + self.timeout_s
         async with self._turn:  # two that each wait for several slots would wait for each other
             for _ in responses:
                 await self._slots.acquire()
         try:
-            await self._until_answered(input_ids, sampling, responses, deadline)
+            await self._until_answered(input_ids, sampling, responses, time.monotonic() + self.timeout_s)
         finally:
             for _ in responses:
                 self._slots.release()
@@ -143,6 +150,12 @@ class EngineClient:
             if reply.status in (408, 429) or reply.status >= 500:
                 return [], f"{url}: HTTP {reply.status} {text}"
             raise DapoError(f"{url}/generate refused a request of {len(input_ids)} tokens: {text}")
+
+
+def _cancel_unwanted(send: asyncio.Task, responses: list[asyncio.Future], _: asyncio.Future) -> None:
+    """Nobody waits for any of a request's responses any more: closing its connection ends it on the engine too."""
+    if all(r.cancelled() for r in responses):
+        send.cancel()
 
 
 class _FinishReason(msgspec.Struct):

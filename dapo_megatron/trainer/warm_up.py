@@ -26,6 +26,7 @@ from dapo_megatron.batching.batch import MicroBatch
 from dapo_megatron.batching.build import build_step_batch
 from dapo_megatron.batching.rules import packing_rules
 from dapo_megatron.config import RunConfig, load_config
+from dapo_megatron.errors import DapoError
 from dapo_megatron.records import Group, Prompt, Response, VersionSpan
 from dapo_megatron.weights.exporter import export_stage
 from dapo_megatron.weights.families import model_shape
@@ -40,6 +41,8 @@ def main() -> int:
     parser.add_argument("--batch", required=True, type=int, help="examples an update")
     args = parser.parse_args()
     config = load_config(args.config)
+    if config.world_size != config.actor.data_parallel_size:
+        raise DapoError("the warm-up runs data-parallel only: leave the other parallel sizes at 1")
     layout = init_parallel(config)
     actor = Actor(config, model_shape(transformers.AutoConfig.from_pretrained(config.model.path)), layout)
     actor.load_hf(config.model.path)

@@ -24,7 +24,8 @@ def export_stage(modules: Sequence[GPTModel], shape: ModelShape) -> Iterator[tup
     Collective over all ranks of the stage. Yields (Hugging Face name, whole tensor) on the sender and nothing on the
     others; the output layer of a tied model is skipped, because the embedding stands for it.
     """
-    for rule, parameter in _exported(modules, shape):
+    table = rules(shape)
+    for rule, parameter in _exported(modules, shape, table):
         if rule.expert is None:
             if mpu.get_data_parallel_rank(with_context_parallel=True) != 0:
                 continue
@@ -38,7 +39,7 @@ def export_stage(modules: Sequence[GPTModel], shape: ModelShape) -> Iterator[tup
         shards = _gather(data, group)
         if not is_sender():
             continue
-        copies = _copies(rule, shape)
+        copies = _copies(rule, shape, table)
         slices = len(shards) // len(copies)
         for i, copy in enumerate(copies):
             yield from zip(copy.hf, from_shards(copy, shape, shards[i * slices : (i + 1) * slices]), strict=True)
@@ -46,27 +47,28 @@ def export_stage(modules: Sequence[GPTModel], shape: ModelShape) -> Iterator[tup
 
 def export_names(modules: Sequence[GPTModel], shape: ModelShape) -> list[tuple[str, tuple[int, ...]]]:
     """(Hugging Face name, shape) of what export_stage yields on the sender, in the same order."""
+    table = rules(shape)
     return [
         pair
-        for rule, _ in _exported(modules, shape)
-        for copy in _copies(rule, shape)
+        for rule, _ in _exported(modules, shape, table)
+        for copy in _copies(rule, shape, table)
         for pair in zip(copy.hf, hf_shapes(copy, shape), strict=True)
     ]
 
 
-def _exported(modules: Sequence[GPTModel], shape: ModelShape) -> Iterator[tuple[Rule, torch.nn.Parameter]]:
-    table = rules(shape)
+def _exported(
+    modules: Sequence[GPTModel], shape: ModelShape, table: dict[str, Rule]
+) -> Iterator[tuple[Rule, torch.nn.Parameter]]:
     for name, parameter in named_parameters(modules, shape).items():
         if not (name == "output_layer.weight" and shape.tied):
             yield table[name], parameter
 
 
-def _copies(rule: Rule, shape: ModelShape) -> list[Rule]:
+def _copies(rule: Rule, shape: ModelShape, table: dict[str, Rule]) -> list[Rule]:
     """The rules of the parameters that stand at this one's place on the expert-parallel ranks, in their order."""
     if rule.expert is None:
         return [rule]
     here, each = f".local_experts.{rule.expert}.", local_experts(shape)
-    table = rules(shape)
     return [
         table[rule.megatron.replace(here, f".local_experts.{expert}.")]
         for expert in range(rule.expert % each, shape.experts.count, each)

@@ -26,7 +26,7 @@ from tests.distributed.test_actor import actor_on_rank
 from tests.tiny import groups, hf_folder, run_config
 
 from dapo_megatron.actor.objectives import PolicyObjective
-from dapo_megatron.batching.build import build_step_batch
+from dapo_megatron.batching.build import shard_samples, weighted_samples
 from dapo_megatron.batching.rules import packing_rules
 from dapo_megatron.weights.exporter import export_stage
 
@@ -57,12 +57,24 @@ LAYOUTS = {
     "EP2xTP2+SP": {DP: 2, TP: 2, EP: 2},
     "EP2xCP2": {CP: 2, EP: 2},
 }
+if os.environ.get("LAYOUTS") == "all":
+    LAYOUTS |= {
+        "CP4": {CP: 4},
+        "PP4": {PP: 4},
+        "PP2xDP2": {PP: 2, DP: 2},
+        "PP2xCP2": {PP: 2, CP: 2},
+        "TP2xPP2+VPP2+SP": {TP: 2, PP: 2, VPP: 2},
+        "EP2xPP2": {DP: 2, EP: 2, PP: 2},
+        "EP4": {DP: 4, EP: 4},
+        "TP2xEP2+SP": {TP: 2, EP: 2},
+    }
 MODELS = {
     "qwen2": ("qwen2", True),
     "qwen3 tied": ("qwen3", True),
     "qwen3 untied": ("qwen3", False),
     "llama": ("llama", False),
     "qwen3 moe": ("qwen3_moe", False),
+    "qwen3 moe, weights that do not sum to 1": ("qwen3_moe_raw", True),
 }
 AGGREGATIONS = ("token", "group_token", "sample")
 TEMPERATURE, EPS_LOW, EPS_HIGH = 0.9, 0.2, 0.28
@@ -95,14 +107,16 @@ def fully_masked_response():
 
 
 def empty_rank():
-    return groups(1, 1, seed=5), 1000
+    batch = groups(1, 1, seed=5)
+    batch[0].responses[0].advantage = -0.7
+    return batch, 1000
 
 
 PACKINGS = {f.__name__: f for f in (many, one_a_micro_batch, unequal_lengths, fully_masked_response, empty_rank)}
 
 
 def applies(layout, model):
-    mixture, actor = model == "qwen3 moe", LAYOUTS[layout]
+    mixture, actor = "moe" in model, LAYOUTS[layout]
     return mixture or EP not in actor if actor.get("sequence_parallel", True) else not mixture
 
 
@@ -156,7 +170,7 @@ def expected(folder, packing, aggregation):
                 for t in range(len(response.token_ids))
             ]
     truth = reference.update(folder, plain(), **settings)
-    assert truth["clip_margin"] > 1e-3 and truth["router_margin"] > 1e-5
+    assert truth["clip_margin"] > 1e-3 and truth["router_margin"] > 1e-5 and truth["scale"] > 0.1
     return batch, truth
 
 
@@ -170,19 +184,16 @@ def config_for(folder, layout, packing, aggregation):
     )
 
 
+def actor_and_shard(config, batch):
+    """This rank's actor and its micro-batches of one mini-batch."""
+    actor = actor_on_rank(config)
+    samples = weighted_samples(batch, config.algorithm.aggregation)
+    return actor, shard_samples(samples, packing_rules(config))[actor.layout.dp_rank]
+
+
 def one_update(config, batch):
     """Metrics of one update and, from the senders, its gradients by Hugging Face name."""
-    actor = actor_on_rank(config)
-    step = build_step_batch(
-        batch,
-        step=1,
-        version=0,
-        seed=0,
-        mini_batch_groups=len(batch),
-        aggregation=config.algorithm.aggregation,
-        rules=packing_rules(config),
-    )
-    shard = step.mini_batches[0].shards[actor.layout.dp_rank]
+    actor, shard = actor_and_shard(config, batch)
     old = [actor.own_column(m, m.rollout_logprobs) for m in shard]
     metrics = actor.update(shard, PolicyObjective(config.algorithm), old)
     for chunk in actor.model:
@@ -240,17 +251,7 @@ def test_the_update_is_the_same(folders, layout, model, packing, aggregation):
 
 def ratios_of_the_first_update(config, batch):
     """The update's own log-probs minus the old ones, of this rank's labels, in the first mini-batch of a step."""
-    actor = actor_on_rank(config)
-    step = build_step_batch(
-        batch,
-        step=1,
-        version=0,
-        seed=0,
-        mini_batch_groups=len(batch),
-        aggregation="token",
-        rules=packing_rules(config),
-    )
-    shard = step.mini_batches[0].shards[actor.layout.dp_rank]
+    actor, shard = actor_and_shard(config, batch)
     metrics = actor.update(shard, PolicyObjective(config.algorithm), actor.logprobs(shard))
     return metrics["policy/ratio_mean"], metrics["policy/approx_kl"]
 
