@@ -47,11 +47,18 @@ def load_checkpoint(actor: Actor, path: Path) -> store.Manifest:
     """Restore weights, optimizer and schedule; collective over all ranks.
 
     Raises:
-        DapoError: it is of another model, or the schedule that came back is not the manifest's.
+        DapoError: it is of another model, its experts were spread and are not now (or the reverse), or the schedule
+            that came back is not the manifest's.
     """
     manifest = store.read_manifest(path)
     if manifest.architecture != actor.shape.family.architecture:
         raise DapoError(f"{path} holds a {manifest.architecture}, the run is for a {actor.shape.family.architecture}")
+    if (manifest.layout.get("ep", 1) > 1) != (actor.layout.ep_size > 1):
+        # megatron-core keeps spread experts in an optimizer of their own, whose state has another structure.
+        raise DapoError(
+            f"{path} was saved with actor.expert_model_parallel_size={manifest.layout.get('ep', 1)}, the run has "
+            f"{actor.layout.ep_size}: keep it at 1, or above 1"
+        )
     loaded = dist_checkpointing.load(_state(actor, is_loading=True), str(path / "model"))
     for i, module in enumerate(actor.modules):
         module.load_state_dict(loaded[f"model{i}"])

@@ -122,7 +122,7 @@ def update(folder, groups, *, aggregation, temperature, eps_low, eps_high):
                 sums["high"] += advantage > 0 and float(ratio) > 1 + eps_high
                 sums["low"] += advantage < 0 and float(ratio) < 1 - eps_low
                 edges += [abs(float(ratio) - (1 + eps_high)), abs(float(ratio) - (1 - eps_low))]
-    if total:
+    if loss.requires_grad:  # else everything is masked or clipped
         loss.backward()
     return {
         "loss": float(loss),

@@ -40,6 +40,42 @@ def config_for(tmp_path, path, layout, dtype="float32"):
     )
 
 
+ELSEWHERE = {
+    "cp2": {"context_parallel_size": 2},
+    "vpp2": {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
+    "ep2": {"data_parallel_size": 2, "expert_model_parallel_size": 2},
+    "tp2_ep2": {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2},
+    "one": {},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "saved", "resumed"),
+    [
+        ("qwen3", "vpp2", "cp2"),
+        ("qwen3", "cp2", "vpp2"),
+        ("qwen3_moe", "ep2", "tp2_ep2"),
+        ("qwen3_moe", "tp2_ep2", "one"),
+    ],
+)
+def test_resume_across_pieces_and_experts(tmp_path, kind, saved, resumed):
+    path = hf_folder(tmp_path / "hf", kind, tied=True, layers=4)
+
+    def config(layout):
+        made = run_config(path, actor=ELSEWHERE[layout], optimizer={"warmup_steps": 4})
+        return made.model_copy(update={"run_dir": str(tmp_path / "run")})
+
+    expected = run_ranks(config(saved).world_size, two_steps_and_save, config(saved))[0]
+    if resumed == "one":
+        (message,) = run_ranks(1, load_of_other_model, config(resumed), store.latest(tmp_path / "run"))
+        assert "expert_model_parallel_size=2, the run has 1" in message
+        return
+    _, got = run_ranks(config(resumed).world_size, resume, config(resumed))[0]
+    for g, e in zip(got, expected, strict=True):
+        for key in ("policy/loss", "optimizer/grad_norm", "optimizer/lr", "policy/entropy"):
+            assert g[key] == pytest.approx(e[key], rel=2e-4, abs=2e-6), key
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_resume_in_any_layout_continues(tmp_path, dtype):
     path = hf_folder(tmp_path / "hf", "qwen3", tied=True)

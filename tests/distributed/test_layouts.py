@@ -108,7 +108,9 @@ def fully_masked_response():
 
 def empty_rank():
     batch = groups(1, 1, seed=5)
-    batch[0].responses[0].advantage = -0.7
+    (response,) = batch[0].responses
+    response.token_ids, response.advantage = list(range(5, 15)), -0.7
+    response.loss_mask, response.rollout_logprobs = [True] * 10, [0.0] * 10
     return batch, 1000
 
 

@@ -16,7 +16,7 @@ from dapo_megatron.resharding.push import Pusher
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
-DEADLINE_S = 15
+DEADLINE_S = 10
 
 
 def signal_server(pid, number):

@@ -52,7 +52,7 @@ def test_a_mixture_of_experts_spread_over_ranks(tmp_path):
     path = recipe(
         tmp_path,
         actor={"tensor_model_parallel_size": 1, "data_parallel_size": 2, "expert_model_parallel_size": 2},
-        trainer={"steps": 2, "checkpoint_every": 1},
+        trainer={"steps": 2, "checkpoint_every": 2},
     )
     # The tokenizer of the demo with a Qwen3-MoE that has its vocabulary.
     hf_folder(tmp_path / "moe", "qwen3_moe", tied=False, vocab=16)
@@ -61,11 +61,9 @@ def test_a_mixture_of_experts_spread_over_ranks(tmp_path):
     arguments = [f"model.path={tmp_path / 'moe'}", "data.eval=null"]
     code, output, _ = finish(start(path, *arguments))
     assert code == 0, output
-    code, output, _ = finish(start(path, "--resume", "trainer.steps=3", *arguments))
-    assert code == 0, output
     records = read_metrics(tmp_path / "run")[1:]
-    assert [r["step"] for r in records] == [1, 2, 3]
+    assert [r["step"] for r in records] == [1, 2]
     assert all(r["sync/logprob_difference"] <= 1e-4 for r in records)
     assert all(r["optimizer/grad_norm_min"] > 0 for r in records)
-    manifest = msgspec.json.decode((tmp_path / "run/checkpoints/step_000003/manifest.json").read_bytes())
-    assert manifest["layout"]["ep"] == 2 and manifest["updates"] == 6
+    manifest = msgspec.json.decode((tmp_path / "run/checkpoints/step_000002/manifest.json").read_bytes())
+    assert manifest["layout"]["ep"] == 2 and manifest["updates"] == 4
