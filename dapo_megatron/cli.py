@@ -1,6 +1,8 @@
 """The command line: dapo-megatron run | config | report | demo."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -37,11 +39,8 @@ def run(
         return
     from launch.local import run_local
 
-    try:
+    with _stopped_by_hand("go on with --resume"):
         print(f"report: {run_local(config, resume=resume)}")
-    except KeyboardInterrupt:
-        print("interrupted: every process was stopped; go on with --resume", file=sys.stderr)
-        raise typer.Exit(130) from None
 
 
 @app.command(
@@ -51,7 +50,8 @@ def demo(overrides: Overrides = None) -> None:
     """Train a tiny model to add on this machine's CPU, every part real, in minutes."""
     from launch.demo import prepare, run_folder
 
-    prepare(Path("demo"))
+    with _stopped_by_hand("the warm-up begins anew next time"):
+        prepare(Path("demo"))
     run(Path("launch/recipes/demo.yaml"), [f"run_dir={run_folder(Path('runs'))}", *(overrides or [])])
 
 
@@ -78,6 +78,16 @@ def report(run_dir: Annotated[Path, typer.Argument(help="Folder of a run.")]) ->
     from dapo_megatron.observe.report import write_report
 
     print(write_report(run_dir))
+
+
+@contextmanager
+def _stopped_by_hand(what_next: str) -> Iterator[None]:
+    """Ctrl-C and SIGTERM are one line and exit code 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"interrupted: every process was stopped; {what_next}", file=sys.stderr)
+        raise typer.Exit(130) from None
 
 
 def check_inputs(config: RunConfig) -> None:

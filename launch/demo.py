@@ -18,6 +18,7 @@ import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from dapo_megatron.errors import DapoError
+from launch.processes import ProcessGroup, interruptible
 
 CHARACTERS = "0123456789+="
 ANSWER = "Answer: "
@@ -27,6 +28,7 @@ CAREFUL_SHARE = 0.3
 """Share of the supervised examples that mind the carries; the others add digit by digit without any."""
 WARM_UP_UPDATES = 600
 WARM_UP_RANKS = 2
+WARM_UP_DEADLINE_S = 1200
 WARM_UP_BATCH = 256
 
 
@@ -118,14 +120,17 @@ def warm_up(folder: Path, updates: int) -> None:
         "actor": {"data_parallel_size": WARM_UP_RANKS},
     }
     (folder / "warm_up.yaml").write_text(json.dumps(recipe))
-    log = folder / "warm_up.log"
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WARM_UP_RANKS),
         "-m", "dapo_megatron.trainer.warm_up",
         "--config", str(folder / "warm_up.yaml"), "--out", str(folder / "model"),
         "--updates", str(updates), "--batch", str(WARM_UP_BATCH),
     ]  # fmt: skip
-    with log.open("wb") as out:
-        done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=out, stderr=out, check=False)
-    if done.returncode:
-        raise DapoError(f"the supervised warm-up failed with exit code {done.returncode}: see {log}")
+    with interruptible(), ProcessGroup(folder) as group:
+        child = group.start("warm_up", command, os.environ | {"OMP_NUM_THREADS": "1"})
+        try:
+            code = child.process.wait(WARM_UP_DEADLINE_S)
+        except subprocess.TimeoutExpired:
+            raise DapoError(f"the supervised warm-up took more than {WARM_UP_DEADLINE_S} s: see {child.log}") from None
+    if code:
+        raise DapoError(f"the supervised warm-up failed with exit code {code}: see {child.log}")

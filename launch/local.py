@@ -5,7 +5,6 @@ import signal
 import socket
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -17,7 +16,7 @@ from dapo_megatron.errors import DapoError
 from dapo_megatron.observe.progress import ProgressDisplay
 from dapo_megatron.observe.report import write_report
 from launch.engine import engine_command, engine_environment
-from launch.processes import Child, ProcessGroup
+from launch.processes import Child, ProcessGroup, interruptible
 
 LOCALHOST = "127.0.0.1"
 POLL_S = 0.25
@@ -33,7 +32,7 @@ def run_local(config: RunConfig, *, resume: bool) -> Path:
     run_dir = Path(config.run_dir)
     _prepare(config, run_dir, resume)
     try:
-        with _interruptible(), ProcessGroup(run_dir / "logs") as group:
+        with interruptible(), ProcessGroup(run_dir / "logs") as group:
             trainer = _start(config, run_dir, group, resume)
             with ProgressDisplay(run_dir, config.trainer.steps) as display:
                 _watch(group, trainer, display)
@@ -103,20 +102,6 @@ def _obituary(child: Child) -> str:
     if (reason := _reason(child)) is not None:
         return f"the {child.name} stopped: {reason.removeprefix('error: ')} (log: {child.log})"
     return f"the {child.name} {how}; the end of {child.log}:\n{child.tail()}"
-
-
-@contextmanager
-def _interruptible():
-    """SIGTERM ends the run as Ctrl-C does."""
-
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def free_ports(count: int) -> list[int]:

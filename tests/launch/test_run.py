@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import psutil
@@ -61,6 +63,24 @@ def test_a_run_ends_dies_and_resumes(job):
     # 2 updates a step, 8 of warm-up: after step s the rate is lr * min(1, 2 s / 8), across every resume.
     assert [r["optimizer/lr"] for r in records[1:]] == pytest.approx([1e-3 * min(1, s / 4) for s in range(1, last + 1)])
     assert all(r["sync/logprob_difference"] <= 1e-4 for r in records[1:])
+
+
+def test_terminate_in_the_warm_up_leaves_nothing(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dapo_megatron.cli", "demo"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": os.getcwd()},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    while not (everything := descendants(process, "trainer rank")):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.2)
+    process.terminate()
+    code, output, seconds = finish(process)
+    assert code == 130 and "interrupted" in output and seconds < 30
+    assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in everything)
 
 
 def test_terminate_leaves_nothing(job, tmp_path):
