@@ -151,7 +151,7 @@ class ActorConfig(Section):
     """Split activations between layers along the sequence over TP (used where TP > 1)."""
     micro_batch_tokens: int = Field(16384, ge=1)
     """Token budget of one packed micro-batch, over its CP ranks together; a longer sequence stands alone."""
-    loss_chunk_tokens: int = Field(384, ge=1)
+    loss_chunk_tokens: int = Field(256, ge=1)
     """Tokens whose logits exist at a time in the loss."""
     recompute: bool = False
     """Recompute every layer's activations in backward."""
