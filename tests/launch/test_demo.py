@@ -30,7 +30,7 @@ def run(demo, run_dir, steps, *overrides):
 
 
 def test_it_learns(demo, tmp_path):
-    before, steps = run(demo, tmp_path / "run", 30)
+    before, steps = run(demo, tmp_path / "run", 20)
     assert 0.20 <= before["eval/accuracy"] <= 0.45
     assert sum(s["groups/all_right"] for s in steps) > 0 and sum(s["groups/all_wrong"] for s in steps) > 0
     assert steps[-1]["eval/accuracy"] >= before["eval/accuracy"] + 0.25
