@@ -60,7 +60,8 @@ def _start(config: RunConfig, run_dir: Path, group: ProcessGroup, resume: bool) 
     urls = [f"http://{LOCALHOST}:{port}" for port in ports[1:]]
     for i, port in enumerate(ports[1:]):
         command = engine_command(config, LOCALHOST, port, cpu=cpu)
-        group.start(f"engine-{i}", command, engine_environment(environment, cpu=cpu))
+        # An SGLang server waits five seconds after SIGTERM, and has nothing to lose.
+        group.start(f"engine-{i}", command, engine_environment(environment, cpu=cpu), grace=False)
     shared = ["--config", str(run_dir / "config.yaml"), "--link", f"tcp://{LOCALHOST}:{ports[0]}", "--engines", *urls]
     group.start("controller", [sys.executable, "-m", "dapo_megatron.rollout", *shared], environment)
     torchrun = [

@@ -24,6 +24,7 @@ class Child:
     name: str
     process: subprocess.Popen
     log: Path
+    grace: bool
 
     def tail(self, lines: int = 12) -> str:
         """The last lines of its log."""
@@ -50,8 +51,8 @@ class ProcessGroup:
         self.stop()
         _libc.prctl(_PR_SET_CHILD_SUBREAPER, 0)
 
-    def start(self, name: str, command: list[str], environment: dict[str, str]) -> Child:
-        """Start a process; its output goes to <log_dir>/<name>.log."""
+    def start(self, name: str, command: list[str], environment: dict[str, str], *, grace: bool = True) -> Child:
+        """Start a process; its output goes to <log_dir>/<name>.log. Without `grace` it is ended by SIGKILL at once."""
         log = self.log_dir / f"{name}.log"
         with log.open("ab") as out:
             process = subprocess.Popen(
@@ -63,7 +64,7 @@ class ProcessGroup:
                 start_new_session=True,  # Ctrl-C reaches the launcher alone, which ends the rest in order
                 preexec_fn=_die_with_parent,
             )
-        child = Child(name, process, log)
+        child = Child(name, process, log, grace)
         self.children.append(child)
         return child
 
@@ -72,11 +73,16 @@ class ProcessGroup:
         return [c for c in self.children if c.process.poll() is not None]
 
     def stop(self) -> None:
-        """SIGTERM, then SIGKILL after the grace period, to every descendant of this process."""
+        """SIGTERM to every descendant of this process; SIGKILL to what is left when the children, which wait for theirs as
+        long as they need them, have ended or the grace period has passed."""
         end = time.monotonic() + self.grace_s
+        for child in self.children:
+            if not child.grace and child.process.poll() is None:
+                server = psutil.Process(child.process.pid)
+                _signal([server, *server.children(recursive=True)], signal.SIGKILL)
         _signal(psutil.Process().children(recursive=True), signal.SIGTERM)
-        while (left := psutil.Process().children(recursive=True)) and time.monotonic() < end:
-            psutil.wait_procs(left, timeout=0.2)
+        while len(self.exited()) < len(self.children) and time.monotonic() < end:
+            time.sleep(0.1)
         while left := psutil.Process().children(recursive=True):
             _signal(left, signal.SIGKILL)
             psutil.wait_procs(left, timeout=1.0)

@@ -31,6 +31,7 @@ def serve(model_path, log_dir):
             "engine-0",
             engine_command(config, "127.0.0.1", port, cpu=True),
             engine_environment(os.environ, cpu=True),
+            grace=False,
         )
         url = f"http://127.0.0.1:{port}"
         control = EngineControl(url, 60)
