@@ -42,6 +42,9 @@ class Workload:
             f"data.train={folder / 'train.jsonl'}",
             f"data.eval={folder / 'eval.jsonl' if self.target is not None else 'null'}",
             "algorithm.dynamic_sampling=false",
+            # The faster of the layouts that two cores allow for a model that fits into one.
+            "actor.tensor_model_parallel_size=1",
+            "actor.data_parallel_size=2",
             f"trainer.steps={steps}",
             f"trainer.checkpoint_every={steps}",
             f"evaluation.every={evaluate_every}",

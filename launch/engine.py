@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from dapo_megatron.compat import SGLANG_CPU
 from dapo_megatron.config import RunConfig
 
-# Options without which SGLang 0.5.23 does not run on a CPU without AMX: its CPU kernels need AVX512.
+# Without the kernels of AMX and AVX512 machines, SGLang 0.5.23 runs on a CPU with these alone.
 _CPU_ARGS = [
     "--device", "cpu",
     "--attention-backend", "torch_native",
     "--sampling-backend", "pytorch",
     "--disable-cuda-graph",
+    "--disable-overlap-schedule",  # runs a step ahead to hide the scheduler behind a GPU: here it only adds a step
     "--grammar-backend", "none",
 ]  # fmt: skip
 

@@ -139,8 +139,9 @@ class EngineClient:
         self, url: str, input_ids: list[int], sampling: Sampling, count: int
     ) -> tuple[list[Generation], str]:
         """At most `count` responses, and what became of the rest."""
-        params = msgspec.to_builtins(sampling) | {"n": count}
-        body = {"input_ids": input_ids, "sampling_params": params, "return_logprob": True}
+        # Copies instead of SGLang's n: with that, a server first prefills the prompt, alone, and then answers.
+        inputs = input_ids if count == 1 else [input_ids] * count
+        body = {"input_ids": inputs, "sampling_params": msgspec.to_builtins(sampling), "return_logprob": True}
         async with self._session.post(url + "/generate", json=body) as reply:
             data = await reply.read()
             if reply.status == 200:

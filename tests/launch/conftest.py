@@ -22,6 +22,7 @@ def recipe(folder, **sections):
     tree = yaml.safe_load(open("launch/recipes/demo.yaml"))
     tree["model"]["path"] = str(folder / "model")
     tree["data"] |= {"train": str(folder / "train.jsonl"), "eval": str(folder / "eval.jsonl"), "eval_limit": 4}
+    tree["engine"]["extra_args"] = []  # with SGLang's prefix cache, which every push must empty
     tree["algorithm"]["dynamic_sampling"] = False
     tree["rollout"] |= {"prompts_per_step": 4, "group_size": 4}
     tree["trainer"] |= {"mini_batch_prompts": 2, "checkpoint_every": 1, "steps": 2}
