@@ -19,13 +19,14 @@ EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 
 
 
 def hf_folder(
-    path: Path, kind: str = "qwen3", tied: bool = True, layers: int = 2, vocab: int = 64, seed: int = 0
+    path: Path, kind: str = "qwen3", tied: bool = True, layers: int = 2, vocab: int = 64, seed: int = 0, **options
 ) -> Path:
-    """A random Hugging Face checkpoint whose norms and biases are not trivial."""
+    """A random Hugging Face checkpoint whose norms and biases are not trivial; `options` are its config's."""
     config_class, model_class = KINDS[kind]
     extra = {} if kind == "qwen2" else {"head_dim": 16}
     if kind.startswith("qwen3_moe"):
         extra |= EXPERTS | {"norm_topk_prob": kind == "qwen3_moe"}
+    extra |= {"max_position_embeddings": 512} | options
     config = config_class(
         vocab_size=vocab,
         hidden_size=64,
@@ -33,7 +34,6 @@ def hf_folder(
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=512,
         tie_word_embeddings=tied,
         eos_token_id=1,
         bos_token_id=0,

@@ -10,7 +10,8 @@ from dapo_megatron.errors import DapoError
 from dapo_megatron.resharding.plan import Bucket
 
 SESSIONS_SINCE = (0, 5, 21)
-"""First SGLang release whose weight updates must stand between begin_weight_update and end_weight_update."""
+"""First SGLang release whose weight updates must stand between begin_weight_update and end_weight_update; what is asked
+of such servers only, all of them know."""
 
 
 class EngineControl:
@@ -42,6 +43,14 @@ class EngineControl:
         release = tuple(int(n) for n in re.findall(r"\d+", info["version"])[:3])
         self.has_sessions = release >= SESSIONS_SINCE
         self.tensor_parallel_size = info["tp_size"]
+
+    def freeze_gc(self) -> None:
+        """Take what start-up left out of garbage collection, which would stop the server for 0.4 s now and then.
+
+        A server does so after its own warm-up. Where that is skipped it tries too early, before it listens.
+        """
+        if self.has_sessions:
+            self._call("POST", "/freeze_gc")
 
     def pause(self) -> None:
         """Stop generating; running requests return to the queue and are computed anew under the next weights."""

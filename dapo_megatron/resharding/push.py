@@ -54,6 +54,8 @@ class Pusher:
         with self._agreed("connecting to the engines"):
             for engine in self.engines:
                 engine.wait_ready(self.config.engine.start_timeout_s)
+            if self.layout.rank == 0:
+                self._on_all(EngineControl.freeze_gc)
         for stage in range(self.layout.pp_size):
             with self._agreed(f"opening the weight group of pipeline stage {stage}"):
                 if self.is_sender and self.layout.pp_rank == stage:

@@ -26,6 +26,14 @@ LAYOUTS = {
     "dp2": {"data_parallel_size": 2},
 }
 MODELS = [("llama", False), ("qwen2", True), ("qwen2", False), ("qwen3", True), ("qwen3", False)]
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 
 
 def actor_on_rank(config):
@@ -74,9 +82,13 @@ def merged(results):
     return scored, results[0][1], weights
 
 
-@pytest.mark.parametrize(("kind", "tied"), MODELS)
-def test_logprobs_equal_transformers(tmp_path, kind, tied):
-    path = hf_folder(tmp_path, kind, tied)
+@pytest.mark.parametrize(
+    ("kind", "tied", "options"),
+    [(*model, {}) for model in MODELS]
+    + [("llama", True, {"rope_parameters": LLAMA3_ROPE, "max_position_embeddings": 131072})],
+)
+def test_logprobs_equal_transformers(tmp_path, kind, tied, options):
+    path = hf_folder(tmp_path, kind, tied, **options)
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
     for name in ("tp2_sp", "pp2"):
         scored, _, _ = merged(run_ranks(2, one_step, run_config(path, actor=LAYOUTS[name]), 40))
