@@ -15,7 +15,7 @@ LABELS = {
     "sync": "weight sync",
     "rest": "rest",
 }
-NOT_OF_THE_STEP = ("evaluate", "checkpoint", "verify")
+NOT_OF_THE_STEP = ("evaluate", "verify")
 """What this project times inside a step and TRL's side does not do, or does off the clock."""
 
 
@@ -25,7 +25,7 @@ class Row:
 
     step: int
     seconds: float
-    """Of the step without evaluation and checkpoint."""
+    """Of the step without evaluation."""
     phases: dict[str, float]
     """Seconds of each of PHASES."""
     tokens: float

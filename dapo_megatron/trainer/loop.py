@@ -45,9 +45,8 @@ def train(config: RunConfig, actor: Actor, link: RunLink, pusher: Pusher, resume
     if done == 0:
         link.record({"step": 0, "version": 0} | link.evaluate(0))
 
-    objective, skipped = PolicyObjective(config.algorithm), 0
+    objective, clock, skipped = PolicyObjective(config.algorithm), Clock(link), 0
     for step in range(done + 1, config.trainer.steps + 1):
-        clock = Clock(link)
         with clock("step"):
             batch, metrics, snapshot = link.next_batch(step, version=step - 1)
             shards = [m.shards[actor.layout.dp_rank] for m in batch.mini_batches]
@@ -68,10 +67,11 @@ def train(config: RunConfig, actor: Actor, link: RunLink, pusher: Pusher, resume
             last = step == config.trainer.steps
             if last or step % config.evaluation.every == 0:
                 metrics |= link.evaluate(step)
-            if last or step % config.trainer.checkpoint_every == 0:
-                with clock("checkpoint"):
-                    save_checkpoint(config, actor, step, step, snapshot)
+        # Before the checkpoint, so that whoever goes on from it has the record of its step.
         link.record({"step": step, "version": step} | metrics | clock.metrics(metrics))
+        if last or step % config.trainer.checkpoint_every == 0:
+            with clock("checkpoint"):
+                save_checkpoint(config, actor, step, step, snapshot)
     link.goodbye()
 
 
@@ -114,7 +114,7 @@ def merge_updates(updates: list[dict[str, float]]) -> dict[str, float]:
 
 
 class Clock:
-    """Seconds of each phase of one step, shown as the current phase while it lasts."""
+    """Seconds of each phase since the last record, shown as the current phase while it lasts."""
 
     def __init__(self, link: RunLink):
         self._link, self._seconds = link, defaultdict(float)
@@ -128,9 +128,10 @@ class Clock:
         self._seconds[phase] += time.monotonic() - began
 
     def metrics(self, rollout: dict[str, float]) -> dict[str, float]:
-        """time/* of the step and its speed."""
-        step = self._seconds["step"]
-        return {f"time/{phase}": seconds for phase, seconds in self._seconds.items()} | {
+        """time/* of a step, of the checkpoint before it if there was one, and the step's speed; begins anew."""
+        seconds, self._seconds = self._seconds, defaultdict(float)
+        step = seconds["step"]
+        return {f"time/{phase}": s for phase, s in seconds.items()} | {
             "speed/response_tokens_per_second": rollout["rollout/response_tokens"] / step,
             "speed/trained_tokens_per_second": rollout["batch/tokens"] / step,
         }

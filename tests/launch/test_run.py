@@ -9,6 +9,7 @@ import time
 import psutil
 import pytest
 
+from dapo_megatron.checkpoint.store import latest
 from dapo_megatron.observe.metrics import read_metrics
 from tests.launch.conftest import finish, start
 
@@ -63,6 +64,8 @@ def test_a_run_is_stopped_dies_resumes_and_ends(job):
         assert code == 1 and seconds < 30, (role, seconds, output)
         assert role.split()[0] in output and ".log" in output
         assert not alive(everything), role
+        # Whatever the moment: who goes on from a checkpoint has the record of its step.
+        assert read_metrics(run_dir)[-1]["step"] >= int(latest(run_dir).name.removeprefix("step_"))
 
     last = read_metrics(run_dir)[-1]["step"] + 2
     code, output, _ = finish(start(recipe, "--resume", f"trainer.steps={last}"))
