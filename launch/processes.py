@@ -73,8 +73,8 @@ class ProcessGroup:
         return [c for c in self.children if c.process.poll() is not None]
 
     def stop(self) -> None:
-        """SIGTERM to every descendant of this process; SIGKILL to what is left when the children, which wait for theirs as
-        long as they need them, have ended or the grace period has passed."""
+        """SIGTERM to every descendant of this process, then SIGKILL to what is left when the children have ended (they
+        wait for their own as long as they need them) or the grace period has passed."""
         end = time.monotonic() + self.grace_s
         for child in self.children:
             if not child.grace and child.process.poll() is None:

@@ -30,7 +30,8 @@ def batch(kind, lengths, generator):
 
 def measure(method, kind, calls):
     """(outputs, seconds of the last call)."""
-    options = {"scaling": 0.2, "enable_gqa": True, "causal": kind == "extend", "sliding_window_size": None}
+    options = {"scaling": 0.2, "enable_gqa": True, "causal": kind == "extend"}
+    options |= {"is_cross_attn": False, "sliding_window_size": None}
     outputs = []
     for query, arguments in calls:
         began = time.perf_counter()

@@ -1,5 +1,5 @@
-"""What is on the engine's path on CPU is right and still needed: SGLang cannot be imported without the stand-ins, and its
-attention over many sequences is several times as slow without the plugin."""
+"""What is on the engine's path on CPU is right and still needed: without the stand-ins SGLang cannot be imported, and
+without the plugin its attention over many sequences is several times as slow."""
 
 import json
 import os

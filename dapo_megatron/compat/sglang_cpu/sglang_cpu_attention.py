@@ -1,7 +1,7 @@
 """A plugin of SGLang 0.5.23 that gives its torch_native backend attention over many sequences at once.
 
-SGLang finds it by the entry point in the folder beside this file, which is on the path of engines on CPU only. As it is,
-the backend loops over the sequences of a batch (sglang/srt/layers/attention/torch_native_backend.py, "this is
+SGLang finds it by the entry point in the folder beside this file, which is on the path of engines on CPU only. As it
+is, the backend loops over the sequences of a batch (sglang/srt/layers/attention/torch_native_backend.py, "this is
 inefficient"), in every layer of every step; with hundreds of short responses that is a third of a server's time. Here
 sequences of about one length share one product.
 """
@@ -26,29 +26,25 @@ def register() -> None:
     HookRegistry.register(BACKEND + "._run_sdpa_forward_extend", extend, HookType.AROUND)
 
 
-def decode(original, backend, query, output, k_cache, v_cache, req_to_token, pool_indices, seq_lens, *rest, **options):
+def decode(original, *arguments, **options):
     """Attention of one new token of each sequence; arguments are those of the method that it stands for."""
-    if _unusual(seq_lens, rest, options):
-        return original(backend, query, output, k_cache, v_cache, req_to_token, pool_indices, seq_lens, *rest, **options)
-    new = torch.ones_like(seq_lens)
-    return attend(query, output, k_cache, v_cache, req_to_token, pool_indices, seq_lens, new, options)
+    _, *shared, seq_lens, encoder_lens = arguments
+    if _unusual(seq_lens, encoder_lens, options):
+        return original(*arguments, **options)
+    return attend(*shared, seq_lens, torch.ones_like(seq_lens), options)
 
 
-def extend(
-    original, backend, query, output, k_cache, v_cache, req_to_token, pool_indices, seq_lens, prefix, new, *rest, **options
-):
+def extend(original, *arguments, **options):
     """Causal attention of each sequence's new tokens; arguments are those of the method that it stands for."""
-    if _unusual(seq_lens, rest, options) or not options.get("causal"):
-        return original(
-            backend, query, output, k_cache, v_cache, req_to_token, pool_indices, seq_lens, prefix, new, *rest, **options
-        )
-    return attend(query, output, k_cache, v_cache, req_to_token, pool_indices, seq_lens, new, options)
+    _, *shared, seq_lens, _, new, encoder_lens = arguments
+    if _unusual(seq_lens, encoder_lens, options) or not options["causal"]:
+        return original(*arguments, **options)
+    return attend(*shared, seq_lens, new, options)
 
 
-def _unusual(seq_lens: torch.Tensor, rest: tuple, options: dict) -> bool:
-    encoder = any(lengths is not None for lengths in rest)
-    windowed = options.get("sliding_window_size") is not None
-    return encoder or windowed or options.get("is_cross_attn", False) or int(seq_lens.max()) > LONGEST
+def _unusual(seq_lens: torch.Tensor, encoder_lens: torch.Tensor | None, options: dict) -> bool:
+    other = encoder_lens is not None or options["is_cross_attn"] or options["sliding_window_size"] is not None
+    return other or int(seq_lens.max()) > LONGEST
 
 
 def attend(query, output, k_cache, v_cache, req_to_token, pool_indices, seq_lens, new, options) -> torch.Tensor:
@@ -65,7 +61,7 @@ def attend(query, output, k_cache, v_cache, req_to_token, pool_indices, seq_lens
     for members in alike(seq_lens, new, k_cache[0].numel()):
         lens, count = seq_lens[members], new[members]
         columns, rows = torch.arange(int(lens.max())), torch.arange(int(count.max()))
-        # What lies beyond a sequence is not seen, but multiplied by zero: slot 0 is SGLang's own padding, always finite.
+        # What lies beyond a sequence is multiplied by zero: slot 0 is SGLang's own padding, and finite.
         slots = req_to_token[pool_indices[members], : len(columns)].masked_fill(columns >= lens[:, None], 0)
         seen = columns <= (lens - count)[:, None, None] + rows[:, None]
         real = rows < count[:, None]
