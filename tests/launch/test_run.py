@@ -22,11 +22,18 @@ ROLES = {
 }
 
 
+def command(process):
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:  # it has ended since it was listed
+        return []
+
+
 def descendants(process, role):
     return [
         p
         for p in psutil.Process(process.pid).children(recursive=True)
-        if any(ROLES[role] in part for part in p.cmdline()) and "torch.distributed.run" not in p.cmdline()
+        if any(ROLES[role] in part for part in command(p)) and "torch.distributed.run" not in command(p)
     ]
 
 
