@@ -1,12 +1,12 @@
 """This project and TRL's GRPOTrainer (loss_type="dapo") on the same two cores, the same model, data and recipe.
 
-    make bench-trl                                     # both environments, both workloads, a quarter of an hour or more
+    make bench-trl                                     # both environments, both workloads, ten minutes or more
     python -m benchmarks.vs_trl --quick                # a few steps, to see that it runs
     python -m benchmarks.vs_trl --only long --steps 6  # one workload
 
 What differs, and cannot be made equal. TRL generates with transformers in the training process (with one thread and
-with two; the faster run counts); this project has an SGLang server beside two trainer ranks (one thread each) and sends
-weights to it. TRL has no dynamic sampling, so it is off here too. TRL mixes the responses of all prompts into every
+with two; the faster run counts); this project has an SGLang server beside two data-parallel ranks (one thread each) and
+sends weights to it. TRL has no dynamic sampling, so it is off here too. TRL mixes the responses of all prompts into every
 update; this project keeps groups whole. TRL grades between generation and update, which counts as rest; here grading
 overlaps with generation. The log-prob comparison after a push (a check, not training) is off.
 """
