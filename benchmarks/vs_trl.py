@@ -5,10 +5,10 @@
     python -m benchmarks.vs_trl --only long --steps 6  # one workload
 
 What differs, and cannot be made equal. TRL generates with transformers in the training process (with one thread and
-with two; the faster run counts); this project has an SGLang server beside two data-parallel ranks (one thread each) and
-sends weights to it. TRL has no dynamic sampling, so it is off here too. TRL mixes the responses of all prompts into every
-update; this project keeps groups whole. TRL grades between generation and update, which counts as rest; here grading
-overlaps with generation. The log-prob comparison after a push (a check, not training) is off.
+with two; the faster run counts); this project has an SGLang server beside two data-parallel ranks (one thread each)
+and sends weights to it. TRL has no dynamic sampling, so it is off here too. TRL mixes the responses of all prompts
+into every update; this project keeps groups whole. TRL grades between generation and update, which counts as rest;
+here grading overlaps with generation. The log-prob comparison after a push (a check, not training) is off.
 """
 
 import argparse

@@ -47,6 +47,7 @@ def token_logprobs(
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, labels, temperature, chunk_tokens, group):
+        """(log-probs [n], entropies [n]) of this rank's rows; keeps [n] and [TP, n] numbers for backward."""
         tp, n = dist.get_world_size(group), hidden.size(0)
         first = dist.get_rank(group) * weight.size(0)
         labels = (labels - first).view(tp, n)
@@ -78,6 +79,7 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, _):
+        """Gradients of hidden [n, h] and weight [vocab / TP, h] from the log-probs' gradient [n]."""
         hidden, weight, labels, log_total = ctx.saved_tensors
         group, n = ctx.group, hidden.size(0)
         tp = labels.size(0)
