@@ -173,19 +173,24 @@ class Actor:
             rollout_logprobs=column(micro_batch.rollout_logprobs),
             advantages=column(micro_batch.advantages),
         )
-        token_loss, sums = objective(tokens)
+        token_loss, sums, peaks = objective(tokens)
         loss = (column(micro_batch.weights) * token_loss).sum()
         own = torch.stack([loss.detach().double(), loss.new_tensor(logprobs.numel(), dtype=torch.float64)])
-        return loss, _count(index, self.layout), {"sums": torch.cat([own, sums])}
+        return loss, _count(index, self.layout), {"sums": torch.cat([own, sums]), "peaks": peaks}
 
     def _reduce(self, objective: Objective, stored: list[dict]) -> dict[str, float]:
-        total = torch.zeros(2 + len(objective.sums), dtype=torch.float64, device=self.device)
+        sums = torch.zeros(2 + len(objective.sums), dtype=torch.float64, device=self.device)
+        peaks = sums.new_zeros(len(objective.peaks))
         for entry in stored:  # empty but on the last stage
-            total += entry["sums"]
-        dist.all_reduce(total)  # every trained label was evaluated by exactly one rank
-        loss, tokens, *sums = total.tolist()
-        named = dict(zip(objective.sums, sums, strict=True))
-        return {"policy/loss": loss, "policy/tokens": tokens} | objective.metrics(named, tokens)
+            sums += entry["sums"]
+            peaks = torch.maximum(peaks, entry["peaks"])
+        dist.all_reduce(sums)  # every trained label was evaluated by exactly one rank
+        if objective.peaks:
+            dist.all_reduce(peaks, dist.ReduceOp.MAX)
+        loss, tokens, *rest = sums.tolist()
+        named = dict(zip(objective.sums, rest, strict=True))
+        highest = dict(zip(objective.peaks, peaks.tolist(), strict=True))
+        return {"policy/loss": loss, "policy/tokens": tokens} | objective.metrics(named, highest, tokens)
 
 
 def _count(index: int, layout: Layout) -> torch.Tensor:

@@ -5,6 +5,8 @@ differ a little. Source: Yao et al. 2025, "Your Efficient RL Framework Secretly 
 Training".
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -23,30 +25,26 @@ def truncated_importance(old_logprobs: Tensor, rollout_logprobs: Tensor, cap: fl
     return torch.exp(old_logprobs.detach() - rollout_logprobs.detach()).clamp(max=cap)
 
 
-def mismatch_statistics(
-    old_logprobs: Tensor, rollout_logprobs: Tensor, active_mask: Tensor, cap: float
-) -> dict[str, Tensor]:
-    """How far trainer and engine are apart, over the active tokens.
+class Mismatch(NamedTuple):
+    """How far trainer and engine are apart; every tensor is [T] float64, without gradient."""
 
-    Args:
-        old_logprobs, rollout_logprobs, cap: as in `truncated_importance`; inactive tokens are ignored.
-        active_mask: [T] bool, True for the response tokens that are trained.
+    absolute: Tensor
+    """|old - rollout|"""
+    k3: Tensor
+    """Its mean estimates KL(rollout || old)."""
+    truncated: Tensor
+    """1 where exp(old - rollout) > cap, else 0."""
 
-    Returns:
-        Scalars, float64, with d = old - rollout. All but the last are SUMS over tokens (all-reduce with SUM,
-        divide by "tokens"): "tokens"; "abs_diff_sum", |d|; "k1_sum" and "k3_sum", the estimators -d and
-        exp(d) - 1 - d of KL(rollout || old) for tokens drawn from rollout (Schulman 2020, "Approximating KL
-        divergence"); "truncated", tokens with exp(d) > cap.
-        "abs_diff_max" is a MAX (all-reduce with MAX), 0 without active tokens.
+
+def mismatch(old_logprobs: Tensor, rollout_logprobs: Tensor, cap: float) -> Mismatch:
+    """The distance of each token's log-probs; arguments as in `truncated_importance`."""
+    difference = old_logprobs.detach().double() - rollout_logprobs.detach().double()
+    return Mismatch(difference.abs(), k3(difference), (difference.exp() > cap).double())
+
+
+def k3(log_ratio: Tensor) -> Tensor:
+    """exp(d) - 1 - d of each token, d = log p - log q: the mean over tokens drawn from q estimates KL(q || p).
+
+    Not negative, but for rounding. Source: Schulman 2020, "Approximating KL divergence".
     """
-    difference = (old_logprobs.detach() - rollout_logprobs.detach()).double()
-    difference = torch.where(active_mask, difference, 0.0)
-    ratio = difference.exp()
-    return {
-        "tokens": active_mask.sum().double(),
-        "abs_diff_sum": difference.abs().sum(),
-        "k1_sum": -difference.sum(),
-        "k3_sum": (ratio - 1 - difference).sum(),
-        "truncated": ((ratio > cap) & active_mask).sum().double(),
-        "abs_diff_max": difference.abs().max() if difference.numel() else difference.new_zeros(()),
-    }
+    return torch.expm1(log_ratio) - log_ratio

@@ -1,7 +1,7 @@
 """The training loop: one rollout step is batch, old log-probs, updates, push.
 
 link.next_batch(k)      groups of step k, sampled by version k - 1 (older with max_policy_lag 1 and carried groups)
-old log-probs           the policy before the step's first update, on the updates' own micro-batches
+old log-probs           of all mini-batches but the first, before its update, on the updates' own micro-batches
 update                  one for each mini-batch
 push                    version k goes live on the engines, and a fixed prompt's log-probs are compared
 """
@@ -22,7 +22,6 @@ from dapo_megatron.config import RunConfig
 from dapo_megatron.errors import DapoError
 from dapo_megatron.resharding.push import Pusher
 from dapo_megatron.resharding.verify import verify_logprobs
-from dapo_megatron.trainer.mismatch import engine_mismatch
 from dapo_megatron.trainer.run_link import RunLink
 
 
@@ -52,7 +51,6 @@ def train(config: RunConfig, actor: Actor, link: RunLink, pusher: Pusher, resume
             shards = [m.shards[actor.layout.dp_rank] for m in batch.mini_batches]
             with clock("old_logprobs"):
                 old = old_logprobs(config, actor, shards)
-                metrics |= engine_mismatch(config, actor, shards, old)
             with clock("update"):
                 updates = [actor.update(s, objective, o) for s, o in zip(shards, old, strict=True)]
             skipped = count_skipped(updates, skipped, config.trainer.max_skipped_updates)
@@ -78,13 +76,11 @@ def train(config: RunConfig, actor: Actor, link: RunLink, pusher: Pusher, resume
 def old_logprobs(config: RunConfig, actor: Actor, shards: list[list[MicroBatch]]) -> list[list[torch.Tensor] | None]:
     """The ratio's denominators, one entry an update; None lets the update use its own log-probs (the ratio is 1).
 
-    That is exact where a step has one update, and saves a forward pass.
+    For the first update that is exact: the weights are still those of the step's beginning.
     """
     if config.algorithm.old_logprobs == "rollout":
         return [[actor.own_column(m, m.rollout_logprobs) for m in shard] for shard in shards]
-    if len(shards) == 1:
-        return [None]
-    return [actor.logprobs(shard) for shard in shards]
+    return [None, *(actor.logprobs(shard) for shard in shards[1:])]
 
 
 def count_skipped(updates: list[dict[str, float]], before: int, limit: int) -> int:
@@ -104,9 +100,10 @@ def count_skipped(updates: list[dict[str, float]], before: int, limit: int) -> i
 
 
 def merge_updates(updates: list[dict[str, float]]) -> dict[str, float]:
-    """Metrics of a step from those of its updates: means, the smallest gradient norm, the last learning
-    rate, and the number of skipped ones."""
+    """Metrics of a step from those of its updates: means (of maxima, the largest), the smallest gradient norm, the last
+    learning rate, and the number of skipped ones."""
     merged = {name: sum(u[name] for u in updates) / len(updates) for name in updates[0]}
+    merged |= {name: max(u[name] for u in updates) for name in merged if name.endswith("_max")}
     merged["optimizer/grad_norm_min"] = min(u["optimizer/grad_norm"] for u in updates)
     merged["optimizer/lr"] = updates[-1]["optimizer/lr"]
     merged["optimizer/skipped"] = sum(u["optimizer/skipped"] for u in updates)

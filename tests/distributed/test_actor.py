@@ -116,3 +116,17 @@ def test_every_layout_makes_the_same_update(tmp_path, kind, tied):
             assert weights.keys() == reference[2].keys()
             for key, value in weights.items():
                 np.testing.assert_allclose(value, reference[2][key], atol=2e-6, err_msg=f"{name} {budget} {key}")
+
+
+@pytest.mark.parametrize("name", ["tp2_sp", "pp2"])
+def test_the_distance_to_the_engine(tmp_path, name):
+    config = run_config(hf_folder(tmp_path), actor=LAYOUTS[name])
+    scored, metrics, _ = merged(run_ranks(2, one_step, config, 24))
+    apart = [
+        abs(scored[group.prompt.id, response.sample, len(group.prompt.input_ids) - 1 + t] - logprob)
+        for group in groups()
+        for response in group.responses
+        for t, logprob in enumerate(response.rollout_logprobs)
+    ]
+    assert sum(m["policy/tokens"] * m["mismatch/abs_mean"] for m in metrics) == pytest.approx(sum(apart), rel=1e-5)
+    assert max(m["mismatch/abs_max"] for m in metrics) == pytest.approx(max(apart), rel=1e-5)
