@@ -109,4 +109,4 @@ def grade(text: str, truth: str) -> bool:
     # Imported here: the caller of the workers, who only extracts and compares integers, does without sympy.
     from dapo_megatron.grading.equivalence import equivalent
 
-    return equivalent(answer, truth)
+    return equivalent(answer, strip_markup(truth))

@@ -84,7 +84,7 @@ class GradingPool:
             quick = False if answer is None else answers.compare_quickly(answer, truth)
             if answer is None or quick is not None:
                 return "right" if quick else "wrong"
-            text = answer
+            text, truth = answer, answers.strip_markup(truth)
         return await self._ask_worker(text, truth)
 
     async def _start(self) -> None:

@@ -44,6 +44,7 @@ def grade_all(pairs, grader=DEFAULT_GRADER, workers=2, timeout_s=2.0, memory_mb=
         ("Answer: 1,234", "1234", "right"),
         ("Answer: \\frac{1}{2}", "0.5", "right"),
         ("Answer: \\frac{1}{2}", "0.25", "wrong"),
+        ("Answer: 0.5", "**1/2**.", "right"),
         ("\ud800\udfff Answer: 34 \udc00", "34", "wrong"),
         ("\ud800 text \udc00\nAnswer: 34", "34", "right"),
         ("\udc00\nAnswer: \\frac{68}{2}", "34", "right"),
