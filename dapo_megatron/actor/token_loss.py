@@ -1,13 +1,16 @@
 """Log-probs and entropies of tokens from hidden states, with no [tokens, vocabulary] in memory.
 
-Each tensor-parallel rank holds its own rows of hidden states and its slice of the vocabulary. The rows of all ranks
-meet a chunk at a time: logits exist for one chunk only and are computed again in backward.
+Each tensor-parallel rank holds its own rows of hidden states and its slice of the vocabulary. As many logits exist at a
+time as `chunk_tokens` tokens have; they are computed again in backward.
 
-    forward     all-gather a chunk's rows -> logits [chunk, vocab / TP], divided by the temperature
+    forward     a chunk of tokens at a time: all-gather its rows -> logits [chunk, vocab / TP], divided by the temperature
                 -> peak, sum exp(x - peak), x - peak at the label, sum (x - peak) exp(x - peak)
                 one MAX all-reduce of the peaks, one SUM reduce-scatter of the rest: each rank ends with its own rows
-    backward    one all-gather of (gradient, log sum exp); then for each chunk the logits again, their gradient,
-                a reduce-scatter of the hidden states' gradient, and the output weight's gradient added up in place
+    backward    one all-gather of hidden rows, one of (gradient, log sum exp); then a part of the vocabulary at a time: the
+                logits of all rows again, their gradient, the output weight's gradient in one product, the hidden
+                states' added up; one reduce-scatter of the latter
+
+Chunks of tokens in backward would read and write the whole weight gradient, in float32, once a chunk.
 """
 
 from collections.abc import Iterator
@@ -33,13 +36,13 @@ def token_logprobs(
         hidden: [n, h], this rank's rows; n is the same on all ranks of the group. Any float type.
         weight: [vocab / TP, h], this rank's contiguous slice of the output layer.
         labels: [TP * n] int64, token ids of the whole vocabulary for the rows of all ranks, in rank order.
-        chunk_tokens: rows, over all ranks together, whose logits exist at a time.
+        chunk_tokens: so many rows' logits, over all ranks together, exist at a time.
         group: the tensor-parallel group.
 
     Returns:
         (log-probs [n] with gradient to hidden and weight, entropies [n] without), of this rank's rows; float32, or
-        float64 for float64 inputs. Sums over the vocabulary, and the sum of the weight's gradient over chunks, are
-        taken in that type; matrix products take and give the inputs' type.
+        float64 for float64 inputs. Sums over the vocabulary are taken in that type; matrix products take and give the
+        inputs' type.
     """
     return _TokenLogprobs.apply(hidden, weight, labels, temperature, chunk_tokens, group)
 
@@ -84,14 +87,16 @@ class _TokenLogprobs(torch.autograd.Function):
         group, n = ctx.group, hidden.size(0)
         tp = labels.size(0)
         grads, log_totals = _gather(torch.stack([grad / ctx.temperature, log_total])[None], group).unbind(1)
-        grad_hidden = torch.empty_like(hidden)
-        # Many chunks are added up: in float32, whatever the weight's type.
-        grad_weight = torch.zeros_like(weight, dtype=log_total.dtype)
-        for rows in _chunks(n, tp, ctx.chunk_tokens):
-            columns = (values[:, rows].reshape(-1) for values in (labels, log_totals, grads))
-            part = _gradients(_gather(hidden[rows], group), weight, *columns, ctx.temperature, grad_weight)
-            grad_hidden[rows] = _reduce_scatter(part.view(tp, -1, hidden.size(1)), group)[0]
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
+        rows, (labels, grads, log_totals) = _gather(hidden, group), (x.reshape(-1) for x in (labels, grads, log_totals))
+        grad_rows = torch.zeros_like(rows, dtype=log_total.dtype)  # many parts are added up: in float32
+        grad_weight = torch.empty_like(weight)
+        size = max(1, ctx.chunk_tokens * weight.size(0) // rows.size(0))
+        for first in range(0, weight.size(0), size):
+            part = slice(first, first + size)
+            columns = (labels - first, log_totals, grads, ctx.temperature)
+            _gradients(rows, weight[part], *columns, grad_rows, grad_weight[part])
+        grad_hidden = _reduce_scatter(grad_rows.to(hidden.dtype).view(tp, n, -1), group)[0]
+        return grad_hidden, grad_weight, None, None, None, None
 
 
 def _logits(hidden: torch.Tensor, weight: torch.Tensor, temperature: float, kind: torch.dtype) -> torch.Tensor:
@@ -131,21 +136,23 @@ def _gradients(
     log_totals: torch.Tensor,
     grads: torch.Tensor,
     temperature: float,
+    grad_hidden: torch.Tensor,
     grad_weight: torch.Tensor,
-) -> torch.Tensor:
-    """This slice's part of the hidden states' gradient, [rows, h]; the weight's is added to `grad_weight`."""
-    logits = _logits(hidden, weight, temperature, grad_weight.dtype)
+) -> None:
+    """What a part of the vocabulary gives: its weight's gradient is written to `grad_weight`, the hidden states' is added
+    to `grad_hidden`."""
+    logits = _logits(hidden, weight, temperature, log_totals.dtype)
     # In place, the gradient of sum(grads * log-probs) by the logits: grads * (one-hot - softmax).
     for x, log_total, grad in _blocks(logits, log_totals, grads):
         x.sub_(log_total[:, None]).exp_().mul_(-grad[:, None])
     mine = (labels >= 0) & (labels < logits.size(1))
     logits.scatter_add_(1, labels.clamp(0, logits.size(1) - 1)[:, None], (grads * mine)[:, None])
     logits = logits.to(weight.dtype)
-    if grad_weight.dtype == weight.dtype:
-        grad_weight.addmm_(logits.T, hidden)
+    torch.mm(logits.T, hidden, out=grad_weight)
+    if grad_hidden.dtype == weight.dtype:
+        grad_hidden.addmm_(logits, weight)
     else:
-        grad_weight.add_(logits.T @ hidden)
-    return logits @ weight
+        grad_hidden.add_(logits @ weight)
 
 
 def _chunks(n: int, tp: int, chunk_tokens: int) -> Iterator[slice]:
