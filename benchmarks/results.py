@@ -15,8 +15,8 @@ LABELS = {
     "sync": "weight sync",
     "rest": "rest",
 }
-NOT_OF_THE_STEP = ("evaluate", "verify")
-"""What this project times inside a step and TRL's side does not do, or does off the clock."""
+NOT_OF_THE_STEP = ("verify",)
+"""What this project times inside a step and TRL's side does not do."""
 
 
 @dataclass(frozen=True)

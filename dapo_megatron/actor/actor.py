@@ -27,6 +27,7 @@ from dapo_megatron.actor.slices import OwnRows, context_rows, own_rows
 from dapo_megatron.actor.token_loss import token_logprobs
 from dapo_megatron.batching.batch import MicroBatch
 from dapo_megatron.config import RunConfig
+from dapo_megatron.errors import DapoError
 from dapo_megatron.weights.families import ModelShape
 from dapo_megatron.weights.importer import load_hf_weights
 
@@ -119,6 +120,9 @@ class Actor:
         )
 
     def _run(self, shard: list[MicroBatch], loss_func, *, forward_only: bool) -> list[dict]:
+        for micro_batch in shard:
+            self._check_tokens(micro_batch)
+
         def forward_step(iterator: Iterator[tuple[int, MicroBatch]], model):
             index, micro_batch = next(iterator)
             held = context_rows(micro_batch.cu_seqlens, self.layout.cp_size, self.layout.cp_rank)
@@ -138,6 +142,17 @@ class Actor:
             micro_batch_size=1,
             forward_only=forward_only,
         )
+
+    def _check_tokens(self, micro_batch: MicroBatch) -> None:
+        # Beyond the vocabulary, tensor parallelism would embed it as zero and train on: megatron-core masks what a rank
+        # does not hold.
+        highest, vocab = int(micro_batch.tokens.max()), self.shape.vocab
+        if highest >= vocab:
+            prompts = ", ".join(sorted({prompt for prompt, _ in micro_batch.sequences})[:3])
+            raise DapoError(
+                f"token id {highest} in a sequence of prompts {prompts}: the model's vocabulary has {vocab} entries. "
+                "Does the tokenizer fit the model? Did rollout.function make it?"
+            )
 
     def _own_logprobs(self, micro_batch: MicroBatch, hidden: torch.Tensor, temperature: float):
         """(log-probs, entropies, positions) of this rank's own labels, from the last stage's hidden [s, 1, h]."""

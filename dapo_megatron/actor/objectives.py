@@ -53,7 +53,7 @@ class PolicyObjective:
 
     algorithm: AlgorithmConfig
     sums: ClassVar[tuple[str, ...]] = (
-        *("entropy", "probability", "ratio", "clip_high", "clip_low", "kl"),
+        *("entropy", "probability", "ratio", "clip_high", "clip_low", "clip_dual", "kl"),
         *("mismatch_abs", "mismatch_k3", "mismatch_truncated"),
     )
     peaks: ClassVar[tuple[str, ...]] = ("mismatch_abs",)
@@ -79,6 +79,7 @@ class PolicyObjective:
             clip.ratio,
             clip.clipped_high,
             clip.clipped_low,
+            clip.clipped_dual,
             k3(tokens.logprobs.detach() - tokens.old_logprobs),
             *apart,
         )
@@ -94,6 +95,7 @@ class PolicyObjective:
             "policy/ratio_mean": mean["ratio"],
             "policy/clip_high_share": mean["clip_high"],
             "policy/clip_low_share": mean["clip_low"],
+            "policy/clip_dual_share": mean["clip_dual"],
             "policy/approx_kl": mean["kl"],
         }
         if self.algorithm.old_logprobs == "rollout":  # nothing that could differ was computed

@@ -3,11 +3,11 @@
 Each tensor-parallel rank holds its own rows of hidden states and its slice of the vocabulary. As many logits exist at a
 time as `chunk_tokens` tokens have; they are computed again in backward.
 
-    forward     a chunk of tokens at a time: all-gather its rows -> logits [chunk, vocab / TP], divided by the temperature
+    forward     a chunk of tokens at a time: all-gather its rows -> logits [chunk, vocab / TP] over the temperature
                 -> peak, sum exp(x - peak), x - peak at the label, sum (x - peak) exp(x - peak)
                 one MAX all-reduce of the peaks, one SUM reduce-scatter of the rest: each rank ends with its own rows
-    backward    one all-gather of hidden rows, one of (gradient, log sum exp); then a part of the vocabulary at a time: the
-                logits of all rows again, their gradient, the output weight's gradient in one product, the hidden
+    backward    one all-gather of hidden rows, one of (gradient, log sum exp); then a part of the vocabulary at a time:
+                the logits of all rows again, their gradient, the output weight's gradient in one product, the hidden
                 states' added up; one reduce-scatter of the latter
 
 Chunks of tokens in backward would read and write the whole weight gradient, in float32, once a chunk.
@@ -139,8 +139,8 @@ def _gradients(
     grad_hidden: torch.Tensor,
     grad_weight: torch.Tensor,
 ) -> None:
-    """What a part of the vocabulary gives: its weight's gradient is written to `grad_weight`, the hidden states' is added
-    to `grad_hidden`."""
+    """What a part of the vocabulary gives: its weight's gradient is written to `grad_weight`, the hidden states' is
+    added to `grad_hidden`."""
     logits = _logits(hidden, weight, temperature, log_totals.dtype)
     # In place, the gradient of sum(grads * log-probs) by the logits: grads * (one-hot - softmax).
     for x, log_total, grad in _blocks(logits, log_totals, grads):

@@ -62,9 +62,9 @@ def train(config: RunConfig, actor: Actor, link: RunLink, pusher: Pusher, resume
                     metrics["sync/logprob_difference"] = verify_logprobs(
                         actor, pusher, prompts, config.resharding.verify_tolerance
                     )
-            last = step == config.trainer.steps
-            if last or step % config.evaluation.every == 0:
-                metrics |= link.evaluate(step)
+        last = step == config.trainer.steps
+        if last or step % config.evaluation.every == 0:
+            metrics |= link.evaluate(step)
         # Before the checkpoint, so that whoever goes on from it has the record of its step.
         link.record({"step": step, "version": step} | metrics | clock.metrics(metrics))
         if last or step % config.trainer.checkpoint_every == 0:

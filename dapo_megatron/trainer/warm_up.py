@@ -20,33 +20,41 @@ import transformers
 from safetensors.torch import save_file
 
 from dapo_megatron.actor.actor import Actor
+from dapo_megatron.actor.fit import check_fit
 from dapo_megatron.actor.objectives import SupervisedObjective
 from dapo_megatron.actor.parallel import init_parallel
 from dapo_megatron.batching.batch import MicroBatch
 from dapo_megatron.batching.build import build_step_batch
 from dapo_megatron.batching.rules import packing_rules
 from dapo_megatron.config import RunConfig, load_config
-from dapo_megatron.errors import DapoError
+from dapo_megatron.errors import DapoError, exit_code
 from dapo_megatron.records import Group, Prompt, Response, VersionSpan
 from dapo_megatron.weights.exporter import export_stage
 from dapo_megatron.weights.families import model_shape
 
 
 def main() -> int:
-    """Train and save."""
+    """Train and save; 1 after an error, which is one line on stderr."""
     parser = argparse.ArgumentParser(prog="python -m dapo_megatron.trainer.warm_up", description=__doc__)
     parser.add_argument("--config", required=True)
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--updates", required=True, type=int)
     parser.add_argument("--batch", required=True, type=int, help="examples an update")
-    args = parser.parse_args()
+    return exit_code(lambda: _warm_up(parser.parse_args()))
+
+
+def _warm_up(args: argparse.Namespace) -> None:
     config = load_config(args.config)
-    if config.world_size != config.actor.data_parallel_size:
+    if config.world_size != config.actor.data_parallel_size or config.actor.expert_model_parallel_size > 1:
         raise DapoError("the warm-up runs data-parallel only: leave the other parallel sizes at 1")
+    shape = model_shape(transformers.AutoConfig.from_pretrained(config.model.path))
+    check_fit(config, shape)
     layout = init_parallel(config)
-    actor = Actor(config, model_shape(transformers.AutoConfig.from_pretrained(config.model.path)), layout)
+    actor = Actor(config, shape, layout)
     actor.load_hf(config.model.path)
     examples = supervised_groups(config)
+    if len(examples) < args.batch:
+        raise DapoError(f"--batch {args.batch}: {config.data.train} has only {len(examples)} rows")
     for update in range(1, args.updates + 1):
         shards = supervised_shards(config, examples, update, args.batch)
         metrics = actor.update(shards[layout.dp_rank], SupervisedObjective(), None)
@@ -54,7 +62,6 @@ def main() -> int:
             print(f"update {update}/{args.updates} loss {metrics['policy/loss']:.3f}", flush=True)
     if layout.rank == 0:
         _save(actor, Path(config.model.path), args.out)
-    return 0
 
 
 def supervised_groups(config: RunConfig) -> list[Group]:

@@ -14,6 +14,12 @@ from dapo_megatron.compat import prepare_trainer
 
 prepare_trainer()
 
+import transformers
+
+from dapo_megatron.actor.actor import Actor
+from dapo_megatron.actor.parallel import init_parallel
+from dapo_megatron.config import RunConfig
+from dapo_megatron.weights.families import model_shape
 from launch.local import free_ports
 
 DEADLINE_S = 120.0
@@ -67,3 +73,11 @@ def _rank(rank, world, port, function, args, answers):
     except BaseException:
         answers.put((rank, traceback.format_exc(), None))
         raise
+
+
+def actor_on_rank(config: RunConfig) -> Actor:
+    """This rank's actor with the weights of config.model.path."""
+    layout = init_parallel(config)
+    actor = Actor(config, model_shape(transformers.AutoConfig.from_pretrained(config.model.path)), layout)
+    actor.load_hf(config.model.path)
+    return actor

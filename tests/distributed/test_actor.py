@@ -7,16 +7,14 @@ import pytest
 import torch
 import transformers
 
-from tests.distributed.harness import run_ranks  # first: patches megatron-core on machines without CUDA
+from tests.distributed.harness import actor_on_rank, run_ranks  # first: patches megatron-core on machines without CUDA
 from tests.tiny import groups, hf_folder, run_config
 
-from dapo_megatron.actor.actor import Actor
 from dapo_megatron.actor.objectives import PolicyObjective
-from dapo_megatron.actor.parallel import init_parallel
 from dapo_megatron.batching.build import build_step_batch
 from dapo_megatron.batching.rules import packing_rules
+from dapo_megatron.errors import DapoError
 from dapo_megatron.weights.exporter import export_stage
-from dapo_megatron.weights.families import model_shape
 
 LAYOUTS = {
     "one": {},
@@ -34,14 +32,6 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-
-
-def actor_on_rank(config):
-    layout = init_parallel(config)
-    shape = model_shape(transformers.AutoConfig.from_pretrained(config.model.path))
-    actor = Actor(config, shape, layout)
-    actor.load_hf(config.model.path)
-    return actor
 
 
 def step_batch(config, micro_batch_tokens):
@@ -116,6 +106,21 @@ def test_every_layout_makes_the_same_update(tmp_path, kind, tied):
             assert weights.keys() == reference[2].keys()
             for key, value in weights.items():
                 np.testing.assert_allclose(value, reference[2][key], atol=2e-6, err_msg=f"{name} {budget} {key}")
+
+
+def with_a_token_beyond_the_vocabulary(config):
+    actor = actor_on_rank(config)
+    (mini_batch, _) = step_batch(config, 1000).mini_batches
+    mini_batch.shards[0][0].tokens[3] = 64
+    with pytest.raises(DapoError, match="token id 64 .* vocabulary has 64 entries"):
+        actor.logprobs(mini_batch.shards[0])
+    return True
+
+
+@pytest.mark.parametrize("name", ["tp2_sp", "pp2"])
+def test_a_token_beyond_the_vocabulary_is_refused(tmp_path, name):
+    config = run_config(hf_folder(tmp_path), actor=LAYOUTS[name])
+    assert all(run_ranks(2, with_a_token_beyond_the_vocabulary, config))
 
 
 @pytest.mark.parametrize("name", ["tp2_sp", "pp2"])

@@ -4,8 +4,8 @@ import os
 
 import pytest
 
-from tests.distributed.harness import run_ranks  # first: patches megatron-core on machines without CUDA
-from tests.distributed.test_actor import LAYOUTS, actor_on_rank, step_batch
+from tests.distributed.harness import actor_on_rank, run_ranks  # first: patches megatron-core on machines without CUDA
+from tests.distributed.test_actor import LAYOUTS, step_batch
 from tests.tiny import hf_folder, run_config
 
 from dapo_megatron.actor.objectives import PolicyObjective

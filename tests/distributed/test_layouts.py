@@ -20,9 +20,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.distributed.harness import run_ranks  # first: patches megatron-core on machines without CUDA
+from tests.distributed.harness import actor_on_rank, run_ranks  # first: patches megatron-core on machines without CUDA
 from tests.distributed import reference
-from tests.distributed.test_actor import actor_on_rank
 from tests.tiny import groups, hf_folder, run_config
 
 from dapo_megatron.actor.objectives import PolicyObjective
@@ -46,6 +45,7 @@ LAYOUTS = {
     "TP2": {TP: 2} | NO_SP,
     "TP2+SP": {TP: 2},
     "PP2": {PP: 2},
+    "PP2, layers recomputed": {PP: 2, "recompute": True},
     "PP2+VPP2": {PP: 2, VPP: 2},
     "CP2": {CP: 2},
     "DP2": {DP: 2},
@@ -64,6 +64,7 @@ if os.environ.get("LAYOUTS") == "all":
         "PP2xDP2": {PP: 2, DP: 2},
         "PP2xCP2": {PP: 2, CP: 2},
         "TP2xPP2+VPP2+SP": {TP: 2, PP: 2, VPP: 2},
+        "TP2xCP2+SP, layers recomputed": {TP: 2, CP: 2, "recompute": True},
         "EP2xPP2": {DP: 2, EP: 2, PP: 2},
         "EP4": {DP: 4, EP: 4},
         "TP2xEP2+SP": {TP: 2, EP: 2},

@@ -8,8 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.distributed.harness import run_ranks  # first: patches megatron-core on machines without CUDA
-from tests.distributed.test_actor import actor_on_rank
+from tests.distributed.harness import actor_on_rank, run_ranks  # first: patches megatron-core on machines without CUDA
 from tests.tiny import groups, hf_folder, run_config
 
 from dapo_megatron.actor.model import transformer_config

@@ -2,8 +2,8 @@
 
 import pytest
 
-from tests.distributed.harness import run_ranks  # first: patches megatron-core on machines without CUDA
-from tests.distributed.test_actor import LAYOUTS, actor_on_rank
+from tests.distributed.harness import actor_on_rank, run_ranks  # first: patches megatron-core on machines without CUDA
+from tests.distributed.test_actor import LAYOUTS
 from tests.engine.conftest import ENGINE
 from tests.tiny import hf_folder, run_config
 

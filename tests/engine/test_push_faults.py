@@ -6,8 +6,7 @@ import signal
 import psutil
 import pytest
 
-from tests.distributed.harness import run_ranks  # first: patches megatron-core on machines without CUDA
-from tests.distributed.test_actor import actor_on_rank
+from tests.distributed.harness import actor_on_rank, run_ranks  # first: patches megatron-core on machines without CUDA
 from tests.engine.conftest import ENGINE, serve
 from tests.tiny import hf_folder, run_config
 

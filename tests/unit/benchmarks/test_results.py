@@ -32,10 +32,10 @@ def test_time_to_accuracy_counts_every_step_up_to_the_evaluation():
     assert seconds_to(rows, 0.95) is None
 
 
-def test_the_evaluation_is_not_of_the_step():
+def test_neither_evaluation_nor_verification_is_of_the_step():
     times = {"generate": 1.0, "old_logprobs": 0.25, "update": 0.5, "push": 0.125, "evaluate": 3.0, "verify": 2.0}
     record = {"step": 1, "rollout/response_tokens": 40.0, "response/length_max": 5.0, "eval/accuracy": 0.5}
-    record |= {f"time/{name}": s for name, s in times.items()} | {"time/step": 7.0}
+    record |= {f"time/{name}": s for name, s in times.items()} | {"time/step": 4.0}
     run = from_metrics(
         [{"step": 0, "time": 130.0, "time/evaluate": 10.0, "eval/accuracy": 0.25}, record], started=100.0
     )
