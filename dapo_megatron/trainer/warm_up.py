@@ -20,7 +20,6 @@ import transformers
 from safetensors.torch import save_file
 
 from dapo_megatron.actor.actor import Actor
-from dapo_megatron.actor.fit import check_fit
 from dapo_megatron.actor.objectives import SupervisedObjective
 from dapo_megatron.actor.parallel import init_parallel
 from dapo_megatron.batching.batch import MicroBatch
@@ -48,7 +47,6 @@ def _warm_up(args: argparse.Namespace) -> None:
     if config.world_size != config.actor.data_parallel_size or config.actor.expert_model_parallel_size > 1:
         raise DapoError("the warm-up runs data-parallel only: leave the other parallel sizes at 1")
     shape = model_shape(transformers.AutoConfig.from_pretrained(config.model.path))
-    check_fit(config, shape)
     layout = init_parallel(config)
     actor = Actor(config, shape, layout)
     actor.load_hf(config.model.path)
