@@ -152,7 +152,7 @@ class ActorConfig(Section):
     micro_batch_tokens: int = Field(16384, ge=1)
     """Token budget of one packed micro-batch, over its CP ranks together; a longer sequence stands alone."""
     loss_chunk_tokens: int = Field(256, ge=1)
-    """Tokens whose logits exist at a time in the loss."""
+    """As many logits exist at a time in the loss as so many tokens have."""
     recompute: bool = False
     """Recompute every layer's activations in backward."""
     layer_spec: Literal["auto", "torch", "transformer_engine"] = "auto"

@@ -144,14 +144,15 @@ class Actor:
         )
 
     def _check_tokens(self, micro_batch: MicroBatch) -> None:
-        # Beyond the vocabulary, tensor parallelism would embed it as zero and train on: megatron-core masks what a rank
-        # does not hold.
-        highest, vocab = int(micro_batch.tokens.max()), self.shape.vocab
-        if highest >= vocab:
+        # Outside the vocabulary, tensor parallelism would embed it as zero and train on: megatron-core masks what a
+        # rank does not hold.
+        vocab = self.shape.vocab
+        outside = micro_batch.tokens[(micro_batch.tokens < 0) | (micro_batch.tokens >= vocab)]
+        if outside.size:
             prompts = ", ".join(sorted({prompt for prompt, _ in micro_batch.sequences})[:3])
             raise DapoError(
-                f"token id {highest} in a sequence of prompts {prompts}: the model's vocabulary has {vocab} entries. "
-                "Does the tokenizer fit the model? Did rollout.function make it?"
+                f"token id {outside[0]} in a sequence of prompts {prompts}: the model's vocabulary has {vocab} "
+                "entries. Does the tokenizer fit the model? Did rollout.function make it?"
             )
 
     def _own_logprobs(self, micro_batch: MicroBatch, hidden: torch.Tensor, temperature: float):

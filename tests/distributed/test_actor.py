@@ -108,19 +108,20 @@ def test_every_layout_makes_the_same_update(tmp_path, kind, tied):
                 np.testing.assert_allclose(value, reference[2][key], atol=2e-6, err_msg=f"{name} {budget} {key}")
 
 
-def with_a_token_beyond_the_vocabulary(config):
+def with_a_token_outside_the_vocabulary(config):
     actor = actor_on_rank(config)
     (mini_batch, _) = step_batch(config, 1000).mini_batches
-    mini_batch.shards[0][0].tokens[3] = 64
-    with pytest.raises(DapoError, match="token id 64 .* vocabulary has 64 entries"):
-        actor.logprobs(mini_batch.shards[0])
+    for token in (64, -1):
+        mini_batch.shards[0][0].tokens[3] = token
+        with pytest.raises(DapoError, match=f"token id {token} .* vocabulary has 64 entries"):
+            actor.logprobs(mini_batch.shards[0])
     return True
 
 
 @pytest.mark.parametrize("name", ["tp2_sp", "pp2"])
-def test_a_token_beyond_the_vocabulary_is_refused(tmp_path, name):
+def test_a_token_outside_the_vocabulary_is_refused(tmp_path, name):
     config = run_config(hf_folder(tmp_path), actor=LAYOUTS[name])
-    assert all(run_ranks(2, with_a_token_beyond_the_vocabulary, config))
+    assert all(run_ranks(2, with_a_token_outside_the_vocabulary, config))
 
 
 @pytest.mark.parametrize("name", ["tp2_sp", "pp2"])
