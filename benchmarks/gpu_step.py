@@ -31,7 +31,7 @@ from dapo_megatron.config import RunConfig
 from dapo_megatron.errors import DapoError, exit_code
 from dapo_megatron.records import Group, Prompt, Response, VersionSpan
 from dapo_megatron.weights.families import FAMILIES, ModelShape
-from launch.local import free_ports
+from launch.ports import reserved_ports
 
 QWEN3_1_7B = ModelShape(
     family=FAMILIES["Qwen3ForCausalLM"],
@@ -219,11 +219,11 @@ def main() -> None:
 
 def _measure_here(args: argparse.Namespace) -> None:
     prepare_trainer()
-    (port,) = free_ports(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
-    config = bench_config(args.one, args.micro_batch_tokens, args.sequence)
-    result = measure(config, QWEN3_1_7B, args.tokens, args.sequence, args.repeats)
-    print(json.dumps(dataclasses.asdict(result)))
+    with reserved_ports(1) as (port,):
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+        config = bench_config(args.one, args.micro_batch_tokens, args.sequence)
+        result = measure(config, QWEN3_1_7B, args.tokens, args.sequence, args.repeats)
+        print(json.dumps(dataclasses.asdict(result)))
 
 
 if __name__ == "__main__":

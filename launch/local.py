@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import sys
 import time
 from pathlib import Path
@@ -16,9 +15,9 @@ from dapo_megatron.errors import DapoError
 from dapo_megatron.observe.progress import ProgressDisplay
 from dapo_megatron.observe.report import write_report
 from launch.engine import engine_command, engine_environment
+from launch.ports import LOCALHOST, reserved_ports
 from launch.processes import Child, ProcessGroup, interruptible
 
-LOCALHOST = "127.0.0.1"
 POLL_S = 0.25
 
 
@@ -32,8 +31,12 @@ def run_local(config: RunConfig, *, resume: bool) -> Path:
     run_dir = Path(config.run_dir)
     _prepare(config, run_dir, resume)
     try:
-        with interruptible(), ProcessGroup(run_dir / "logs") as group:
-            trainer = _start(config, run_dir, group, resume)
+        with (
+            interruptible(),
+            reserved_ports(config.engine.replicas + 1) as ports,
+            ProcessGroup(run_dir / "logs") as group,
+        ):
+            trainer = _start(config, run_dir, group, ports, resume)
             with ProgressDisplay(run_dir, config.trainer.steps) as display:
                 _watch(group, trainer, display)
     finally:
@@ -51,18 +54,18 @@ def _prepare(config: RunConfig, run_dir: Path, resume: bool) -> None:
     (run_dir / "config.yaml").write_text(yaml.safe_dump(config.model_dump(), sort_keys=False))
 
 
-def _start(config: RunConfig, run_dir: Path, group: ProcessGroup, resume: bool) -> Child:
+def _start(config: RunConfig, run_dir: Path, group: ProcessGroup, ports: list[int], resume: bool) -> Child:
     cpu = not torch.cuda.is_available()
     environment = dict(os.environ)
     if cpu:
         environment["OMP_NUM_THREADS"] = "1"
-    ports = free_ports(config.engine.replicas + 1)
-    urls = [f"http://{LOCALHOST}:{port}" for port in ports[1:]]
-    for i, port in enumerate(ports[1:]):
+    link_port, *engine_ports = ports
+    urls = [f"http://{LOCALHOST}:{port}" for port in engine_ports]
+    for i, port in enumerate(engine_ports):
         command = engine_command(config, LOCALHOST, port, cpu=cpu)
         # An SGLang server waits five seconds after SIGTERM, and has nothing to lose.
         group.start(f"engine-{i}", command, engine_environment(environment, cpu=cpu), grace=False)
-    shared = ["--config", str(run_dir / "config.yaml"), "--link", f"tcp://{LOCALHOST}:{ports[0]}", "--engines", *urls]
+    shared = ["--config", str(run_dir / "config.yaml"), "--link", f"tcp://{LOCALHOST}:{link_port}", "--engines", *urls]
     group.start("controller", [sys.executable, "-m", "dapo_megatron.rollout", *shared], environment)
     torchrun = [
         sys.executable, "-m", "torch.distributed.run",
@@ -103,15 +106,3 @@ def _obituary(child: Child) -> str:
     if (reason := _reason(child)) is not None:
         return f"the {child.name} stopped: {reason.removeprefix('error: ')} (log: {child.log})"
     return f"the {child.name} {how}; the end of {child.log}:\n{child.tail()}"
-
-
-def free_ports(count: int) -> list[int]:
-    """TCP ports of this machine that were free a moment ago."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for s in sockets:
-            s.bind((LOCALHOST, 0))
-        return [s.getsockname()[1] for s in sockets]
-    finally:
-        for s in sockets:
-            s.close()

@@ -20,7 +20,7 @@ from dapo_megatron.actor.actor import Actor
 from dapo_megatron.actor.parallel import init_parallel
 from dapo_megatron.config import RunConfig
 from dapo_megatron.weights.families import model_shape
-from launch.local import free_ports
+from launch.ports import reserved_ports
 
 DEADLINE_S = 120.0
 
@@ -33,11 +33,15 @@ def run_ranks(world: int, function, *args, deadline_s: float = DEADLINE_S) -> li
     """
     context = multiprocessing.get_context("fork")
     answers = context.Queue()
-    (port,) = free_ports(1)
-    ranks = [context.Process(target=_rank, args=(r, world, port, function, args, answers)) for r in range(world)]
-    for p in ranks:
-        p.start()
-    results, end = {}, time.monotonic() + deadline_s
+    with reserved_ports(1) as (port,):
+        ranks = [context.Process(target=_rank, args=(r, world, port, function, args, answers)) for r in range(world)]
+        for p in ranks:
+            p.start()
+        return _collect(ranks, answers, deadline_s)
+
+
+def _collect(ranks: list, answers, deadline_s: float) -> list:
+    world, results, end = len(ranks), {}, time.monotonic() + deadline_s
     try:
         while len(results) < world:
             try:

@@ -118,12 +118,12 @@ def main() -> None:
 
     from dapo_megatron.actor.parallel import init_parallel
     from dapo_megatron.actor.precision import read_machine
-    from launch.local import free_ports
+    from launch.ports import reserved_ports
     from tests.tiny import run_config
 
-    (port,) = free_ports(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
-    init_parallel(run_config(Path("unused")))
+    with reserved_ports(1) as (port,):
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+        init_parallel(run_config(Path("unused")))
     print(
         json.dumps({"families": families(), "recipes": recipes(), "machine": asdict(read_machine()), "te": support()})
     )

@@ -8,7 +8,7 @@ import pytest
 from dapo_megatron.errors import DapoError
 from dapo_megatron.resharding.engine_control import EngineControl
 from launch.engine import engine_command, engine_environment
-from launch.local import free_ports
+from launch.ports import reserved_ports
 from launch.processes import ProcessGroup
 from tests.tiny import hf_folder, run_config
 
@@ -24,9 +24,8 @@ def model_path(tmp_path_factory):
 @contextmanager
 def serve(model_path, log_dir):
     """(URL, pid) of a server that is up, and ends with the block."""
-    (port,) = free_ports(1)
     config = run_config(model_path, engine=ENGINE)
-    with ProcessGroup(log_dir) as group:
+    with reserved_ports(1) as (port,), ProcessGroup(log_dir) as group:
         child = group.start(
             "engine-0",
             engine_command(config, "127.0.0.1", port, cpu=True),

@@ -27,7 +27,7 @@ from dapo_megatron.batching.rules import packing_rules
 from dapo_megatron.weights.exporter import export_stage
 from dapo_megatron.weights.families import model_shape
 from dapo_megatron.weights.importer import named_parameters
-from launch.local import free_ports
+from launch.ports import reserved_ports
 from tests.tiny import groups, run_config
 
 
@@ -76,6 +76,6 @@ def batch(config, vocab: int) -> list:
 
 
 if __name__ == "__main__":
-    (port,) = free_ports(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
-    torch.save(run(json.loads(Path(sys.argv[1]).read_text())), sys.argv[2])
+    with reserved_ports(1) as (port,):
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+        torch.save(run(json.loads(Path(sys.argv[1]).read_text())), sys.argv[2])
