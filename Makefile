@@ -2,6 +2,7 @@
 # make test   set up, then all tests (about a quarter of an hour on 2 cores); FAST=1 leaves out the slow ones
 # make test-full   the same, with every combination of layout, model, packing and loss, and with megatron-core 0.19
 # make lint   ruff and mypy
+# make prove REV=HEAD~1   that this tree computes what another revision does, bit for bit: every layout and a short run
 # make bench-trl   set up, TRL too in an environment of its own, then compare speed with it; ARGS=--quick for a few steps
 # ARGS adds overrides to the demo: make demo ARGS="actor.pipeline_model_parallel_size=2 actor.tensor_model_parallel_size=1"
 
@@ -16,7 +17,7 @@ NEWER := .venv-megatron-0.19
 TRL_READY := .venv-trl/.ready
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-full lint bench-trl setup clean
+.PHONY: demo test test-full lint prove bench-trl setup clean
 
 demo: $(READY)
 	$(BIN)/dapo-megatron demo $(ARGS)
@@ -31,6 +32,9 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+prove: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.prove $(REV)
 
 bench-trl: $(READY) $(TRL_READY)
 	$(BIN)/python -m benchmarks.vs_trl $(ARGS)
