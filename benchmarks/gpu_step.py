@@ -22,10 +22,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from dapo_megatron.actor.packing_demands import packing_rules
 from dapo_megatron.actor.precision import RECIPES, check_precision, read_machine
 from dapo_megatron.batching.batch import MicroBatch
 from dapo_megatron.batching.build import build_step_batch
-from dapo_megatron.batching.rules import packing_rules
 from dapo_megatron.compat import prepare_trainer
 from dapo_megatron.config import RunConfig
 from dapo_megatron.errors import DapoError, exit_code
@@ -120,8 +120,8 @@ def measure(config: RunConfig, shape: ModelShape, tokens: int, sequence: int, re
     """Time updates and log-prob passes on this rank, after two of each that are not counted."""
     # Here, for prepare_trainer comes before megatron-core.
     from dapo_megatron.actor.actor import Actor
-    from dapo_megatron.actor.objectives import PolicyObjective
-    from dapo_megatron.actor.parallel import init_parallel
+    from dapo_megatron.actor.training_objective import PolicyObjective
+    from dapo_megatron.distributed.layout import init_parallel
 
     actor = Actor(config, shape, init_parallel(config))
     shard = random_shard(config, shape, tokens, sequence)

@@ -10,7 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from dapo_megatron.config import RunConfig, fields, load_config, value_of
+from dapo_megatron.config import RunConfig, load_config
+from dapo_megatron.config.explain import fields, value_of
 from dapo_megatron.errors import DapoError, exit_code
 
 app = typer.Typer(
@@ -98,7 +99,7 @@ def check_inputs(config: RunConfig) -> None:
     """
     import transformers
 
-    from dapo_megatron.actor.fit import check_fit
+    from dapo_megatron.actor.layout_check import check_layout
     from dapo_megatron.actor.precision import require_precision
     from dapo_megatron.weights.families import model_shape
 
@@ -109,7 +110,7 @@ def check_inputs(config: RunConfig) -> None:
         if path is not None and not Path(path).exists():
             raise DapoError(f"{name}={path} does not exist")
     shape = model_shape(transformers.AutoConfig.from_pretrained(folder))
-    check_fit(config, shape)
+    check_layout(config, shape)
     require_precision(config, shape)
 
 

@@ -1,18 +1,82 @@
-"""The one error a user is meant to read: a single line that says what, where and what to do."""
+"""Errors that a user is meant to read: one line that says what, where and what to do, and of which kind it is.
 
+The kind decides what a launcher does next: configuration and data are mended by a person, an engine can be started
+again, a full or lost disk needs room, a preempted or crashed process goes on from the last checkpoint.
+"""
+
+import errno
 import sys
 from collections.abc import Callable
+from typing import ClassVar, Literal
+
+Kind = Literal["configuration", "data", "engine", "storage", "preempted", "crash"]
 
 
 class DapoError(Exception):
-    """A mistake in the input or a failure of a part, told in one line; entry points print it without a traceback."""
+    """A failure told in one line; entry points print it without a traceback."""
+
+    kind: ClassVar[Kind] = "crash"
+
+
+class ConfigError(DapoError):
+    """An option, a model folder or a user's function that cannot work."""
+
+    kind = "configuration"
+
+
+class DataError(DapoError):
+    """A file of prompts that cannot be used, or prompts that nothing can be learned from."""
+
+    kind = "data"
+
+
+class EngineError(DapoError):
+    """An engine that is gone, does not answer or refuses."""
+
+    kind = "engine"
+
+
+class StorageError(DapoError):
+    """A disk that is full, read-only or gone."""
+
+    kind = "storage"
+
+
+class Preempted(DapoError):
+    """The process was asked to stop."""
+
+    kind = "preempted"
+
+
+_OF_KIND: dict[str, type[DapoError]] = {
+    c.kind: c for c in (ConfigError, DataError, EngineError, StorageError, Preempted, DapoError)
+}
+_STORAGE = {errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ENOENT, errno.ENOTDIR, errno.EACCES}
+
+
+def error_of_kind(kind: str, message: str) -> DapoError:
+    """The error that another process told of."""
+    return _OF_KIND[kind](message)
+
+
+def told(error: BaseException) -> DapoError | None:
+    """The one line that stands for an error: of a DapoError itself, of a failed disk; None where a traceback is wanted."""
+    if isinstance(error, DapoError):
+        return error
+    if isinstance(error, OSError) and error.errno in _STORAGE:
+        where = f" at {error.filename}" if error.filename else ""
+        return StorageError(f"{error.strerror}{where}: make room, or check that the folder is there and writable")
+    return None
 
 
 def exit_code(program: Callable[[], object]) -> int:
-    """Run a program: 0, or 1 after a DapoError, which goes to stderr as `error: ...` (the launcher looks for it)."""
+    """Run a program: 0, or 1 after an error that can be told in one line, which goes to stderr as `error: ...`."""
     try:
         program()
-    except DapoError as e:
-        print(f"error: {e}", file=sys.stderr, flush=True)
+    except (DapoError, OSError) as e:
+        line = told(e)
+        if line is None:
+            raise
+        print(f"error: {line}", file=sys.stderr, flush=True)
         return 1
     return 0

@@ -27,7 +27,7 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader, load
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from dapo_megatron.actor.objectives import PolicyObjective
+from dapo_megatron.actor.training_objective import PolicyObjective
 from dapo_megatron.weights.exporter import export_stage
 
 ONE_BY_ONE = {

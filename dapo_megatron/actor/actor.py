@@ -20,13 +20,13 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 
 from dapo_megatron.actor.model import PolicyModel, build_model
-from dapo_megatron.actor.objectives import Objective, TrainedTokens
 from dapo_megatron.actor.optimizer import build_optimizer, build_schedule
-from dapo_megatron.actor.parallel import Layout
 from dapo_megatron.actor.slices import OwnRows, context_rows, own_rows
 from dapo_megatron.actor.token_loss import token_logprobs
+from dapo_megatron.actor.training_objective import Objective, TrainedTokens
 from dapo_megatron.batching.batch import MicroBatch
 from dapo_megatron.config import RunConfig
+from dapo_megatron.distributed.layout import Layout
 from dapo_megatron.errors import DapoError
 from dapo_megatron.weights.families import ModelShape
 from dapo_megatron.weights.importer import load_hf_weights

@@ -22,7 +22,7 @@ from dapo_megatron.errors import DapoError
 
 
 def layer_spec(config: TransformerConfig, kind: str, vp_stage: int | None) -> TransformerBlockSubmodules:
-    """Layers of one piece of the decoder; `kind` is actor.layer_spec: auto, torch or transformer_engine.
+    """Layers of one model chunk; `kind` is actor.layer_spec: auto, torch or transformer_engine.
 
     Raises:
         DapoError: transformer_engine was asked for and is not installed.

@@ -1,6 +1,6 @@
 """The policy as a megatron-core GPTModel, built from the numbers of a Hugging Face config.
 
-With an interleaved pipeline (VPP) a rank holds several pieces of the model; everywhere else the list has one.
+With an interleaved pipeline (VPP) a rank holds several model chunks; everywhere else the list has one.
 """
 
 from typing import Any
@@ -15,6 +15,7 @@ from megatron.core.transformer import TransformerConfig
 from dapo_megatron.actor.layer_spec import layer_spec
 from dapo_megatron.actor.precision import ddp_arguments, model_arguments
 from dapo_megatron.config import ActorConfig, PrecisionConfig, RunConfig
+from dapo_megatron.distributed.sizes import expert_tensor_parallel_size
 from dapo_megatron.weights.families import ModelShape
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -25,7 +26,7 @@ def transformer_config(
 ) -> TransformerConfig:
     """megatron-core's config for this model, layout and precision."""
     tp, pp = actor.tensor_model_parallel_size, actor.pipeline_model_parallel_size
-    pieces, cp = actor.virtual_pipeline_model_parallel_size, actor.context_parallel_size
+    chunks, cp = actor.virtual_pipeline_model_parallel_size, actor.context_parallel_size
     return TransformerConfig(
         num_layers=shape.layers,
         hidden_size=shape.hidden,
@@ -44,17 +45,17 @@ def transformer_config(
         attention_dropout=0.0,
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
-        virtual_pipeline_model_parallel_size=pieces if pieces > 1 else None,
+        virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
         context_parallel_size=cp,
         expert_model_parallel_size=actor.expert_model_parallel_size,
-        expert_tensor_parallel_size=actor.expert_tensor_parallel_size,
+        expert_tensor_parallel_size=expert_tensor_parallel_size(actor),
         sequence_parallel=actor.sequence_parallel and tp > 1,
         # Packed micro-batches differ in length, so pipeline stages exchange shapes before tensors. The interleaved
         # schedule gets equal lengths instead: batch_p2p_comm, which it would exchange shapes and tensors by, mixes up
         # the two directions between two stages and is silently wrong.
-        variable_seq_lengths=pp > 1 and pieces == 1,
-        batch_p2p_comm=pieces == 1,
-        overlap_p2p_comm=pieces > 1,
+        variable_seq_lengths=pp > 1 and chunks == 1,
+        batch_p2p_comm=chunks == 1,
+        overlap_p2p_comm=chunks > 1,
         moe_token_dispatcher_type="alltoall",  # the default is refused with variable lengths, experts or not
         **_expert_options(shape, fp8=precision.fp8 != "off"),
         # The loss is a weighted sum whose denominators are already in the weights: see actor.actor.
@@ -110,18 +111,18 @@ class PolicyModel(GPTModel):
 
 
 def build_model(config: RunConfig, shape: ModelShape) -> list[DistributedDataParallel]:
-    """This rank's pieces of the model, each wrapped for data parallelism; weights are not set."""
+    """This rank's model chunks, each wrapped for data parallelism; weights are not set."""
     mcore = transformer_config(config.actor, config.precision, shape, DTYPES[config.model.dtype])
     mcore.finalize_model_grads_func = finalize_model_grads
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=True, **ddp_arguments(config.precision)
     )
-    pieces = config.actor.virtual_pipeline_model_parallel_size
-    stages = range(pieces) if pieces > 1 else [None]
-    return [DistributedDataParallel(mcore, ddp, _piece(config, shape, mcore, stage)) for stage in stages]
+    chunks = config.actor.virtual_pipeline_model_parallel_size
+    stages = range(chunks) if chunks > 1 else [None]
+    return [DistributedDataParallel(mcore, ddp, _chunk(config, shape, mcore, stage)) for stage in stages]
 
 
-def _piece(config: RunConfig, shape: ModelShape, mcore: TransformerConfig, vp_stage: int | None) -> PolicyModel:
+def _chunk(config: RunConfig, shape: ModelShape, mcore: TransformerConfig, vp_stage: int | None) -> PolicyModel:
     return PolicyModel(
         mcore,
         layer_spec(mcore, config.actor.layer_spec, vp_stage),

@@ -13,6 +13,7 @@ from typing import Any
 from packaging.version import Version
 
 from dapo_megatron.config import PrecisionConfig, RunConfig
+from dapo_megatron.distributed.sizes import expert_tensor_parallel_size
 from dapo_megatron.errors import DapoError
 from dapo_megatron.weights.families import ModelShape
 
@@ -29,15 +30,19 @@ class Recipe:
     """Oldest CUDA that torch is built for."""
     block: int
     """Rows and columns of every matrix product are multiples of it."""
+    tokens: int
+    """Tokens on each tensor-parallel rank are a multiple of it (TransformerEngine's blocks)."""
     fp8_format: str
     """TransformerEngine's own default."""
+    exchanges: bool = False
+    """Every pass exchanges the tensors' maxima between the ranks."""
 
 
 RECIPES = {
-    "delayed": Recipe("1.0.0", (8, 9), "12.1", block=16, fp8_format="hybrid"),
-    "tensorwise": Recipe("2.2.0.dev0", (8, 9), "12.1", block=16, fp8_format="hybrid"),
-    "blockwise": Recipe("2.3.0.dev0", (9, 0), "12.9", block=16, fp8_format="e4m3"),
-    "mxfp8": Recipe("2.1.0", (10, 0), "12.1", block=32, fp8_format="e4m3"),
+    "delayed": Recipe("1.0.0", (8, 9), "12.1", block=16, tokens=16, fp8_format="hybrid", exchanges=True),
+    "tensorwise": Recipe("2.2.0.dev0", (8, 9), "12.1", block=16, tokens=16, fp8_format="hybrid"),
+    "blockwise": Recipe("2.3.0.dev0", (9, 0), "12.9", block=16, tokens=128, fp8_format="e4m3"),
+    "mxfp8": Recipe("2.1.0", (10, 0), "12.1", block=32, tokens=32, fp8_format="e4m3"),
 }
 
 
@@ -135,18 +140,16 @@ def _check_options(config: RunConfig, shape: ModelShape) -> None:
             f"{what} cannot keep first or last layers in bfloat16 (megatron-core enters FP8 once for all layers): "
             "set precision.bf16_layers_at_start and _at_end to 0 or take another recipe"
         )
-    pieces = config.actor.virtual_pipeline_model_parallel_size
-    if p.fp8_param_gather and (shape.experts is not None or pieces > 1):
+    chunks = config.actor.virtual_pipeline_model_parallel_size
+    if p.fp8_param_gather and (shape.experts is not None or chunks > 1):
         raise DapoError(
             "precision.fp8_param_gather=true is not supported for a mixture of experts or an interleaved pipeline: "
             "set it to false"
         )
-    stage = shape.layers // (config.actor.pipeline_model_parallel_size * pieces)
+    stage = shape.layers // (config.actor.pipeline_model_parallel_size * chunks)
     for end, count in layers.items():
         if count > stage:
-            raise DapoError(
-                f"precision.bf16_layers_at_{end}={count} exceeds the {stage} layers of a piece of the pipeline"
-            )
+            raise DapoError(f"precision.bf16_layers_at_{end}={count} exceeds the {stage} layers of a model chunk")
 
 
 def _check_machine(precision: PrecisionConfig, machine: Machine) -> None:
@@ -185,7 +188,7 @@ def _check_sizes(config: RunConfig, shape: ModelShape) -> None:
     if shape.experts is None:
         sizes[f"intermediate size / TP {tp}"] = shape.ffn // tp
     else:
-        sizes["experts' intermediate size / ETP"] = shape.experts.ffn // config.actor.expert_tensor_parallel_size
+        sizes["experts' intermediate size / ETP"] = shape.experts.ffn // expert_tensor_parallel_size(config.actor)
     for name, size in sizes.items():
         if size % recipe.block:
             raise DapoError(f"{what} needs the model's {name} to be a multiple of {recipe.block}, it is {size}")

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dapo_megatron.algorithm.objective import Aggregation, token_weights
 from dapo_megatron.batching.batch import MicroBatch, MiniBatch, StepBatch
 from dapo_megatron.batching.packing import Sample, check_response, pack_micro_batch, padded
+from dapo_megatron.batching.packing_rules import PackingRules
 from dapo_megatron.batching.partition import balance, pack
-from dapo_megatron.batching.rules import PackingRules
 from dapo_megatron.records import Group
 
 

@@ -7,9 +7,9 @@ import torch
 import torch.distributed as dist
 
 from dapo_megatron.actor.actor import Actor
+from dapo_megatron.actor.packing_demands import packing_rules
 from dapo_megatron.batching.build import shard_samples
 from dapo_megatron.batching.packing import Sample
-from dapo_megatron.batching.rules import packing_rules
 from dapo_megatron.errors import DapoError
 from dapo_megatron.records import Prompt, Response, VersionSpan
 from dapo_megatron.resharding.push import Pusher

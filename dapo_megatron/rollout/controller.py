@@ -20,8 +20,8 @@ from pathlib import Path
 
 import transformers
 
+from dapo_megatron.actor.packing_demands import packing_rules
 from dapo_megatron.batching.build import build_step_batch
-from dapo_megatron.batching.rules import packing_rules
 from dapo_megatron.batching.wire import encode
 from dapo_megatron.config import RunConfig
 from dapo_megatron.data.prompts import LoadedPrompts, load_prompts

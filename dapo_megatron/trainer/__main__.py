@@ -16,11 +16,11 @@ prepare_trainer()
 import transformers
 
 from dapo_megatron.actor.actor import Actor
-from dapo_megatron.actor.fit import check_fit
-from dapo_megatron.actor.parallel import init_parallel
+from dapo_megatron.actor.layout_check import check_layout
 from dapo_megatron.actor.precision import require_precision
 from dapo_megatron.checkpoint.store import latest
 from dapo_megatron.config import load_config
+from dapo_megatron.distributed.layout import init_parallel
 from dapo_megatron.errors import exit_code
 from dapo_megatron.resharding.push import Pusher
 from dapo_megatron.trainer.loop import train
@@ -45,7 +45,7 @@ def main() -> int:
 def _train(args: argparse.Namespace) -> None:
     config = load_config(args.config)
     shape = model_shape(transformers.AutoConfig.from_pretrained(config.model.path))
-    check_fit(config, shape)
+    check_layout(config, shape)
     require_precision(config, shape)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

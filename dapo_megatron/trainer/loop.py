@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from dapo_megatron.actor.actor import Actor
-from dapo_megatron.actor.objectives import PolicyObjective
+from dapo_megatron.actor.training_objective import PolicyObjective
 from dapo_megatron.batching.batch import MicroBatch
 from dapo_megatron.checkpoint.distributed import load_checkpoint, save_checkpoint
 from dapo_megatron.config import RunConfig

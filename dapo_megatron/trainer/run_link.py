@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from dapo_megatron.actor.parallel import Layout
 from dapo_megatron.batching.batch import StepBatch
 from dapo_megatron.batching.wire import decode_step_batch
 from dapo_megatron.config import RunConfig
+from dapo_megatron.distributed.layout import Layout
 from dapo_megatron.errors import DapoError
 from dapo_megatron.link import Batch, Evaluate, Goodbye, Hello, LinkClient, NextBatch, Request
 from dapo_megatron.observe.metrics import MetricsWriter

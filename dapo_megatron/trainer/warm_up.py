@@ -20,12 +20,12 @@ import transformers
 from safetensors.torch import save_file
 
 from dapo_megatron.actor.actor import Actor
-from dapo_megatron.actor.objectives import SupervisedObjective
-from dapo_megatron.actor.parallel import init_parallel
+from dapo_megatron.actor.packing_demands import packing_rules
+from dapo_megatron.actor.training_objective import SupervisedObjective
 from dapo_megatron.batching.batch import MicroBatch
 from dapo_megatron.batching.build import build_step_batch
-from dapo_megatron.batching.rules import packing_rules
 from dapo_megatron.config import RunConfig, load_config
+from dapo_megatron.distributed.layout import init_parallel
 from dapo_megatron.errors import DapoError, exit_code
 from dapo_megatron.records import Group, Prompt, Response, VersionSpan
 from dapo_megatron.weights.exporter import export_stage

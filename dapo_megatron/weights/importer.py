@@ -50,7 +50,7 @@ class HfFolder:
 
 
 def named_parameters(modules: Sequence[GPTModel], shape: ModelShape) -> dict[str, torch.nn.Parameter]:
-    """This rank's parameters, of all pieces of its pipeline stage, by the table's names."""
+    """This rank's parameters, of all model chunks of its pipeline stage, by the table's names."""
     first_expert = local_experts(shape) * mpu.get_expert_model_parallel_rank()
     return {
         canonical_name(name, module.decoder.layers[0].layer_number - 1, first_expert): parameter

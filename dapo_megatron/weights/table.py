@@ -82,11 +82,11 @@ _ALIASES = (
 
 
 def canonical_name(name: str, first_layer: int, first_expert: int = 0) -> str:
-    """The table's name of a parameter of one piece of the model.
+    """The table's name of a parameter of one model chunk.
 
     Args:
         name: from `named_parameters()` of the bare GPTModel.
-        first_layer: model-wide number (from 0) of the piece's first layer.
+        first_layer: model-wide number (from 0) of the chunk's first layer.
         first_expert: number of this rank's first expert.
     """
     for alias, plain in _ALIASES:

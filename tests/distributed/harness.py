@@ -17,7 +17,7 @@ prepare_trainer()
 import transformers
 
 from dapo_megatron.actor.actor import Actor
-from dapo_megatron.actor.parallel import init_parallel
+from dapo_megatron.distributed.layout import init_parallel
 from dapo_megatron.config import RunConfig
 from dapo_megatron.weights.families import model_shape
 from launch.ports import reserved_ports

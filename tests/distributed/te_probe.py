@@ -116,7 +116,7 @@ def main() -> None:
     """Print one JSON object."""
     from dataclasses import asdict
 
-    from dapo_megatron.actor.parallel import init_parallel
+    from dapo_megatron.distributed.layout import init_parallel
     from dapo_megatron.actor.precision import read_machine
     from launch.ports import reserved_ports
     from tests.tiny import run_config

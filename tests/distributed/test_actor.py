@@ -10,9 +10,9 @@ import transformers
 from tests.distributed.harness import actor_on_rank, run_ranks  # first: patches megatron-core on machines without CUDA
 from tests.tiny import groups, hf_folder, run_config
 
-from dapo_megatron.actor.objectives import PolicyObjective
+from dapo_megatron.actor.training_objective import PolicyObjective
 from dapo_megatron.batching.build import build_step_batch
-from dapo_megatron.batching.rules import packing_rules
+from dapo_megatron.actor.packing_demands import packing_rules
 from dapo_megatron.errors import DapoError
 from dapo_megatron.weights.exporter import export_stage
 

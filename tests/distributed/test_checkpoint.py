@@ -8,7 +8,7 @@ from tests.distributed.harness import actor_on_rank, run_ranks  # first: patches
 from tests.distributed.test_actor import LAYOUTS, step_batch
 from tests.tiny import hf_folder, run_config
 
-from dapo_megatron.actor.objectives import PolicyObjective
+from dapo_megatron.actor.training_objective import PolicyObjective
 from dapo_megatron.checkpoint import store
 from dapo_megatron.checkpoint.distributed import load_checkpoint, save_checkpoint
 from dapo_megatron.errors import DapoError
@@ -58,7 +58,7 @@ ELSEWHERE = {
         ("qwen3_moe", "tp2_ep2", "one"),
     ],
 )
-def test_resume_across_pieces_and_experts(tmp_path, kind, saved, resumed):
+def test_resume_across_model_chunks_and_experts(tmp_path, kind, saved, resumed):
     path = hf_folder(tmp_path / "hf", kind, tied=True, layers=4)
 
     def config(layout):

@@ -24,9 +24,9 @@ from tests.distributed.harness import actor_on_rank, run_ranks  # first: patches
 from tests.distributed import reference
 from tests.tiny import groups, hf_folder, run_config
 
-from dapo_megatron.actor.objectives import PolicyObjective
+from dapo_megatron.actor.training_objective import PolicyObjective
 from dapo_megatron.batching.build import shard_samples, weighted_samples
-from dapo_megatron.batching.rules import packing_rules
+from dapo_megatron.actor.packing_demands import packing_rules
 from dapo_megatron.weights.exporter import export_stage
 
 TP, PP, VPP, CP, EP, DP = (

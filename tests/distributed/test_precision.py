@@ -12,9 +12,9 @@ from tests.distributed.harness import actor_on_rank, run_ranks  # first: patches
 from tests.tiny import groups, hf_folder, run_config
 
 from dapo_megatron.actor.model import transformer_config
-from dapo_megatron.actor.objectives import PolicyObjective
+from dapo_megatron.actor.training_objective import PolicyObjective
 from dapo_megatron.batching.build import build_step_batch, shard_samples
-from dapo_megatron.batching.rules import PackingRules
+from dapo_megatron.batching.packing_rules import PackingRules
 from dapo_megatron.resharding.verify import prompt_sample
 from dapo_megatron.weights import importer
 from dapo_megatron.weights.exporter import export_stage

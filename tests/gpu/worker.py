@@ -19,11 +19,11 @@ import torch
 from transformers import AutoConfig
 
 from dapo_megatron.actor.actor import Actor
-from dapo_megatron.actor.objectives import SupervisedObjective
-from dapo_megatron.actor.parallel import init_parallel
+from dapo_megatron.actor.training_objective import SupervisedObjective
+from dapo_megatron.distributed.layout import init_parallel
 from dapo_megatron.actor.precision import require_precision
 from dapo_megatron.batching.build import build_step_batch
-from dapo_megatron.batching.rules import packing_rules
+from dapo_megatron.actor.packing_demands import packing_rules
 from dapo_megatron.weights.exporter import export_stage
 from dapo_megatron.weights.families import model_shape
 from dapo_megatron.weights.importer import named_parameters

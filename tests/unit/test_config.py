@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from dapo_megatron.config import RunConfig, fields, load_config, value_of
+from dapo_megatron.config import RunConfig, load_config
+from dapo_megatron.config.explain import fields, value_of
 from dapo_megatron.errors import DapoError
 
 RECIPE = "model: {path: m}\ndata: {train: t.jsonl}\n"
@@ -49,10 +50,26 @@ def test_every_option_is_documented_and_readable():
         ("engine.context_length=100", "exceed engine.context_length=100"),
         ("trainer.mini_batch_prompts=33", "must divide rollout.prompts_per_step=512"),
         ("actor.virtual_pipeline_model_parallel_size=2", "needs actor.pipeline_model_parallel_size of at least 2"),
-        ("actor.expert_model_parallel_size=2", "must divide the 1 ranks"),
         ("optimizer.lr=fast", "optimizer.lr"),
         ("optimizer.lr", "section.key=value"),
         ("model.path.x=1", "'path' is a value"),
+        ("trainer.steps=true", "trainer.steps"),
+        ("optimizer.lr=true", "optimizer.lr"),
+        ("rollout.max_policy_lag=true", "rollout.max_policy_lag"),
+        ("optimizer.lr=.inf", "finite"),
+        ("optimizer.lr=.nan", "finite"),
+        ("trainer.batch_timeout_s=.inf", "finite"),
+        ("rollout.request_timeout_s=-1", "greater than 0"),
+        ("run_dir=''", "run_dir"),
+        ("model.path=''", "model.path"),
+        ("data.eval=''", "data.eval"),
+        ("seed=-1", "seed"),
+        ("seed=99999999999", "seed"),
+        ("trainer.steps=99999999999999999999999", "trainer.steps"),
+        ("trainer.steps=2.5", "trainer.steps"),
+        ("engine.extra_args=[5]", "engine.extra_args.0"),
+        ("trainer=", "option 'trainer'"),
+        ("trainer.steps=[", "not valid YAML"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, override, says):
@@ -61,13 +78,35 @@ def test_mistakes_are_one_line(tmp_path, override, says):
     assert says in str(e.value) and "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("text", ["", "[1]", "a: [", "model: {path: m}"])
-def test_bad_recipes_are_one_line(tmp_path, text):
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "'model' is required"),
+        ("[1]", "found list"),
+        ("a: [", "not valid YAML"),
+        ("model: {path: m}", "'data' is required"),
+        (RECIPE + "model: {path: n}\n", "'model' stands twice"),
+        ("model: {path: m, path: n}\ndata: {train: t}\n", "'path' stands twice"),
+        ("? [a]\n: 1\n", "a key must be a name"),
+        ("a: 2024-99-99", "not valid YAML"),
+        ("\x00", "not valid YAML"),
+        ("model: 5\ndata: {train: t}", "option 'model'"),
+    ],
+)
+def test_bad_recipes_are_one_line(tmp_path, text, says):
     with pytest.raises(DapoError) as e:
         load(tmp_path, text=text)
-    assert "\n" not in str(e.value)
+    assert says in str(e.value) and "\n" not in str(e.value)
 
 
-def test_missing_recipe(tmp_path):
-    with pytest.raises(DapoError, match="no recipe at"):
-        load_config(tmp_path / "none.yaml")
+def test_what_is_no_readable_text_is_one_line(tmp_path):
+    (tmp_path / "bytes.yaml").write_bytes(b"model: \xff\xfe")
+    for name, says in (("none.yaml", "no recipe at"), (".", "cannot be read"), ("bytes.yaml", "not UTF-8")):
+        with pytest.raises(DapoError, match=says) as e:
+            load_config(tmp_path / name)
+        assert "\n" not in str(e.value)
+
+
+def test_sections_may_share_text_and_be_empty(tmp_path):
+    text = "model: &m {path: m}\ndata: {train: t}\ntrainer:\n"
+    assert load(tmp_path, "trainer.steps=3", text=text).trainer.steps == 3

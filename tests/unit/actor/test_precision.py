@@ -20,7 +20,7 @@ from dapo_megatron.actor.precision import (
     require_precision,
 )
 from dapo_megatron.batching.build import build_step_batch
-from dapo_megatron.batching.rules import packing_rules
+from dapo_megatron.actor.packing_demands import packing_rules
 from dapo_megatron.config import PrecisionConfig, load_config
 from dapo_megatron.errors import DapoError
 from dapo_megatron.weights.families import FAMILIES, ModelShape

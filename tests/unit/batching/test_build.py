@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from dapo_megatron.algorithm.objective import token_weights
 from dapo_megatron.batching.build import build_step_batch
-from dapo_megatron.batching.rules import PackingRules
+from dapo_megatron.batching.packing_rules import PackingRules
 from dapo_megatron.errors import DapoError
 from dapo_megatron.records import Group, Prompt, Response, VersionSpan
 

@@ -1,17 +1,24 @@
 """Does the model fit the layout? Checked before anything is started. Pure."""
 
 from dapo_megatron.config import RunConfig
+from dapo_megatron.distributed.sizes import expert_tensor_parallel_size
 from dapo_megatron.errors import DapoError
 from dapo_megatron.weights.families import ModelShape
 
 
-def check_fit(config: RunConfig, shape: ModelShape) -> None:
+def check_layout(config: RunConfig, shape: ModelShape) -> None:
     """Check the numbers of a model against the layout and the engine's context.
 
     Raises:
         DapoError: one line that names both numbers.
     """
     actor = config.actor
+    ranks = actor.world_size // actor.pipeline_model_parallel_size
+    if ranks % (actor.expert_model_parallel_size * expert_tensor_parallel_size(actor)):
+        raise DapoError(
+            f"actor.expert_model_parallel_size={actor.expert_model_parallel_size} must divide the {ranks} ranks of a "
+            "pipeline stage (TP x CP x DP)"
+        )
     for size, option, what, count in _divisions(config, shape):
         if count % size:
             raise DapoError(f"{option}={size} does not divide the model's {what} {count}")
@@ -46,6 +53,6 @@ def _divisions(config: RunConfig, shape: ModelShape) -> list[tuple[int, str, str
     else:
         ep = a.expert_model_parallel_size
         rows.append((ep, "actor.expert_model_parallel_size", "number of experts", shape.experts.count))
-        if a.expert_tensor_parallel_size > 1:
+        if expert_tensor_parallel_size(a) > 1:
             widths.append(("experts' intermediate size", shape.experts.ffn))
     return [(tp, "actor.tensor_model_parallel_size", what, count) for what, count in widths] + rows

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dapo_megatron.actor.fit import check_fit
+from dapo_megatron.actor.layout_check import check_layout
 from dapo_megatron.errors import DapoError
 from dapo_megatron.weights.families import FAMILIES, Experts, ModelShape
 from tests.tiny import run_config
@@ -24,6 +24,8 @@ TP, PP, EP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "expe
         (replace(SHAPE, ffn=63), {TP: 2}, "intermediate size 63"),
         (SHAPE, {PP: 4}, "layers 6"),
         (SHAPE, {PP: 2, "virtual_pipeline_model_parallel_size": 2}, "virtual_pipeline_model_parallel_size=4"),
+        (MOE, {EP: 2}, "must divide the 1 ranks"),
+        (MOE, {EP: 2, TP: 3, "data_parallel_size": 3}, "must divide the 9 ranks"),
         (SHAPE, {EP: 2, "data_parallel_size": 2}, "has no experts"),
         (MOE, {EP: 4, "data_parallel_size": 4}, "experts 6"),
         (MOE, {TP: 4}, "experts' intermediate size 30"),
@@ -34,10 +36,10 @@ TP, PP, EP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "expe
 )
 def test_misfits(shape, actor, says):
     with pytest.raises(DapoError) as e:
-        check_fit(run_config(Path("m"), actor=actor), shape)
+        check_layout(run_config(Path("m"), actor=actor), shape)
     assert says in str(e.value) and "\n" not in str(e.value)
 
 
 @pytest.mark.parametrize("actor", [{TP: 4}, {TP: 2, EP: 2}, {PP: 3, "virtual_pipeline_model_parallel_size": 2}])
 def test_fits(actor):
-    check_fit(run_config(Path("m"), actor=actor), MOE if EP in actor else SHAPE)
+    check_layout(run_config(Path("m"), actor=actor), MOE if EP in actor else SHAPE)

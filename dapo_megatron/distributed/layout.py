@@ -9,6 +9,7 @@ from megatron.core import parallel_state as mpu
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from dapo_megatron.config import RunConfig
+from dapo_megatron.distributed.sizes import expert_tensor_parallel_size
 from dapo_megatron.errors import DapoError
 
 
@@ -56,14 +57,14 @@ def init_parallel(config: RunConfig) -> Layout:
             f"{dist.get_world_size()} were started"
         )
     actor = config.actor
-    pieces = actor.virtual_pipeline_model_parallel_size
+    chunks = actor.virtual_pipeline_model_parallel_size
     mpu.initialize_model_parallel(
         tensor_model_parallel_size=actor.tensor_model_parallel_size,
         pipeline_model_parallel_size=actor.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=pieces if pieces > 1 else None,
+        virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
         context_parallel_size=actor.context_parallel_size,
         expert_model_parallel_size=actor.expert_model_parallel_size,
-        expert_tensor_parallel_size=actor.expert_tensor_parallel_size,
+        expert_tensor_parallel_size=expert_tensor_parallel_size(actor),
         distributed_timeout_minutes=max(1, int(config.trainer.collective_timeout_s / 60)),
     )
     torch.manual_seed(config.seed)

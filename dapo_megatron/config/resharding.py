@@ -1,0 +1,16 @@
+"""Pushing the trainer's weights to the engines."""
+
+from pydantic import Field
+
+from dapo_megatron.config.base import Section
+
+
+class ReshardingConfig(Section):
+    bucket_mb: int = Field(512, ge=1)
+    """Bytes sent in one collective, in MiB."""
+    verify_every: int = Field(1, ge=0)
+    """Pushes between comparisons of trainer and engine log-probs on fixed prompts; 0 is never."""
+    verify_tolerance: float = Field(1e-4, gt=0)
+    """Largest |log-prob difference| between trainer and engine (1e-4 suits float32, 0.1 bfloat16)."""
+    verify_prompts: int = Field(4, ge=1)
+    """Fixed prompts that are compared."""

@@ -1,0 +1,37 @@
+"""How responses are sampled, for training and for evaluation."""
+
+from pydantic import Field
+
+from dapo_megatron.config.base import Section
+
+
+class RolloutConfig(Section):
+    prompts_per_step: int = Field(512, ge=1)
+    """Groups trained on in one rollout step."""
+    group_size: int = Field(16, ge=2)
+    """Responses for each prompt (G)."""
+    max_response_tokens: int = Field(20480, ge=1)
+    """L_max: longest response in tokens."""
+    temperature: float = Field(1.0, gt=0)
+    """Sampling temperature; the trainer divides its logits by it too."""
+    max_policy_lag: int = Field(0, ge=0, le=1)
+    """0: generate, then train (on-policy). 1: generate the next step's groups while this one trains."""
+    function: str = "dapo_megatron.rollout.single_turn:rollout"
+    """package.module:async function(prompt, engine) -> Response."""
+    concurrency: int = Field(1024, ge=1)
+    """Most responses in flight on all engines together."""
+    request_timeout_s: float = Field(1800.0, gt=0)
+    """Seconds for one request from the moment it is sent, retries included."""
+
+
+class EvaluationConfig(Section):
+    every: int = Field(10, ge=1)
+    """Rollout steps between evaluations (one more at the start and at the end)."""
+    samples: int = Field(32, ge=1)
+    """k of avg@k: sampled responses a held-out prompt."""
+    temperature: float = Field(1.0, ge=0)
+    """Sampling temperature of the evaluation."""
+    top_p: float = Field(0.7, gt=0, le=1)
+    """Nucleus of the evaluation's sampling."""
+    greedy: bool = False
+    """Also report greedy accuracy (temperature 0, one response a prompt)."""
