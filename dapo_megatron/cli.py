@@ -12,7 +12,8 @@ from rich.table import Table
 
 from dapo_megatron.config import RunConfig, load_config
 from dapo_megatron.config.explain import fields, value_of
-from dapo_megatron.errors import DapoError, exit_code
+from dapo_megatron.errors import ConfigError, exit_code
+from dapo_megatron.run_folder import RunFolder
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode=None, help="DAPO on Megatron and SGLang."
@@ -50,10 +51,11 @@ def run(
 def demo(overrides: Overrides = None) -> None:
     """Train a tiny model to add on this machine's CPU, every part real, in minutes."""
     from launch.demo import prepare, run_folder
+    from launch.recipes import recipe_path
 
     with _stopped_by_hand("the warm-up begins anew next time"):
         prepare(Path("demo"))
-    run(Path("launch/recipes/demo.yaml"), [f"run_dir={run_folder(Path('runs'))}", *(overrides or [])])
+    run(recipe_path("demo"), [f"run_dir={run_folder(Path('runs'))}", *(overrides or [])])
 
 
 @app.command(epilog="Example:  dapo-megatron config launch/recipes/demo.yaml --explain")
@@ -78,7 +80,18 @@ def report(run_dir: Annotated[Path, typer.Argument(help="Folder of a run.")]) ->
     """Write report.html from a run folder."""
     from dapo_megatron.observe.report import write_report
 
-    print(write_report(run_dir))
+    print(write_report(RunFolder(run_dir)))
+
+
+@app.command(epilog="Example:  dapo-megatron metrics")
+def metrics() -> None:
+    """List every metric: unit, how a step's updates are reduced, meaning."""
+    from dapo_megatron.observe.catalog import CATALOG
+
+    table = Table("metric", "unit", "over updates", "what it is")
+    for metric in CATALOG.values():
+        table.add_row(metric.name, metric.unit, metric.over_updates, metric.doc)
+    Console().print(table)
 
 
 @contextmanager
@@ -105,17 +118,17 @@ def check_inputs(config: RunConfig) -> None:
 
     folder = Path(config.model.path)
     if not (folder / "config.json").exists():
-        raise DapoError(f"model.path={folder} has no config.json: give a Hugging Face checkpoint folder")
+        raise ConfigError(f"model.path={folder} has no config.json: give a Hugging Face checkpoint folder")
     for name, path in (("data.train", config.data.train), ("data.eval", config.data.eval)):
         if path is not None and not Path(path).exists():
-            raise DapoError(f"{name}={path} does not exist")
+            raise ConfigError(f"{name}={path} does not exist")
     shape = model_shape(transformers.AutoConfig.from_pretrained(folder))
     check_layout(config, shape)
     require_precision(config, shape)
 
 
 def _print_plan(config: RunConfig) -> None:
-    from launch.engine import engine_command
+    from dapo_megatron.engines.command import engine_command
 
     console = Console()
     _print_derived(config, console)

@@ -60,7 +60,7 @@ def error_of_kind(kind: str, message: str) -> DapoError:
 
 
 def told(error: BaseException) -> DapoError | None:
-    """The one line that stands for an error: of a DapoError itself, of a failed disk; None where a traceback is wanted."""
+    """The one line for an error: a DapoError itself, or one about a failed disk; None where a traceback is wanted."""
     if isinstance(error, DapoError):
         return error
     if isinstance(error, OSError) and error.errno in _STORAGE:

@@ -76,3 +76,7 @@ class Group(msgspec.Struct):
     def oldest_version(self) -> int:
         """The oldest policy version that sampled a token of this group."""
         return min(span.version for response in self.responses for span in response.version_spans)
+
+
+class ScoredGroup(Group):
+    """A group whose responses carry rewards, advantages and the masks that follow from their verdicts."""

@@ -9,8 +9,7 @@ import json
 import os
 import random
 import shutil
-import subprocess
-import sys
+import time
 from pathlib import Path
 
 import torch
@@ -18,7 +17,9 @@ import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from dapo_megatron.errors import DapoError
+from launch.ports import reserved_ports
 from launch.processes import ProcessGroup, interruptible
+from launch.ranks import start_ranks
 
 CHARACTERS = "0123456789+="
 ANSWER = "Answer: "
@@ -120,17 +121,19 @@ def warm_up(folder: Path, updates: int) -> None:
         "actor": {"data_parallel_size": WARM_UP_RANKS},
     }
     (folder / "warm_up.yaml").write_text(json.dumps(recipe))
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WARM_UP_RANKS),
-        "-m", "dapo_megatron.trainer.warm_up",
+    arguments = [
         "--config", str(folder / "warm_up.yaml"), "--out", str(folder / "model"),
         "--updates", str(updates), "--batch", str(WARM_UP_BATCH),
     ]  # fmt: skip
-    with interruptible(), ProcessGroup(folder) as group:
-        child = group.start("warm_up", command, os.environ | {"OMP_NUM_THREADS": "1"})
-        try:
-            code = child.process.wait(WARM_UP_DEADLINE_S)
-        except subprocess.TimeoutExpired:
-            raise DapoError(f"the supervised warm-up took more than {WARM_UP_DEADLINE_S} s: see {child.log}") from None
-    if code:
-        raise DapoError(f"the supervised warm-up failed with exit code {code}: see {child.log}")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with interruptible(), reserved_ports(1) as (port,), ProcessGroup(folder) as group:
+        ranks = start_ranks(
+            group, "warm_up", "dapo_megatron.trainer.warm_up", arguments, WARM_UP_RANKS, port, environment
+        )
+        end = time.monotonic() + WARM_UP_DEADLINE_S
+        while any(rank.process.poll() != 0 for rank in ranks):
+            if bad := [rank for rank in ranks if rank.process.poll()]:
+                raise DapoError(f"the supervised warm-up failed; the end of {bad[0].log}:\n{bad[0].tail()}")
+            if time.monotonic() > end:
+                raise DapoError(f"the supervised warm-up took more than {WARM_UP_DEADLINE_S} s: see {ranks[0].log}")
+            time.sleep(0.1)

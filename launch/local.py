@@ -1,7 +1,6 @@
 """One machine: start the engines, the controller and the trainer ranks, watch them, and end all of them together."""
 
 import os
-import signal
 import sys
 import time
 from pathlib import Path
@@ -11,98 +10,107 @@ import yaml
 
 from dapo_megatron.checkpoint.store import latest
 from dapo_megatron.config import RunConfig
-from dapo_megatron.errors import DapoError
-from dapo_megatron.observe.progress import ProgressDisplay
+from dapo_megatron.engines.command import engine_command, engine_environment
+from dapo_megatron.errors import ConfigError
+from dapo_megatron.keys import make_keys, write_keys
+from dapo_megatron.observe.display import ProgressDisplay
 from dapo_megatron.observe.report import write_report
-from launch.engine import engine_command, engine_environment
+from dapo_megatron.process import clear, read_statuses
+from dapo_megatron.run_folder import RunFolder
+from launch.failures import failed, failure, hang
+from launch.heartbeats import Heartbeats
+from launch.lock import locked
 from launch.ports import LOCALHOST, reserved_ports
 from launch.processes import Child, ProcessGroup, interruptible
+from launch.ranks import start_ranks
+from launch.stopped import Stopped
 
 POLL_S = 0.25
+LOOK_S = 1.0
+"""Between two looks for processes that hang."""
+LAST_WORDS_S = 1.5
+"""After a first failure, for what fails with it to say why."""
 
 
 def run_local(config: RunConfig, *, resume: bool) -> Path:
     """Run a whole job on this machine; returns the path of its report.
 
     Raises:
-        DapoError: the run folder is taken (or empty, with resume), or a process died; names its log and shows its end.
+        DapoError: the run folder is taken (or empty, with resume), or a process died or hangs; names its log.
         KeyboardInterrupt: Ctrl-C or SIGTERM.
     """
-    run_dir = Path(config.run_dir)
-    _prepare(config, run_dir, resume)
+    folder = RunFolder(Path(config.run_dir))
+    _make_folder(folder)
+    with interruptible(), locked(folder.lock):
+        _prepare(config, folder, resume)
+        try:
+            with reserved_ports(config.engine.replicas + 2) as ports, ProcessGroup(folder.logs) as group:
+                trainer = _start(config, folder, group, ports, resume)
+                with ProgressDisplay(folder, config.trainer.steps) as display:
+                    _watch(config, folder, group, trainer, display)
+        finally:
+            if folder.metrics.exists():
+                write_report(folder)
+    return folder.report
+
+
+def _make_folder(folder: RunFolder) -> None:
     try:
-        with (
-            interruptible(),
-            reserved_ports(config.engine.replicas + 1) as ports,
-            ProcessGroup(run_dir / "logs") as group,
-        ):
-            trainer = _start(config, run_dir, group, ports, resume)
-            with ProgressDisplay(run_dir, config.trainer.steps) as display:
-                _watch(group, trainer, display)
-    finally:
-        if (run_dir / "metrics.jsonl").exists():
-            write_report(run_dir)
-    return run_dir / "report.html"
+        folder.path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ConfigError(f"run_dir={folder.path} is a file, or lies in one: choose another run_dir=...") from None
 
 
-def _prepare(config: RunConfig, run_dir: Path, resume: bool) -> None:
+def _prepare(config: RunConfig, folder: RunFolder, resume: bool) -> None:
     if resume:
-        latest(run_dir)
-    elif (run_dir / "metrics.jsonl").exists():
-        raise DapoError(f"{run_dir} holds a run already: go on with --resume, or choose another run_dir=...")
-    run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "config.yaml").write_text(yaml.safe_dump(config.model_dump(), sort_keys=False))
+        latest(folder)
+    elif folder.metrics.exists():
+        raise ConfigError(f"{folder.path} holds a run already: go on with --resume, or choose another run_dir=...")
+    clear(folder)
+    folder.config.write_text(yaml.safe_dump(config.model_dump(), sort_keys=False))
+    write_keys(folder, make_keys())
 
 
-def _start(config: RunConfig, run_dir: Path, group: ProcessGroup, ports: list[int], resume: bool) -> Child:
+def _start(config: RunConfig, folder: RunFolder, group: ProcessGroup, ports: list[int], resume: bool) -> list[Child]:
     cpu = not torch.cuda.is_available()
     environment = dict(os.environ)
     if cpu:
         environment["OMP_NUM_THREADS"] = "1"
-    link_port, *engine_ports = ports
+    link_port, meeting_port, *engine_ports = ports
     urls = [f"http://{LOCALHOST}:{port}" for port in engine_ports]
     for i, port in enumerate(engine_ports):
-        command = engine_command(config, LOCALHOST, port, cpu=cpu)
+        command = engine_command(config, LOCALHOST, port, cpu=cpu, options_file=folder.engine_options)
         # An SGLang server waits five seconds after SIGTERM, and has nothing to lose.
         group.start(f"engine-{i}", command, engine_environment(environment, cpu=cpu), grace=False)
-    shared = ["--config", str(run_dir / "config.yaml"), "--link", f"tcp://{LOCALHOST}:{link_port}", "--engines", *urls]
+    shared = ["--config", str(folder.config), "--link", f"tcp://{LOCALHOST}:{link_port}", "--engines", *urls]
     group.start("controller", [sys.executable, "-m", "dapo_megatron.rollout", *shared], environment)
-    torchrun = [
-        sys.executable, "-m", "torch.distributed.run",
-        "--standalone", "--nproc-per-node", str(config.world_size),
-        "-m", "dapo_megatron.trainer",
-    ]  # fmt: skip
-    return group.start("trainer", torchrun + shared + (["--resume"] if resume else []), environment)
+    arguments = shared + (["--resume"] if resume else [])
+    return start_ranks(
+        group, "trainer", "dapo_megatron.trainer", arguments, config.world_size, meeting_port, environment
+    )
 
 
-def _watch(group: ProcessGroup, trainer: Child, display: ProgressDisplay) -> None:
-    """Until the trainer ends well.
+def _watch(
+    config: RunConfig, folder: RunFolder, group: ProcessGroup, trainer: list[Child], display: ProgressDisplay
+) -> None:
+    """Until every trainer rank has ended well.
 
     Raises:
-        DapoError: a process died first.
+        DapoError: a process died first, or gives no sign of life.
     """
-    while trainer.process.poll() != 0:
+    heartbeats, stopped = Heartbeats(config.heartbeat_timeout_s), Stopped(group, config.heartbeat_timeout_s)
+    looked = 0.0
+    while any(c.process.poll() != 0 for c in trainer):
         display.poll()
-        # The controller leaves first when the trainer says goodbye; an engine never leaves by itself.
-        failed = [c for c in group.exited() if c.process.returncode != 0 or c.name.startswith("engine")]
-        if failed:
-            raise DapoError(_obituary(_culprit(failed)))
+        # The controller leaves first when the trainer says goodbye.
+        if failed(group.children):
+            time.sleep(LAST_WORDS_S)
+            raise failure(folder, group.children)
+        if (now := time.monotonic()) - looked >= LOOK_S:
+            looked = now
+            running = {c.name for c in group.children if c.process.poll() is None}
+            if silent := heartbeats.silent([s for s in read_statuses(folder) if s.process in running], now):
+                raise hang(*silent[0])
+            stopped.check(now)
         time.sleep(POLL_S)
     display.poll()
-
-
-def _culprit(failed: list[Child]) -> Child:
-    """A killed process takes others with it: one that said why comes first, then the first that was started."""
-    return next((c for c in failed if _reason(c)), failed[0])
-
-
-def _reason(child: Child) -> str | None:
-    return next((line for line in reversed(child.tail(200).splitlines()) if line.startswith("error: ")), None)
-
-
-def _obituary(child: Child) -> str:
-    code = child.process.returncode
-    how = f"was killed by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"ended with exit code {code}"
-    if (reason := _reason(child)) is not None:
-        return f"the {child.name} stopped: {reason.removeprefix('error: ')} (log: {child.log})"
-    return f"the {child.name} {how}; the end of {child.log}:\n{child.tail()}"

@@ -28,6 +28,7 @@ from dapo_megatron.batching.batch import MicroBatch
 from dapo_megatron.config import RunConfig
 from dapo_megatron.distributed.layout import Layout
 from dapo_megatron.errors import DapoError
+from dapo_megatron.observe import catalog as m
 from dapo_megatron.weights.families import ModelShape
 from dapo_megatron.weights.importer import load_hf_weights
 
@@ -94,9 +95,9 @@ class Actor:
         if finite:
             self.optimizer.step()
         return metrics | {
-            "optimizer/grad_norm": grad_norm,
-            "optimizer/lr": self.optimizer.param_groups[0]["lr"],
-            "optimizer/skipped": float(not finite),
+            m.GRAD_NORM: grad_norm,
+            m.LR: self.optimizer.param_groups[0]["lr"],
+            m.SKIPPED: float(not finite),
         }
 
     def own(self, micro_batch: MicroBatch) -> np.ndarray:
@@ -189,24 +190,30 @@ class Actor:
             rollout_logprobs=column(micro_batch.rollout_logprobs),
             advantages=column(micro_batch.advantages),
         )
-        token_loss, sums, peaks = objective(tokens)
-        loss = (column(micro_batch.weights) * token_loss).sum()
-        own = torch.stack([loss.detach().double(), loss.new_tensor(logprobs.numel(), dtype=torch.float64)])
-        return loss, _count(index, self.layout), {"sums": torch.cat([own, sums]), "peaks": peaks}
+        losses = objective(tokens)
+        loss = (column(micro_batch.weights) * losses.loss).sum()
+        own = [loss.detach().double(), loss.new_tensor(logprobs.numel(), dtype=torch.float64)]
+        sums = torch.stack([*own, *(losses.means[name].double().sum() for name in objective.means)])
+        maxima = [_largest(losses.maxima[name].double()) for name in objective.maxima]
+        return loss, _count(index, self.layout), {"sums": sums, "maxima": torch.stack(maxima) if maxima else sums[:0]}
 
-    def _reduce(self, objective: Objective, stored: list[dict]) -> dict[str, float]:
-        sums = torch.zeros(2 + len(objective.sums), dtype=torch.float64, device=self.device)
-        peaks = sums.new_zeros(len(objective.peaks))
+    def _reduce(self, objective: Objective, stored: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+        sums = torch.zeros(2 + len(objective.means), dtype=torch.float64, device=self.device)
+        maxima = sums.new_zeros(len(objective.maxima))
         for entry in stored:  # empty but on the last stage
             sums += entry["sums"]
-            peaks = torch.maximum(peaks, entry["peaks"])
+            maxima = torch.maximum(maxima, entry["maxima"])
         dist.all_reduce(sums)  # every trained label was evaluated by exactly one rank
-        if objective.peaks:
-            dist.all_reduce(peaks, dist.ReduceOp.MAX)
-        loss, tokens, *rest = sums.tolist()
-        named = dict(zip(objective.sums, rest, strict=True))
-        highest = dict(zip(objective.peaks, peaks.tolist(), strict=True))
-        return {"policy/loss": loss, "policy/tokens": tokens} | objective.metrics(named, highest, tokens)
+        if objective.maxima:
+            dist.all_reduce(maxima, dist.ReduceOp.MAX)
+        loss, tokens, *totals = sums.tolist()
+        means = {name: total / max(tokens, 1.0) for name, total in zip(objective.means, totals, strict=True)}
+        largest = dict(zip(objective.maxima, maxima.tolist(), strict=True))
+        return {m.LOSS: loss, m.TRAINED_TOKENS: tokens} | means | largest
+
+
+def _largest(values: torch.Tensor) -> torch.Tensor:
+    return values.max() if len(values) else values.new_zeros(())
 
 
 def _count(index: int, layout: Layout) -> torch.Tensor:

@@ -1,7 +1,7 @@
-"""What one update minimises: the loss of each token, and the sums and peaks that metrics are made of.
+"""What one update minimises: the loss of each token, and the values of each token that metrics are made of.
 
 An objective sees the trained tokens of one micro-batch and returns a loss per token; the actor multiplies by the
-token's weight and sums. `metrics` turns sums and peaks over the whole mini-batch into what is reported.
+token's weight and sums. Means and maxima over the whole mini-batch are its metrics.
 """
 
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ import torch
 from dapo_megatron.algorithm.importance import k3, mismatch, truncated_importance
 from dapo_megatron.algorithm.objective import clip_higher
 from dapo_megatron.config import AlgorithmConfig
+from dapo_megatron.observe import catalog as m
 
 
 @dataclass(frozen=True)
@@ -26,20 +27,33 @@ class TrainedTokens:
     advantages: torch.Tensor
 
 
+@dataclass(frozen=True)
+class TokenLosses:
+    """What an objective makes of the trained tokens of one micro-batch; every tensor is [n]."""
+
+    loss: torch.Tensor
+    """float32, with gradient."""
+    means: dict[str, torch.Tensor]
+    """By metric: values that are averaged over the tokens of the mini-batch."""
+    maxima: dict[str, torch.Tensor]
+    """By metric: values, never negative, whose largest over the tokens of the mini-batch counts."""
+
+
 class Objective(Protocol):
-    """A loss per token and the names of what its metrics are made of."""
+    """A loss per token, and the names of its metrics (every rank must know them, also one without tokens)."""
 
-    sums: ClassVar[tuple[str, ...]]
-    """Added up over the tokens of the mini-batch."""
-    peaks: ClassVar[tuple[str, ...]]
-    """Largest of values that are never negative, over the tokens of the mini-batch."""
-
-    def __call__(self, tokens: TrainedTokens) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(loss [n], sums [len(self.sums)] float64, peaks [len(self.peaks)] float64)."""
+    @property
+    def means(self) -> tuple[str, ...]:
+        """Names of TokenLosses.means."""
         ...
 
-    def metrics(self, sums: dict[str, float], peaks: dict[str, float], tokens: float) -> dict[str, float]:
-        """Metrics of the mini-batch from its sums, its peaks and its number of trained tokens."""
+    @property
+    def maxima(self) -> tuple[str, ...]:
+        """Names of TokenLosses.maxima."""
+        ...
+
+    def __call__(self, tokens: TrainedTokens) -> TokenLosses:
+        """The losses and metrics of one micro-batch."""
         ...
 
 
@@ -52,13 +66,19 @@ class PolicyObjective:
     """Clip-Higher with optional truncated importance sampling (algorithm/objective.py, algorithm/importance.py)."""
 
     algorithm: AlgorithmConfig
-    sums: ClassVar[tuple[str, ...]] = (
-        *("entropy", "probability", "ratio", "clip_high", "clip_low", "clip_dual", "kl"),
-        *("mismatch_abs", "mismatch_k3", "mismatch_truncated"),
-    )
-    peaks: ClassVar[tuple[str, ...]] = ("mismatch_abs",)
 
-    def __call__(self, tokens: TrainedTokens) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    @property
+    def means(self) -> tuple[str, ...]:
+        """See Objective."""
+        names = (m.ENTROPY, m.PROBABILITY, m.RATIO, m.CLIP_HIGH, m.CLIP_LOW, m.CLIP_DUAL, m.APPROX_KL)
+        return names if self._is_engines_own else (*names, m.MISMATCH_MEAN, m.MISMATCH_K3, m.MISMATCH_TRUNCATED)
+
+    @property
+    def maxima(self) -> tuple[str, ...]:
+        """See Objective."""
+        return () if self._is_engines_own else (m.MISMATCH_MAX,)
+
+    def __call__(self, tokens: TrainedTokens) -> TokenLosses:
         """See Objective."""
         a = self.algorithm
         clip = clip_higher(
@@ -72,54 +92,36 @@ class PolicyObjective:
         loss = clip.loss
         if a.importance_cap is not None:
             loss = loss * truncated_importance(tokens.old_logprobs, tokens.rollout_logprobs, a.importance_cap)
+        means = {
+            m.ENTROPY: tokens.entropy,
+            m.PROBABILITY: tokens.logprobs.detach().exp(),
+            m.RATIO: clip.ratio,
+            m.CLIP_HIGH: clip.clipped_high,
+            m.CLIP_LOW: clip.clipped_low,
+            m.CLIP_DUAL: clip.clipped_dual,
+            m.APPROX_KL: k3(tokens.logprobs.detach() - tokens.old_logprobs),
+        }
+        if self._is_engines_own:
+            return TokenLosses(loss, means, {})
         apart = mismatch(tokens.old_logprobs, tokens.rollout_logprobs, a.importance_cap or DEFAULT_CAP)
-        per_token = (
-            tokens.entropy,
-            tokens.logprobs.detach().exp(),
-            clip.ratio,
-            clip.clipped_high,
-            clip.clipped_low,
-            clip.clipped_dual,
-            k3(tokens.logprobs.detach() - tokens.old_logprobs),
-            *apart,
-        )
-        peak = apart.absolute.max() if len(apart.absolute) else apart.absolute.new_zeros(())
-        return loss, torch.stack([x.double().sum() for x in per_token]), peak[None]
+        means |= {m.MISMATCH_MEAN: apart.absolute, m.MISMATCH_K3: apart.k3, m.MISMATCH_TRUNCATED: apart.truncated}
+        return TokenLosses(loss, means, {m.MISMATCH_MAX: apart.absolute})
 
-    def metrics(self, sums: dict[str, float], peaks: dict[str, float], tokens: float) -> dict[str, float]:
-        """See Objective."""
-        mean = {name: value / max(tokens, 1.0) for name, value in sums.items()}
-        found = {
-            "policy/entropy": mean["entropy"],
-            "policy/mean_probability": mean["probability"],
-            "policy/ratio_mean": mean["ratio"],
-            "policy/clip_high_share": mean["clip_high"],
-            "policy/clip_low_share": mean["clip_low"],
-            "policy/clip_dual_share": mean["clip_dual"],
-            "policy/approx_kl": mean["kl"],
-        }
-        if self.algorithm.old_logprobs == "rollout":  # nothing that could differ was computed
-            return found
-        return found | {
-            "mismatch/abs_mean": mean["mismatch_abs"],
-            "mismatch/abs_max": peaks["mismatch_abs"],
-            "mismatch/k3": mean["mismatch_k3"],
-            "mismatch/truncated_share": mean["mismatch_truncated"],
-        }
+    @property
+    def _is_engines_own(self) -> bool:
+        """The old log-probs are the engine's: nothing that could differ from them was computed."""
+        return self.algorithm.old_logprobs == "rollout"
 
 
 @dataclass(frozen=True)
 class SupervisedObjective:
     """Cross-entropy of the given tokens: how the demo's model is warmed up."""
 
-    sums: ClassVar[tuple[str, ...]] = ("entropy", "probability")
-    peaks: ClassVar[tuple[str, ...]] = ()
+    means: ClassVar[tuple[str, ...]] = (m.SUPERVISED_ENTROPY, m.SUPERVISED_PROBABILITY)
+    maxima: ClassVar[tuple[str, ...]] = ()
 
-    def __call__(self, tokens: TrainedTokens) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def __call__(self, tokens: TrainedTokens) -> TokenLosses:
         """See Objective."""
-        sums = torch.stack([tokens.entropy.double().sum(), tokens.logprobs.detach().double().exp().sum()])
-        return -tokens.logprobs, sums, sums.new_empty(0)
-
-    def metrics(self, sums: dict[str, float], peaks: dict[str, float], tokens: float) -> dict[str, float]:
-        """See Objective."""
-        return {f"supervised/{name}": value / max(tokens, 1.0) for name, value in sums.items()}
+        probability = tokens.logprobs.detach().double().exp()
+        means = {m.SUPERVISED_ENTROPY: tokens.entropy, m.SUPERVISED_PROBABILITY: probability}
+        return TokenLosses(-tokens.logprobs, means, {})

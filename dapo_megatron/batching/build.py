@@ -7,16 +7,18 @@ update is the same under any data parallelism and any token budget.
 import hashlib
 from collections.abc import Sequence
 
-from dapo_megatron.algorithm.objective import Aggregation, token_weights
+from dapo_megatron.algorithm.objective import Aggregation
 from dapo_megatron.batching.batch import MicroBatch, MiniBatch, StepBatch
-from dapo_megatron.batching.packing import Sample, check_response, pack_micro_batch, padded
+from dapo_megatron.batching.packing import pack_micro_batch, padded
 from dapo_megatron.batching.packing_rules import PackingRules
 from dapo_megatron.batching.partition import balance, pack
-from dapo_megatron.records import Group
+from dapo_megatron.batching.sample import TrainingSample, check_response, weighted_samples
+from dapo_megatron.observe import catalog as m
+from dapo_megatron.records import ScoredGroup
 
 
 def build_step_batch(
-    groups: Sequence[Group],
+    groups: Sequence[ScoredGroup],
     *,
     step: int,
     version: int,
@@ -50,7 +52,7 @@ def build_step_batch(
     return StepBatch(step=step, version=version, mini_batches=mini_batches, metrics=_metrics(mini_batches))
 
 
-def shard_samples(samples: Sequence[Sample], rules: PackingRules) -> list[list[MicroBatch]]:
+def shard_samples(samples: Sequence[TrainingSample], rules: PackingRules) -> list[list[MicroBatch]]:
     """Spread samples over the data-parallel ranks and pack each rank's into micro-batches.
 
     Where the layout asks for more micro-batches than there is work for, the rest is padding alone.
@@ -68,18 +70,7 @@ def shard_samples(samples: Sequence[Sample], rules: PackingRules) -> list[list[M
     return [_pack_shard(b, rules) for b in bins]
 
 
-def weighted_samples(groups: Sequence[Group], aggregation: Aggregation) -> list[Sample]:
-    """The sequences of one mini-batch, each with the weight of its trained tokens."""
-    active = [[sum(response.loss_mask) for response in group.responses] for group in groups]
-    weights = token_weights(active, aggregation)
-    return [
-        Sample(group.prompt, response, weight)
-        for group, group_weights in zip(groups, weights, strict=True)
-        for response, weight in zip(group.responses, group_weights, strict=True)
-    ]
-
-
-def _pack_shard(bins: list[list[Sample]], rules: PackingRules) -> list[MicroBatch]:
+def _pack_shard(bins: list[list[TrainingSample]], rules: PackingRules) -> list[MicroBatch]:
     shard = [pack_micro_batch(b, rules.sequence_multiple, rules.total_multiple) for b in bins]
     if rules.equal_lengths:
         longest = max(mb.tokens.size for mb in shard)
@@ -87,7 +78,7 @@ def _pack_shard(bins: list[list[Sample]], rules: PackingRules) -> list[MicroBatc
     return shard
 
 
-def _shuffle_key(seed: int, step: int, group: Group) -> bytes:
+def _shuffle_key(seed: int, step: int, group: ScoredGroup) -> bytes:
     """Sorting by a hash is a shuffle that neither the input's order nor a library's version can change."""
     return hashlib.sha256(f"{seed}/{step}/{group.order}/{group.prompt.id}".encode()).digest()
 
@@ -99,9 +90,9 @@ def _metrics(mini_batches: Sequence[MiniBatch]) -> dict[str, float]:
     # The ranks meet after every update: the time lost is that of each update's heaviest rank, summed.
     heaviest, mean = sum(map(max, loads)), sum(sum(load) / len(load) for load in loads)
     return {
-        "batch/sequences": float(sum(len(mb.sequences) for mb in micro_batches)),
-        "batch/tokens": float(tokens),
-        "batch/micro_batches": float(len(micro_batches)),
-        "batch/real_token_share": tokens / sum(mb.tokens.size for mb in micro_batches),
-        "batch/imbalance": heaviest / mean,
+        m.BATCH_SEQUENCES: float(sum(len(mb.sequences) for mb in micro_batches)),
+        m.BATCH_TOKENS: float(tokens),
+        m.BATCH_MICRO_BATCHES: float(len(micro_batches)),
+        m.BATCH_REAL_SHARE: tokens / sum(mb.tokens.size for mb in micro_batches),
+        m.BATCH_IMBALANCE: heaviest / mean,
     }

@@ -1,38 +1,11 @@
-"""Sequences -> one packed micro-batch: the arrays that the actor reads, and the checks on their source."""
+"""Sequences -> one packed micro-batch: the arrays that the actor reads."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
 from dapo_megatron.batching.batch import MicroBatch
-from dapo_megatron.errors import DapoError
-from dapo_megatron.records import Prompt, Response
-
-
-class Sample(NamedTuple):
-    """One sequence to train on, before it is packed."""
-
-    prompt: Prompt
-    response: Response
-    weight: float
-    """Weight of each of its trained tokens."""
-
-    @property
-    def length(self) -> int:
-        """Tokens of prompt and response."""
-        return len(self.prompt.input_ids) + len(self.response.token_ids)
-
-
-def check_response(prompt: Prompt, response: Response) -> None:
-    """Raise DapoError unless they can be trained on (a user's own rollout function makes responses)."""
-    where = f"prompt '{prompt.id}', response {response.sample}"
-    if not prompt.input_ids:
-        raise DapoError(f"{where}: the prompt has no tokens, so nothing predicts the response's first one")
-    for name in ("loss_mask", "rollout_logprobs"):
-        entries, tokens = len(getattr(response, name)), len(response.token_ids)
-        if entries != tokens:
-            raise DapoError(f"{where}: {name} has {entries} entries for {tokens} tokens; rollout.function must agree")
+from dapo_megatron.batching.sample import TrainingSample
 
 
 def padded(count: int, multiple: int) -> int:
@@ -41,7 +14,7 @@ def padded(count: int, multiple: int) -> int:
 
 
 def pack_micro_batch(
-    samples: Sequence[Sample], sequence_multiple: int = 1, total_multiple: int = 1, at_least: int = 1
+    samples: Sequence[TrainingSample], sequence_multiple: int = 1, total_multiple: int = 1, at_least: int = 1
 ) -> MicroBatch:
     """Concatenate `samples`, each padded to a multiple of `sequence_multiple` tokens.
 
@@ -64,7 +37,7 @@ def pack_micro_batch(
         advantages=np.zeros(total, np.float32),
         rollout_logprobs=np.zeros(total, np.float32),
         active=np.zeros(total, np.bool_),
-        sequences=[(sample.prompt.id, sample.response.sample) for sample in samples],
+        sequences=[sample.source for sample in samples],
         real_tokens=sum(sample.length for sample in samples),
     )
     for sample, start in zip(samples, cu_seqlens.tolist(), strict=False):
@@ -72,15 +45,14 @@ def pack_micro_batch(
     return batch
 
 
-def _write(batch: MicroBatch, sample: Sample, start: int) -> None:
-    prompt, response = sample.prompt, sample.response
+def _write(batch: MicroBatch, sample: TrainingSample, start: int) -> None:
     end = start + sample.length
-    batch.tokens[start:end] = prompt.input_ids + response.token_ids
+    batch.tokens[start:end] = sample.token_ids
     batch.labels[start : end - 1] = batch.tokens[start + 1 : end]
 
     # The prompt's last token predicts the response's first, so labels lie one position before their tokens.
-    labels = slice(start + len(prompt.input_ids) - 1, end - 1)
-    batch.active[labels] = response.loss_mask
-    batch.weights[labels] = np.where(response.loss_mask, sample.weight, 0.0)
-    batch.advantages[labels] = response.advantage
-    batch.rollout_logprobs[labels] = response.rollout_logprobs
+    labels = slice(start + sample.prompt_length - 1, end - 1)
+    batch.active[labels] = sample.loss_mask
+    batch.weights[labels] = np.where(sample.loss_mask, sample.weight, 0.0)
+    batch.advantages[labels] = sample.advantage
+    batch.rollout_logprobs[labels] = sample.logprobs

@@ -1,50 +1,68 @@
 """The actor's distributed checkpoint: weights, optimizer and schedule, loadable under any layout."""
 
 from pathlib import Path
+from typing import Any
 
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as mpu
+from torch.distributed.checkpoint import CheckpointException
 
 from dapo_megatron.actor.actor import Actor
 from dapo_megatron.checkpoint import store
+from dapo_megatron.checkpoint.train_state import TrainState
 from dapo_megatron.config import RunConfig
-from dapo_megatron.errors import DapoError
+from dapo_megatron.distributed.agreement import all_agree
+from dapo_megatron.errors import ConfigError, DapoError, StorageError
+from dapo_megatron.run_folder import RunFolder
 
 
-def save_checkpoint(config: RunConfig, actor: Actor, step: int, version: int, controller: bytes) -> None:
+def save_checkpoint(config: RunConfig, actor: Actor, state: TrainState, controller: bytes) -> None:
     """Write and publish the checkpoint of a finished step; collective over all ranks.
 
     Args:
         controller: the state that came with the step's batch (used on rank 0).
+
+    Raises:
+        StorageError: the disk is full or lost; the checkpoint before this one stays valid.
     """
-    run_dir, control = Path(config.run_dir), actor.layout.control
-    partial = run_dir / "checkpoints" / f".step_{step:06d}.partial"
-    if actor.layout.rank == 0:
-        store.open_partial(run_dir, step)
-    dist.barrier(group=control)
-    dist_checkpointing.save(_state(actor, is_loading=False), str(partial / "model"), ("torch_dist", 1))
-    dist.barrier(group=control)
-    if actor.layout.rank == 0:
-        layout = actor.layout
-        manifest = store.Manifest(
-            step=step,
-            version=version,
-            updates=actor.schedule.num_steps,
-            architecture=actor.shape.family.architecture,
-            layout={
-                "tp": layout.tp_size,
-                "pp": layout.pp_size,
-                "cp": layout.cp_size,
-                "ep": layout.ep_size,
-                "dp": layout.dp_size,
-            },
-        )
-        store.publish(partial, run_dir, manifest, controller, config.trainer.keep_checkpoints)
+    folder, layout = RunFolder(Path(config.run_dir)), actor.layout
+    with all_agree("opening the checkpoint", layout):
+        if layout.rank == 0:
+            store.open_partial(folder, state.step)
+    with all_agree("writing the checkpoint", layout):
+        _write(actor, folder.partial_checkpoint(state.step) / store.MODEL)
+    with all_agree("publishing the checkpoint", layout):
+        if layout.rank == 0:
+            manifest = store.Manifest(
+                step=state.step,
+                version=state.version,
+                skipped=state.skipped,
+                updates=actor.schedule.num_steps,
+                architecture=actor.shape.family.architecture,
+                layout={
+                    "tp": layout.tp_size,
+                    "pp": layout.pp_size,
+                    "cp": layout.cp_size,
+                    "ep": layout.ep_size,
+                    "dp": layout.dp_size,
+                },
+            )
+            store.publish(folder, manifest, controller, config.trainer.keep_checkpoints)
 
 
-def load_checkpoint(actor: Actor, path: Path) -> store.Manifest:
+def _write(actor: Actor, path: Path) -> None:
+    try:
+        dist_checkpointing.save(_state(actor, is_loading=False), str(path), ("torch_dist", 1))
+    except CheckpointException as e:  # what torch makes of a disk that is full or gone
+        reason = " ".join(str(e).split())
+        raise StorageError(f"{path} cannot be written ({reason[-300:]}): make room on the disk of the run") from None
+
+
+def load_checkpoint(actor: Actor, path: Path) -> tuple[TrainState, bytes]:
     """Restore weights, optimizer and schedule; collective over all ranks.
+
+    Returns:
+        Where training stood, and the controller's state.
 
     Raises:
         DapoError: it is of another model, its experts were spread and are not now (or the reverse), or the schedule
@@ -52,14 +70,14 @@ def load_checkpoint(actor: Actor, path: Path) -> store.Manifest:
     """
     manifest = store.read_manifest(path)
     if manifest.architecture != actor.shape.family.architecture:
-        raise DapoError(f"{path} holds a {manifest.architecture}, the run is for a {actor.shape.family.architecture}")
+        raise ConfigError(f"{path} holds a {manifest.architecture}, the run is for a {actor.shape.family.architecture}")
     if (manifest.layout.get("ep", 1) > 1) != (actor.layout.ep_size > 1):
         # megatron-core keeps spread experts in an optimizer of their own, whose state has another structure.
-        raise DapoError(
+        raise ConfigError(
             f"{path} was saved with actor.expert_model_parallel_size={manifest.layout.get('ep', 1)}, the run has "
             f"{actor.layout.ep_size}: keep it at 1, or above 1"
         )
-    loaded = dist_checkpointing.load(_state(actor, is_loading=True), str(path / "model"))
+    loaded = dist_checkpointing.load(_state(actor, is_loading=True), str(path / store.MODEL))
     for i, module in enumerate(actor.modules):
         module.load_state_dict(loaded[f"model{i}"])
     actor.optimizer.load_state_dict(loaded["optimizer"])
@@ -68,10 +86,10 @@ def load_checkpoint(actor: Actor, path: Path) -> store.Manifest:
         raise DapoError(
             f"{path}: the schedule came back at update {actor.schedule.num_steps}, the manifest says {manifest.updates}"
         )
-    return manifest
+    return TrainState(manifest.step, manifest.version, manifest.skipped), store.controller_state(path)
 
 
-def _state(actor: Actor, *, is_loading: bool) -> dict:
+def _state(actor: Actor, *, is_loading: bool) -> dict[str, Any]:
     metadata = {
         "distrib_optim_sharding_type": "fully_reshardable",
         "singleton_local_shards": False,

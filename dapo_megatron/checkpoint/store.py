@@ -12,10 +12,13 @@ from pathlib import Path
 
 import msgspec
 
-from dapo_megatron.errors import DapoError
+from dapo_megatron.errors import ConfigError
+from dapo_megatron.run_folder import RunFolder
 
 MANIFEST = "manifest.json"
-SCHEMA = 1
+CONTROLLER = "controller.msgpack"
+MODEL = "model"
+SCHEMA = 2
 
 
 class Manifest(msgspec.Struct):
@@ -23,6 +26,9 @@ class Manifest(msgspec.Struct):
 
     step: int
     version: int
+    """Policy version that was live."""
+    skipped: int
+    """Updates skipped in a row, up to then."""
     updates: int
     """Optimizer updates done; the schedule's position."""
     architecture: str
@@ -31,62 +37,62 @@ class Manifest(msgspec.Struct):
     schema: int = SCHEMA
 
 
-def checkpoint_path(run_dir: Path, step: int) -> Path:
-    """Folder of the checkpoint after `step`."""
-    return run_dir / "checkpoints" / f"step_{step:06d}"
-
-
-def published(run_dir: Path) -> list[Path]:
+def published(folder: RunFolder) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    return sorted(p for p in (run_dir / "checkpoints").glob("step_*") if (p / MANIFEST).exists())
+    return sorted(p for p in folder.checkpoints.glob("step_*") if (p / MANIFEST).exists())
 
 
-def latest(run_dir: Path) -> Path:
+def latest(folder: RunFolder) -> Path:
     """The newest complete checkpoint.
 
     Raises:
-        DapoError: there is none.
+        ConfigError: there is none.
     """
-    found = published(run_dir)
+    found = published(folder)
     if not found:
-        raise DapoError(f"{run_dir}/checkpoints holds no complete checkpoint: start the run without --resume")
+        raise ConfigError(f"{folder.checkpoints} holds no complete checkpoint: start the run without --resume")
     return found[-1]
+
+
+def controller_state(path: Path) -> bytes:
+    """The controller's state that a checkpoint holds."""
+    return (path / CONTROLLER).read_bytes()
 
 
 def read_manifest(path: Path) -> Manifest:
     """The manifest of one checkpoint.
 
     Raises:
-        DapoError: it is unreadable or of another schema.
+        ConfigError: it is unreadable or of another schema.
     """
     try:
         manifest = msgspec.json.decode((path / MANIFEST).read_bytes(), type=Manifest)
     except (OSError, msgspec.MsgspecError) as e:
-        raise DapoError(f"{path / MANIFEST} cannot be read ({e}): resume from another checkpoint") from None
+        raise ConfigError(f"{path / MANIFEST} cannot be read ({e}): resume from another checkpoint") from None
     if manifest.schema != SCHEMA:
-        raise DapoError(f"{path} has checkpoint schema {manifest.schema}, this program reads {SCHEMA}")
+        raise ConfigError(f"{path} has checkpoint schema {manifest.schema}, this program reads {SCHEMA}")
     return manifest
 
 
-def open_partial(run_dir: Path, step: int) -> Path:
+def open_partial(folder: RunFolder, step: int) -> Path:
     """An empty folder beside the final one; what an interrupted save left there is removed."""
-    partial = checkpoint_path(run_dir, step).with_name(f".step_{step:06d}.partial")
+    partial = folder.partial_checkpoint(step)
     shutil.rmtree(partial, ignore_errors=True)
-    (partial / "model").mkdir(parents=True)
+    (partial / MODEL).mkdir(parents=True)
     return partial
 
 
-def publish(partial: Path, run_dir: Path, manifest: Manifest, controller: bytes, keep: int) -> Path:
+def publish(folder: RunFolder, manifest: Manifest, controller: bytes, keep: int) -> Path:
     """Complete a partial checkpoint, rename it into place and remove the oldest beyond `keep`."""
-    _write_synced(partial / "controller.msgpack", controller)
+    partial, final = folder.partial_checkpoint(manifest.step), folder.checkpoint(manifest.step)
+    _write_synced(partial / CONTROLLER, controller)
     _write_synced(partial / MANIFEST, msgspec.json.format(msgspec.json.encode(manifest)))
-    final = checkpoint_path(run_dir, manifest.step)
     if final.exists():
         # Only a resumed run writes a step again; the old one makes way first, and the partial one is complete.
         shutil.rmtree(final)
     os.replace(partial, final)
     _sync_folder(final.parent)
-    for old in published(run_dir)[:-keep]:
+    for old in published(folder)[:-keep]:
         shutil.rmtree(old)
     return final
 

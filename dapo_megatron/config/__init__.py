@@ -9,6 +9,7 @@ from dapo_megatron.config.algorithm import AlgorithmConfig
 from dapo_megatron.config.data import DataConfig
 from dapo_megatron.config.engines import EngineConfig
 from dapo_megatron.config.grading import GradingConfig
+from dapo_megatron.config.launch import LaunchConfig
 from dapo_megatron.config.load import load_config, parse_config
 from dapo_megatron.config.model import ModelConfig
 from dapo_megatron.config.observe import ObserveConfig
@@ -24,6 +25,7 @@ __all__ = [
     "EngineConfig",
     "EvaluationConfig",
     "GradingConfig",
+    "LaunchConfig",
     "ModelConfig",
     "ObserveConfig",
     "OptimizerConfig",

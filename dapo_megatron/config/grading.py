@@ -14,7 +14,7 @@ class GradingConfig(Section):
     """Grading processes."""
     timeout_s: float = Field(10.0, gt=0)
     """Seconds of wall-clock and CPU time for one answer; beyond, the verdict is unknown."""
-    memory_mb: int = Field(1024, ge=128)
+    memory_mib: int = Field(1024, ge=128)
     """Memory of one grading process in MiB."""
     unknown: Literal["wrong", "mask"] = "wrong"
     """How an answer without verdict is scored: as wrong, or masked out of the loss and of its group's statistics."""

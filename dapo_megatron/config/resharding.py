@@ -6,8 +6,8 @@ from dapo_megatron.config.base import Section
 
 
 class ReshardingConfig(Section):
-    bucket_mb: int = Field(512, ge=1)
-    """Bytes sent in one collective, in MiB."""
+    bucket_mib: int = Field(512, ge=1)
+    """Size of one bucket, which is sent in one collective, in MiB."""
     verify_every: int = Field(1, ge=0)
     """Pushes between comparisons of trainer and engine log-probs on fixed prompts; 0 is never."""
     verify_tolerance: float = Field(1e-4, gt=0)

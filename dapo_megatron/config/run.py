@@ -13,6 +13,7 @@ from dapo_megatron.config.base import Section
 from dapo_megatron.config.data import DataConfig
 from dapo_megatron.config.engines import EngineConfig
 from dapo_megatron.config.grading import GradingConfig
+from dapo_megatron.config.launch import LaunchConfig
 from dapo_megatron.config.model import ModelConfig
 from dapo_megatron.config.observe import ObserveConfig
 from dapo_megatron.config.resharding import ReshardingConfig
@@ -38,6 +39,7 @@ class RunConfig(Section):
     resharding: ReshardingConfig = ReshardingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     observe: ObserveConfig = ObserveConfig()
+    launch: LaunchConfig = LaunchConfig()
 
     @property
     def updates_per_step(self) -> int:
@@ -58,6 +60,16 @@ class RunConfig(Section):
     def engine_dtype(self) -> str:
         """Type of the engine's weights."""
         return self.engine.dtype or self.model.dtype
+
+    @property
+    def engine_call_timeout_s(self) -> float:
+        """Seconds for one control call to an engine: it ends before the ranks that wait for its outcome give up."""
+        return self.engine.call_timeout_s or self.trainer.collective_timeout_s / 2
+
+    @property
+    def heartbeat_timeout_s(self) -> float:
+        """Seconds without a heartbeat after which a process is taken for hung."""
+        return self.launch.heartbeat_timeout_s or min(60.0, self.trainer.collective_timeout_s)
 
     def derived(self) -> dict[str, int | str]:
         """Values that follow from the options, for `config --explain`."""
@@ -101,6 +113,11 @@ class RunConfig(Section):
             )
         if algo.importance_cap is not None and algo.old_logprobs == "rollout":
             raise ValueError("algorithm.importance_cap needs algorithm.old_logprobs=actor")
+        if self.engine_call_timeout_s >= t.collective_timeout_s:
+            raise ValueError(
+                f"engine.call_timeout_s={self.engine_call_timeout_s:g} must be less than "
+                f"trainer.collective_timeout_s={t.collective_timeout_s:g}: the ranks wait for each other's calls"
+            )
         if self.precision.fp8_param_gather and self.precision.fp8 == "off":
             raise ValueError("precision.fp8_param_gather needs an FP8 recipe: set precision.fp8")
         return self

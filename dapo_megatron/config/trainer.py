@@ -19,4 +19,4 @@ class TrainerConfig(Section):
     batch_timeout_s: float = Field(7200.0, gt=0)
     """Seconds the trainer waits for the controller's next batch."""
     collective_timeout_s: float = Field(600.0, gt=0)
-    """Seconds for one collective among the trainer's ranks or with the engines."""
+    """Seconds for one collective among the trainer's ranks: how soon a rank that hangs is noticed."""

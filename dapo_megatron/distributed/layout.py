@@ -1,5 +1,9 @@
-"""The trainer's process groups: megatron-core's model-parallel groups plus one gloo group for control messages."""
+"""The trainer's process groups: megatron-core's model-parallel groups, and two gloo groups for messages.
 
+The two differ in their deadline: an agreement takes a minute at most, a batch may take hours.
+"""
+
+import math
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -10,7 +14,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from dapo_megatron.config import RunConfig
 from dapo_megatron.distributed.sizes import expert_tensor_parallel_size
-from dapo_megatron.errors import DapoError
+from dapo_megatron.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,11 @@ class Layout:
     dp_rank: int
     """Without context parallelism: ranks that see different sequences."""
     control: dist.ProcessGroup
-    """All ranks, gloo, with the deadline of waiting for a batch: for messages and verdicts, never for tensors."""
+    """All ranks, gloo: for verdicts and small messages; a rank that hangs is noticed after collective_timeout_s."""
+    waiting: dist.ProcessGroup
+    """All ranks, gloo: only for what rank 0 waits for as long as for a batch."""
+    collective_timeout_s: float
+    waiting_timeout_s: float
 
     @property
     def is_last_stage(self) -> bool:
@@ -46,13 +54,16 @@ def init_parallel(config: RunConfig) -> Layout:
     """Join the default group (rank and address from torchrun's environment) and build megatron-core's groups.
 
     Raises:
-        DapoError: the number of launched ranks is not what the layout needs.
+        ConfigError: the number of launched ranks is not what the layout needs.
     """
-    deadline = timedelta(seconds=config.trainer.collective_timeout_s)
+    trainer = config.trainer
+    deadline = timedelta(seconds=trainer.collective_timeout_s)
+    # Rank 0 gives up first, with a message that says what it waited for.
+    waiting_s = trainer.batch_timeout_s + trainer.collective_timeout_s
     if not dist.is_initialized():
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=deadline)
     if dist.get_world_size() != config.world_size:
-        raise DapoError(
+        raise ConfigError(
             f"the actor's layout needs {config.world_size} ranks (TP x PP x CP x DP), "
             f"{dist.get_world_size()} were started"
         )
@@ -65,7 +76,7 @@ def init_parallel(config: RunConfig) -> Layout:
         context_parallel_size=actor.context_parallel_size,
         expert_model_parallel_size=actor.expert_model_parallel_size,
         expert_tensor_parallel_size=expert_tensor_parallel_size(actor),
-        distributed_timeout_minutes=max(1, int(config.trainer.collective_timeout_s / 60)),
+        distributed_timeout_minutes=max(1, math.ceil(trainer.collective_timeout_s / 60)),
     )
     torch.manual_seed(config.seed)
     model_parallel_cuda_manual_seed(config.seed)
@@ -80,5 +91,8 @@ def init_parallel(config: RunConfig) -> Layout:
         ep_size=mpu.get_expert_model_parallel_world_size(),
         dp_size=mpu.get_data_parallel_world_size(),
         dp_rank=mpu.get_data_parallel_rank(),
-        control=dist.new_group(backend="gloo", timeout=timedelta(seconds=config.trainer.batch_timeout_s)),
+        control=dist.new_group(backend="gloo", timeout=deadline),
+        waiting=dist.new_group(backend="gloo", timeout=timedelta(seconds=waiting_s)),
+        collective_timeout_s=trainer.collective_timeout_s,
+        waiting_timeout_s=waiting_s,
     )

@@ -59,6 +59,12 @@ class GradingPool:
         self.unknown: Counter[str] = Counter()
         """Answers without a verdict by reason: "timeout", "crashed" or "raised"."""
 
+    @property
+    def trouble(self) -> str | None:
+        """Why answers have no verdict, in one line; None if all have one."""
+        counts = ", ".join(f"{count} {reason}" for reason, count in self.unknown.items())
+        return f"the grader: {counts}" if counts else None
+
     async def __aenter__(self) -> "GradingPool":
         """Starts the workers.
 

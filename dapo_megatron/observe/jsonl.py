@@ -2,15 +2,20 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 
 def append_line(path: Path, row: dict[str, Any]) -> None:
     """Append `row` as one line; readers see whole lines, or a torn last one after a crash."""
+    append_lines(path, [row])
+
+
+def append_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Append each row as one line."""
     with path.open("a", encoding="ascii") as file:
-        file.write(json.dumps(row, allow_nan=False) + "\n")
+        file.write("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:

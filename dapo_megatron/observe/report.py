@@ -20,16 +20,18 @@ from typing import Any, NamedTuple
 import yaml
 from plotly.offline import get_plotlyjs
 
-from dapo_megatron.errors import DapoError
+from dapo_megatron.errors import ConfigError
+from dapo_megatron.observe import catalog as m
 from dapo_megatron.observe.metrics import Record, read_metrics
 from dapo_megatron.observe.samples import read_samples
+from dapo_megatron.run_folder import RunFolder
 
 SAMPLED_STEPS = 40
 """Steps whose responses go into the page, spread evenly; samples.jsonl has all of them."""
 SHOWN_CHARACTERS = 6000
 """Characters shown of a longer text: its beginning and its end."""
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "sglang", "transformers", "numpy")
-NOT_DRAWN = {"step", "time", "version"}
+NOT_DRAWN = {m.STEP, m.TIME, m.VERSION}
 
 
 class Chart(NamedTuple):
@@ -44,83 +46,80 @@ class Chart(NamedTuple):
 
 
 CHARTS = (
-    Chart("Reward", "mean per response", {"reward/mean": "reward", "reward/overlong": "overlong part"}),
-    Chart("Training accuracy", "share of responses", {"reward/accuracy": "right"}),
+    Chart("Reward", "mean per response", {m.REWARD: "reward", m.OVERLONG: "overlong part"}),
+    Chart("Training accuracy", "share of responses", {m.ACCURACY: "right"}),
     Chart(
         "Held-out accuracy",
         "share of responses",
-        {"eval/accuracy": "sampled", "eval/greedy_accuracy": "greedy"},
+        {m.EVAL_ACCURACY: "sampled", m.EVAL_GREEDY_ACCURACY: "greedy"},
     ),
     Chart(
         "Response length",
         "tokens",
-        {"response/length_mean": "mean", "response/length_max": "longest in the step"},
+        {m.LENGTH_MEAN: "mean", m.LENGTH_MAX: "longest in the step"},
     ),
-    Chart("Truncated responses", "share of responses", {"response/truncated_share": "truncated"}),
-    Chart("Entropy", "nats per token", {"policy/entropy": "entropy"}),
-    Chart("Mean probability", "of a sampled token", {"policy/mean_probability": "mean probability"}),
+    Chart("Truncated responses", "share of responses", {m.TRUNCATED: "truncated"}),
+    Chart("Entropy", "nats per token", {m.ENTROPY: "entropy"}),
+    Chart("Mean probability", "of a sampled token", {m.PROBABILITY: "mean probability"}),
     Chart(
         "Clipped tokens",
         "share of trained tokens",
-        {"policy/clip_high_share": "above 1 + ε high", "policy/clip_low_share": "below 1 − ε low"},
+        {m.CLIP_HIGH: "above 1 + ε high", m.CLIP_LOW: "below 1 − ε low"},
     ),
-    Chart("Groups kept", "share of generated groups", {"groups/kept_share": "kept"}),
+    Chart("Groups kept", "share of generated groups", {m.GROUPS_KEPT_SHARE: "kept"}),
     Chart(
         "Groups by outcome",
         "groups",
-        {"groups/kept": "kept", "groups/all_right": "all right", "groups/all_wrong": "all wrong"},
+        {m.GROUPS_KEPT: "kept", m.GROUPS_ALL_RIGHT: "all right", m.GROUPS_ALL_WRONG: "all wrong"},
         "stack",
     ),
-    Chart("Gradient norm", "before clipping", {"optimizer/grad_norm": "gradient norm"}),
-    Chart("Learning rate", "of the last update", {"optimizer/lr": "learning rate"}, "exact"),
+    Chart("Gradient norm", "before clipping", {m.GRAD_NORM: "gradient norm"}),
+    Chart("Learning rate", "of the last update", {m.LR: "learning rate"}, "exact"),
     Chart(
         "Trainer against engine",
         "|log-prob difference| in nats",
         {
-            "sync/logprob_difference": "fixed prompts, after a push",
-            "mismatch/abs_mean": "responses, mean",
-            "mismatch/abs_max": "responses, largest",
+            m.SYNC_DIFFERENCE: "fixed prompts, after a push",
+            m.MISMATCH_MEAN: "responses, mean",
+            m.MISMATCH_MAX: "responses, largest",
         },
         "log",
     ),
     Chart(
         "Speed",
         "tokens per second",
-        {"speed/response_tokens_per_second": "generated", "speed/trained_tokens_per_second": "trained"},
+        {m.GENERATED_PER_SECOND: "generated", m.TRAINED_PER_SECOND: "trained"},
     ),
     Chart(
         "Time of each phase",
         "seconds per step",
         {
-            "time/generate": "generate",
-            "time/old_logprobs": "old log-probs",
-            "time/update": "update",
-            "time/push": "push weights",
-            "time/verify": "verify",
-            "time/checkpoint": "checkpoint",
-            "time/evaluate": "evaluate",
+            m.time_of("generate"): "generate",
+            m.time_of("old_logprobs"): "old log-probs",
+            m.time_of("update"): "update",
+            m.time_of("push"): "push weights",
+            m.time_of("verify"): "verify",
+            m.time_of("checkpoint"): "checkpoint",
+            m.time_of("evaluate"): "evaluate",
         },
         "stack",
     ),
 )
 
 
-def write_report(run_dir: str | Path) -> Path:
-    """Write run_dir/report.html from metrics.jsonl and, where they exist, samples.jsonl and config.yaml.
+def write_report(folder: RunFolder) -> Path:
+    """Write the report of a run from its metrics and, where they exist, its samples and config.
 
     Raises:
-        DapoError: the folder has no metrics.
+        ConfigError: the folder has no metrics.
     """
-    run_dir = Path(run_dir)
-    records = read_metrics(run_dir)
+    records = read_metrics(folder)
     if not records:
-        raise DapoError(f"no metrics in {run_dir}: give the folder of a run that finished a step")
-    config_file = run_dir / "config.yaml"
-    config = config_file.read_text() if config_file.exists() else ""
-    name = run_dir.resolve().name
+        raise ConfigError(f"no metrics in {folder.path}: give the folder of a run that finished a step")
+    config = folder.config.read_text() if folder.config.exists() else ""
     charts, others = _charts(records)
     page = {
-        "name": html.escape(name),
+        "name": html.escape(folder.name),
         "style": _template("style.css"),
         "script": _template("page.js"),
         "plotly": get_plotlyjs(),
@@ -132,13 +131,12 @@ def write_report(run_dir: str | Path) -> Path:
                 "tiles": _tiles(records),
                 "charts": charts,
                 "others": others,
-                "samples": _samples(run_dir),
+                "samples": _samples(folder),
             }
         ),
     }
-    path = run_dir / "report.html"
-    path.write_text(re.sub(r"\{\{(\w+)\}\}", lambda match: page[match[1]], _template("page.html")), "utf-8")
-    return path
+    folder.report.write_text(re.sub(r"\{\{(\w+)\}\}", lambda match: page[match[1]], _template("page.html")), "utf-8")
+    return folder.report
 
 
 def _template(name: str) -> str:
@@ -151,13 +149,18 @@ def _script_json(value: Any) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def _charts(records: list[Record]) -> tuple[list[dict], list[dict]]:
+def _charts(records: list[Record]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Charts by topic, and one for each metric that belongs to none; those without data are left out."""
     known = {name for chart in CHARTS for name in chart.series} | NOT_DRAWN
     rest = sorted({name for record in records for name in record} - known)
     drawn = [_chart(chart, records) for chart in CHARTS]
-    others = [_chart(Chart(name, "", {name: name}), records) for name in rest]
+    others = [_chart(_chart_of(name), records) for name in rest]
     return [c for c in drawn if c["series"]], [c for c in others if c["series"]]
+
+
+def _chart_of(name: str) -> Chart:
+    metric = m.CATALOG.get(name)
+    return Chart(name, metric.unit if metric else "", {name: name})
 
 
 def _chart(chart: Chart, records: list[Record]) -> dict[str, Any]:
@@ -193,13 +196,13 @@ def _tiles(records: list[Record]) -> list[dict[str, str]]:
             note = f"from {form(values[0])}" if len(values) > 1 else ""
             tiles.append({"label": label, "value": form(values[-1]), "note": note})
 
-    change("held-out accuracy", "eval/accuracy", "{:.1%}".format)
-    change("held-out, greedy", "eval/greedy_accuracy", "{:.1%}".format)
-    change("reward", "reward/mean", "{:+.2f}".format)
-    change("response length", "response/length_mean", "{:,.0f} tokens".format)
+    change("held-out accuracy", m.EVAL_ACCURACY, "{:.1%}".format)
+    change("held-out, greedy", m.EVAL_GREEDY_ACCURACY, "{:.1%}".format)
+    change("reward", m.REWARD, "{:+.2f}".format)
+    change("response length", m.LENGTH_MEAN, "{:,.0f} tokens".format)
     for label, name, form in (
-        ("generated tokens/s", "speed/response_tokens_per_second", "{:,.0f}"),
-        ("step time", "time/step", "{:,.1f} s"),
+        ("generated tokens/s", m.GENERATED_PER_SECOND, "{:,.0f}"),
+        ("step time", m.time_of("step"), "{:,.1f} s"),
     ):
         values = [r[name] for r in records if name in r and math.isfinite(r[name])]
         if values:
@@ -207,14 +210,14 @@ def _tiles(records: list[Record]) -> list[dict[str, str]]:
     return tiles
 
 
-def _samples(run_dir: Path) -> list[dict[str, Any]]:
+def _samples(folder: RunFolder) -> list[dict[str, Any]]:
     """Groups of at most SAMPLED_STEPS steps, with their texts shortened: the page must stay light enough to open."""
-    steps = sorted({group["step"] for group in read_samples(run_dir)})
+    steps = sorted({group["step"] for group in read_samples(folder)})
     if len(steps) > SAMPLED_STEPS:
         last = len(steps) - 1
         steps = [steps[round(i * last / (SAMPLED_STEPS - 1))] for i in range(SAMPLED_STEPS)]
     chosen = set(steps)
-    groups = [group for group in read_samples(run_dir) if group["step"] in chosen]
+    groups = [group for group in read_samples(folder) if group["step"] in chosen]
     for group in groups:
         group["prompt"] = _shorten(group["prompt"])
         for response in group["responses"]:

@@ -7,22 +7,20 @@ the policy versions that sampled the response.
 
 import math
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from dapo_megatron.algorithm.dynamic_sampling import group_outcome
 from dapo_megatron.observe.jsonl import append_line, cut_after, read_lines
 from dapo_megatron.records import Group, Response
-
-FILE = "samples.jsonl"
+from dapo_megatron.run_folder import RunFolder
 
 
 class SampleWriter:
     """Writes the sampled responses of one run; one process of the run owns it."""
 
-    def __init__(self, run_dir: str | Path, *, resume_step: int | None):
+    def __init__(self, folder: RunFolder, *, resume_step: int | None):
         """Open the history at `resume_step`, as `MetricsWriter` does."""
-        self._path = Path(run_dir) / FILE
+        self._path = folder.samples
         self._path.parent.mkdir(parents=True, exist_ok=True)
         cut_after(self._path, resume_step)
 
@@ -42,9 +40,9 @@ class SampleWriter:
             )
 
 
-def read_samples(run_dir: str | Path) -> Iterator[dict[str, Any]]:
+def read_samples(folder: RunFolder) -> Iterator[dict[str, Any]]:
     """Groups in the order they were written, one at a time (the file may be larger than memory)."""
-    return read_lines(Path(run_dir) / FILE)
+    return read_lines(folder.samples)
 
 
 def _row(response: Response) -> dict[str, Any]:

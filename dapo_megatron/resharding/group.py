@@ -7,13 +7,13 @@ from urllib.parse import urlsplit
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, _new_process_group_helper
 
-from dapo_megatron.errors import DapoError
+from dapo_megatron.errors import EngineError
 
 
 def open_store(address: str, world: int, timeout_s: float) -> dist.TCPStore:
     """The meeting place of a group of `world` ranks, on a free port of `address` (store.port); does not wait.
 
-    It is opened directly: torch's rendezvous() would not listen under torchrun, which has a store of its own.
+    It is opened directly: under torchrun, which has a store of its own, torch's rendezvous() would not listen.
     """
     timeout = timedelta(seconds=timeout_s)
     return dist.TCPStore(address, 0, world, is_master=True, timeout=timeout, wait_for_workers=False)
@@ -26,7 +26,7 @@ def join_as_sender(name: str, store: dist.TCPStore, world: int, backend: str, ti
     because torch has no public call for a group that spans two worlds.
 
     Raises:
-        DapoError: an engine did not join in time.
+        EngineError: an engine did not join in time.
     """
     try:
         group, _ = _new_process_group_helper(
@@ -39,7 +39,7 @@ def join_as_sender(name: str, store: dist.TCPStore, world: int, backend: str, ti
             timeout=timedelta(seconds=timeout_s),
         )
     except RuntimeError as e:
-        raise DapoError(f"not all engines joined {name} in {timeout_s:.0f} s: {str(e).splitlines()[0]}") from None
+        raise EngineError(f"not all engines joined {name} in {timeout_s:.0f} s: {str(e).splitlines()[0]}") from None
     dist.distributed_c10d._world.pg_group_ranks[group] = {i: i for i in range(world)}
     return group
 

@@ -9,11 +9,9 @@ Every phase ends in an exchange of verdicts among all ranks, so that a failure o
 the same message instead of a hang.
 """
 
-import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -21,8 +19,10 @@ import torch.distributed as dist
 from dapo_megatron.actor.actor import Actor
 from dapo_megatron.actor.model import DTYPES
 from dapo_megatron.config import RunConfig
-from dapo_megatron.errors import DapoError
-from dapo_megatron.resharding.engine_control import EngineControl
+from dapo_megatron.distributed.agreement import all_agree
+from dapo_megatron.engines.control import EngineControl
+from dapo_megatron.errors import DapoError, EngineError
+from dapo_megatron.observe import catalog as m
 from dapo_megatron.resharding.group import join_as_sender, open_store, sender_address
 from dapo_megatron.resharding.plan import Bucket, plan_buckets
 from dapo_megatron.weights.exporter import export_names, export_stage, is_sender
@@ -31,12 +31,12 @@ from dapo_megatron.weights.exporter import export_names, export_stage, is_sender
 class Pusher:
     """Every trainer rank holds one; `connect`, `push` and `close` are collective over all of them."""
 
-    def __init__(self, config: RunConfig, actor: Actor, engine_urls: list[str]):
+    def __init__(self, config: RunConfig, actor: Actor, engine_urls: list[str], api_key: str | None = None):
         self.actor, self.layout, self.config = actor, actor.layout, config
         self.dtype = config.engine_dtype
         self.is_sender = is_sender()
-        timeout = config.trainer.collective_timeout_s
-        self.engines = [EngineControl(url, timeout) for url in engine_urls] if self._talks else []
+        self.timeout_s = config.engine_call_timeout_s
+        self.engines = [EngineControl(url, self.timeout_s, api_key) for url in engine_urls] if self._talks else []
         self._threads = ThreadPoolExecutor(max_workers=max(1, len(engine_urls)))
         self._group: dist.ProcessGroup | None = None
         self._group_name = ""
@@ -51,13 +51,13 @@ class Pusher:
         Raises:
             DapoError: an engine did not answer or could not join.
         """
-        with self._agreed("connecting to the engines"):
+        with all_agree("connecting to the engines", self.layout):
             for engine in self.engines:
                 engine.wait_ready(self.config.engine.start_timeout_s)
             if self.layout.rank == 0:
                 self._on_all(EngineControl.freeze_gc)
         for stage in range(self.layout.pp_size):
-            with self._agreed(f"opening the weight group of pipeline stage {stage}"):
+            with all_agree(f"opening the weight group of pipeline stage {stage}", self.layout):
                 if self.is_sender and self.layout.pp_rank == stage:
                     self._open_group(stage)
 
@@ -71,19 +71,19 @@ class Pusher:
             DapoError: names the server and the bucket that failed.
         """
         began, sent = time.monotonic(), 0
-        with self._agreed("pausing the engines"):
+        with all_agree("pausing the engines", self.layout):
             if self.layout.rank == 0:
                 self._on_all(lambda e: (e.pause(), e.begin_update()))
         for stage in range(self.layout.pp_size):
-            with self._agreed(f"sending the weights of pipeline stage {stage}"):
+            with all_agree(f"sending the weights of pipeline stage {stage}", self.layout):
                 if self.layout.pp_rank == stage:
                     sent = self._send_stage()
-        with self._agreed(f"making version {version} live"):
+        with all_agree(f"making version {version} live", self.layout):
             if self.layout.rank == 0:
                 self._on_all(lambda e: self._make_live(e, version))
         total = torch.tensor(float(sent if self.is_sender else 0), dtype=torch.float64)
         dist.all_reduce(total, group=self.layout.control)
-        return {"sync/seconds": time.monotonic() - began, "sync/bytes": float(total)}
+        return {m.SYNC_SECONDS: time.monotonic() - began, m.SYNC_BYTES: float(total)}
 
     def close(self) -> None:
         """Close the connections; the groups end with the processes."""
@@ -93,7 +93,7 @@ class Pusher:
 
     def _open_group(self, stage: int) -> None:
         backend = "nccl" if torch.cuda.is_available() else "gloo"
-        name, timeout = f"weights-{stage}-{time.time_ns()}", self.config.trainer.collective_timeout_s
+        name, timeout = f"weights-{stage}-{time.time_ns()}", self.timeout_s
         address = sender_address([e.url for e in self.engines])
         world = 1 + sum(e.tensor_parallel_size for e in self.engines)
         store = open_store(address, world, timeout)
@@ -108,7 +108,7 @@ class Pusher:
     def _send_stage(self) -> int:
         """Collective over the stage's ranks; returns the bytes sent."""
         modules, shape = self.actor.modules, self.actor.shape
-        buckets = plan_buckets(export_names(modules, shape), self.dtype, self.config.resharding.bucket_mb << 20)
+        buckets = plan_buckets(export_names(modules, shape), self.dtype, self.config.resharding.bucket_mib << 20)
         tensors = export_stage(modules, shape)
         if not self.is_sender:
             for _ in tensors:
@@ -125,19 +125,16 @@ class Pusher:
         if tuple(name for name, _ in tensors) != bucket.names:
             raise DapoError(f"the push plan expects {bucket.names[0]} ..., the model has {tensors[0][0]} ...")
         flat = torch.cat([t.to(DTYPES[self.dtype]).contiguous().view(-1).view(torch.uint8) for _, t in tensors])
-        loads = [
-            (e, self._threads.submit(e.receive_bucket, self._group_name, bucket, flush_cache=flush_cache))
-            for e in self.engines
-        ]
+        loads = [(e, self._threads.submit(_receive, e, self._group_name, bucket, flush_cache)) for e in self.engines]
         try:
             dist.broadcast(flat, group=self._group, group_src=0)
         except RuntimeError as e:
-            raise DapoError(f"broadcasting {_label(bucket)} to {self._urls()} failed: {str(e)[:200]}") from None
+            raise EngineError(f"broadcasting {_label(bucket)} to {self._urls()} failed: {str(e)[:200]}") from None
         for engine, load in loads:
             try:
                 load.result()
             except DapoError as e:
-                raise DapoError(f"{_label(bucket)} did not arrive at {engine.url}: {e}") from None
+                raise EngineError(f"{_label(bucket)} did not arrive at {engine.url}: {e}") from None
 
     def _make_live(self, engine: EngineControl, version: int) -> None:
         engine.end_update()
@@ -146,7 +143,7 @@ class Pusher:
         engine.resume()
         served = engine.version()
         if served != str(version):
-            raise DapoError(f"engine {engine.url} serves version {served} after version {version} was pushed")
+            raise EngineError(f"engine {engine.url} serves version {served} after version {version} was pushed")
 
     def _on_all(self, call: Callable[[EngineControl], object]) -> None:
         for done in [self._threads.submit(call, e) for e in self.engines]:
@@ -155,19 +152,9 @@ class Pusher:
     def _urls(self) -> str:
         return ", ".join(e.url for e in self.engines)
 
-    @contextmanager
-    def _agreed(self, what: str) -> Iterator[None]:
-        """Run a phase, then let all ranks know whether it failed on one of them."""
-        error = None
-        try:
-            yield
-        except DapoError as e:
-            error = f"{e}"
-        errors: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(errors, error, group=self.layout.control)
-        first = next(((rank, e) for rank, e in enumerate(errors) if e is not None), None)
-        if first is not None:
-            raise DapoError(f"{what} failed on trainer rank {first[0]} ({socket.gethostname()}): {first[1]}")
+
+def _receive(engine: EngineControl, group: str, bucket: Bucket, flush_cache: bool) -> None:
+    engine.receive_tensors(group, bucket.names, bucket.shapes, bucket.dtype, flush_cache=flush_cache)
 
 
 def _label(bucket: Bucket) -> str:

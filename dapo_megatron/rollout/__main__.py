@@ -5,38 +5,45 @@ import asyncio
 import gc
 import logging
 import sys
+from pathlib import Path
 
 
 def main() -> int:
     """Serve one trainer until it says goodbye."""
     parser = argparse.ArgumentParser(prog="python -m dapo_megatron.rollout", description=__doc__)
-    parser.add_argument("--config", required=True, help="the run's config.yaml")
+    parser.add_argument("--config", required=True, type=Path, help="config.yaml in the run folder")
     parser.add_argument("--link", required=True, help="address to bind, such as tcp://127.0.0.1:5555")
     parser.add_argument("--engines", required=True, nargs="+", help="URLs of the SGLang servers")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
 
     # Grading workers import this module: what is heavy is imported by the process that runs.
-    from dapo_megatron.errors import exit_code
+    from dapo_megatron.process import Reporter, run_reported
+    from dapo_megatron.run_folder import RunFolder
 
-    return exit_code(lambda: asyncio.run(_serve(args.config, args.link, args.engines)))
+    reporter = Reporter(RunFolder(args.config.parent), "controller")
+    return run_reported(reporter, lambda: asyncio.run(_serve(reporter, args.config, args.link, args.engines)))
 
 
-async def _serve(config_path: str, address: str, engines: list[str]) -> None:
+async def _serve(reporter: "Reporter", config_path: Path, address: str, urls: list[str]) -> None:  # noqa: F821
     from dapo_megatron.config import load_config
+    from dapo_megatron.engines.client import EngineClient
+    from dapo_megatron.engines.coalescing import CoalescingClient
     from dapo_megatron.grading.pool import GradingPool
-    from dapo_megatron.link import LinkServer
+    from dapo_megatron.keys import read_keys
     from dapo_megatron.rollout.controller import Controller
-    from dapo_megatron.rollout.engine import EngineClient
+    from dapo_megatron.rpc import RpcServer
 
-    config = load_config(config_path)
+    config, keys = load_config(config_path), read_keys(reporter.folder)
     g, r = config.grading, config.rollout
-    link = LinkServer(address)
+    link = RpcServer(address, keys)
     async with (
-        GradingPool(g.grader, g.workers, g.timeout_s, g.memory_mb) as grading,
-        EngineClient(engines, concurrency=r.concurrency, timeout_s=r.request_timeout_s) as client,
+        GradingPool(g.grader, g.workers, g.timeout_s, g.memory_mib) as grading,
+        EngineClient(
+            urls, concurrency=r.concurrency, timeout_s=r.request_timeout_s, api_key=keys.engine_api_key
+        ) as client,
     ):
-        controller = Controller(config, client, grading)
+        controller = Controller(config, reporter, CoalescingClient(client), grading)
         gc.freeze()  # a collection of the prompts and all modules takes 0.2 s, in the middle of a round
         try:
             await controller.serve(link)

@@ -3,7 +3,7 @@
     trainer asks       the controller answers when
     Hello              data are read, graders run; its state is the checkpoint's
     NextBatch(k, v)    step k is full; with max_policy_lag 1 it was begun when batch k - 1 left
-    Evaluate(k)        every held-out prompt has its responses
+    Evaluate(k, v)     every held-out prompt has its responses
     Goodbye            at once, and ends
 
 With max_policy_lag 0 nothing is generated between a batch and the next request, so every response but those of carried
@@ -13,10 +13,8 @@ groups (at most one version older) is sampled by the version that it trains.
 import asyncio
 import contextlib
 import itertools
-import json
 import logging
 import time
-from pathlib import Path
 
 import transformers
 
@@ -25,18 +23,36 @@ from dapo_megatron.batching.build import build_step_batch
 from dapo_megatron.batching.wire import encode
 from dapo_megatron.config import RunConfig
 from dapo_megatron.data.prompts import LoadedPrompts, load_prompts
-from dapo_megatron.errors import DapoError
+from dapo_megatron.engines.stop_tokens import stop_token_ids
+from dapo_megatron.engines.wire import SamplingParams
+from dapo_megatron.errors import DapoError, EngineError
 from dapo_megatron.grading.pool import GradingPool
-from dapo_megatron.link import Batch, Done, Evaluate, Evaluation, Failed, Goodbye, Hello, LinkServer, NextBatch, Welcome
-from dapo_megatron.observe.progress import write_status
+from dapo_megatron.messages import (
+    Batch,
+    Done,
+    Evaluate,
+    Evaluation,
+    Failed,
+    Goodbye,
+    Hello,
+    NextBatch,
+    Reply,
+    Request,
+    Welcome,
+)
+from dapo_megatron.observe import catalog as m
 from dapo_megatron.observe.samples import SampleWriter
-from dapo_megatron.records import Group, Prompt
-from dapo_megatron.rollout.collector import Collected, Collector
-from dapo_megatron.rollout.engine import Engine, EngineClient, Sampling
+from dapo_megatron.process import Reporter
+from dapo_megatron.records import Group, Prompt, Response, ScoredGroup
+from dapo_megatron.rollout.buffer import GroupBuffer
+from dapo_megatron.rollout.engine import Engine, Sampler
 from dapo_megatron.rollout.evaluation import evaluate
 from dapo_megatron.rollout.function import RolloutFunction, load_rollout
 from dapo_megatron.rollout.ledger import Ledger
+from dapo_megatron.rollout.metrics import response_metrics
+from dapo_megatron.rollout.producer import Producer, StepGroups
 from dapo_megatron.rollout.scoring import score_group
+from dapo_megatron.rpc import RpcServer
 
 log = logging.getLogger(__name__)
 
@@ -44,11 +60,11 @@ log = logging.getLogger(__name__)
 class Controller:
     """Holds what outlives a request; `serve` is the process."""
 
-    def __init__(self, config: RunConfig, client: EngineClient, grading: GradingPool):
-        self.config, self.client, self.grading = config, client, grading
-        self.run_dir = Path(config.run_dir)
+    def __init__(self, config: RunConfig, reporter: Reporter, sampler: Sampler, grading: GradingPool):
+        self.config, self.reporter, self.sampler, self.grading = config, reporter, sampler, grading
+        self.folder = reporter.folder
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(config.model.path)
-        self.sampling = Sampling(
+        self.params = SamplingParams(
             max_new_tokens=config.rollout.max_response_tokens,
             temperature=config.rollout.temperature,
             stop_token_ids=stop_token_ids(config.model.path, self.tokenizer),
@@ -56,18 +72,18 @@ class Controller:
         self.rollout: RolloutFunction = load_rollout(config.rollout.function)
         self.prompts = self._load(config.data.train, None)
         self.held_out = self._load(config.data.eval, config.data.eval_limit) if config.data.eval else None
-        self.collector: Collector | None = None
-        self.samples: SampleWriter | None = None
-        self._ahead: asyncio.Task[Collected] | None = None
+        self._session: _Session | None = None
+        self._newest_version = 0
+        """Newest version that an engine may serve by what the trainer has said."""
 
-    async def serve(self, link: LinkServer) -> None:
+    async def serve(self, link: RpcServer) -> None:
         """Answer the trainer until it says goodbye. Every DapoError is sent to it, and then raised here."""
         while True:
             request = await link.receive()
             try:
                 reply = await self._answer(request)
             except DapoError as e:
-                await link.reply(Failed(str(e)))
+                await link.reply(Failed(e.kind, str(e)))
                 raise
             await link.reply(reply)
             if isinstance(request, Goodbye):
@@ -75,41 +91,52 @@ class Controller:
 
     async def close(self) -> None:
         """Stop generating ahead."""
-        if self._ahead is not None:
-            self._ahead.cancel()
+        if self._session is not None and self._session.ahead is not None:
+            self._session.ahead.cancel()
             with contextlib.suppress(asyncio.CancelledError):
-                await self._ahead
+                await self._session.ahead
 
-    async def _answer(self, request):
+    async def _answer(self, request: Request) -> Reply:
         match request:
             case Hello(snapshot, step):
-                self._begin(snapshot, step)
-                wanted = self.config.resharding.verify_prompts
-                longer = (p.input_ids for p in self.prompts.prompts if len(p.input_ids) > 1)
-                return Welcome(list(itertools.islice(longer, wanted)))
+                return self._begin(snapshot, step)
             case NextBatch(step, version):
-                return await self._batch(step, version)
-            case Evaluate(step):
-                self._status("evaluate", f"step {step}")
-                held_out, config = self.held_out.prompts, self.config.evaluation
-                return Evaluation(await evaluate(config, held_out, self.sampling, self.sample_group))
+                self._newest_version = version
+                return await self._batch(self._begun(), step, version)
+            case Evaluate(step, version):
+                self._newest_version = version
+                self.reporter.phase("evaluate", f"step {step}")
+                held_out = self.held_out.prompts if self.held_out else []
+                return Evaluation(await evaluate(self.config.evaluation, held_out, self.params, self.sample_group))
             case Goodbye():
                 return Done()
 
-    def _begin(self, snapshot: bytes | None, step: int) -> None:
+    def _begin(self, snapshot: bytes | None, step: int) -> Welcome:
+        if self._session is not None:
+            raise DapoError("a trainer said hello to a controller that serves another one: start the run anew")
         cut = step if snapshot is not None else None
-        ledger = Ledger(self.run_dir / "ledger.jsonl", cut_to_step=cut)
-        self.samples = SampleWriter(self.run_dir, resume_step=cut)
-        self.collector = Collector(self.config, self.prompts.prompts, self.make_group, ledger, snapshot)
+        config, prompts = self.config, self.prompts.prompts
+        buffer = GroupBuffer(prompts, seed=config.seed, shuffle=config.data.shuffle, state=snapshot)
+        ledger = Ledger(self.folder.ledger, cut_to_step=cut)
+        samples = SampleWriter(self.folder, resume_step=cut)
+        producer = Producer(config, buffer, self.make_group, ledger, lambda: self.grading.trouble)
+        self._session = _Session(producer, samples)
+        longer = (p.input_ids for p in prompts if len(p.input_ids) > 1)
+        return Welcome(list(itertools.islice(longer, config.resharding.verify_prompts)))
 
-    async def _batch(self, step: int, version: int) -> Batch:
+    def _begun(self) -> "_Session":
+        if self._session is None:
+            raise DapoError("the trainer asked for a batch before it said hello: start the run anew")
+        return self._session
+
+    async def _batch(self, session: "_Session", step: int, version: int) -> Batch:
         began = time.monotonic()
-        collected = await (self._ahead or self._collect(step, version))
-        self._ahead = None
+        produced = await (session.ahead or self._produce(session, step, version))
+        session.ahead = None
         waited = time.monotonic() - began
         config = self.config
         batch = build_step_batch(
-            collected.groups,
+            produced.groups,
             step=step,
             version=version,
             seed=config.seed,
@@ -117,35 +144,45 @@ class Controller:
             aggregation=config.algorithm.aggregation,
             rules=packing_rules(config),
         )
-        self.samples.write(step, collected.seen[: config.observe.responses_per_step])
-        metrics = collected.metrics | _response_metrics(collected, version) | batch.metrics
-        metrics |= {"time/generate": waited, "grading/unknown": float(sum(self.grading.unknown.values()))}
+        session.samples.write(step, produced.seen[: config.observe.groups_per_step])
+        metrics = produced.metrics | response_metrics(produced.groups, produced.seen, version) | batch.metrics
+        metrics |= {m.GENERATE_SECONDS: waited, m.NO_VERDICT: float(sum(self.grading.unknown.values()))}
         if config.rollout.max_policy_lag:
-            self._ahead = asyncio.create_task(self._collect(step + 1, version))
+            session.ahead = asyncio.create_task(self._produce(session, step + 1, version))
         else:
-            self._status("idle", "")
-        return Batch(encode(batch), metrics, collected.state)
+            self.reporter.phase("idle")
+        return Batch(encode(batch), metrics, produced.state)
 
-    async def _collect(self, step: int, version: int) -> Collected:
-        return await self.collector.collect(step, version, lambda text: self._status("generate", text))
+    async def _produce(self, session: "_Session", step: int, version: int) -> StepGroups:
+        return await session.producer.produce(step, version, lambda text: self.reporter.phase("generate", text))
 
-    async def make_group(self, prompt: Prompt, order: int) -> Group:
+    async def make_group(self, prompt: Prompt, order: int) -> ScoredGroup:
         """Generate, grade and score the responses to one prompt."""
-        group = await self.sample_group(prompt, order, self.sampling, self.config.rollout.group_size)
-        score_group(group, self.config)
-        return group
+        group = await self.sample_group(prompt, order, self.params, self.config.rollout.group_size)
+        return score_group(group, self.config)
 
-    async def sample_group(self, prompt: Prompt, order: int, sampling: Sampling, size: int) -> Group:
+    async def sample_group(self, prompt: Prompt, order: int, params: SamplingParams, size: int) -> Group:
         """Generate and grade `size` responses to one prompt."""
+        responses = await asyncio.gather(*(self._respond(prompt, params, i) for i in range(size)))
+        return Group(order, prompt, list(responses))
 
-        async def one(sample: int):
-            response = await self.rollout(prompt, Engine(self.client, self.tokenizer, sampling, sample))
-            response.verdict = await self.grading.grade(response.text, prompt.ground_truth)
-            if response.verdict == "unknown":
-                log.warning("no verdict on prompt %s, sample %d: its grader was stopped", prompt.id, sample)
-            return response
+    async def _respond(self, prompt: Prompt, params: SamplingParams, sample: int) -> Response:
+        response = await self.rollout(prompt, Engine(self.sampler, self.tokenizer, params, sample))
+        self._check_versions(response)
+        response.verdict = await self.grading.grade(response.text, prompt.ground_truth)
+        if response.verdict == "unknown":
+            log.warning("no verdict on prompt %s, sample %d: its grader was stopped", prompt.id, sample)
+        return response
 
-        return Group(order, prompt, list(await asyncio.gather(*(one(i) for i in range(size)))))
+    def _check_versions(self, response: Response) -> None:
+        # While a batch is generated ahead, the next version may go live before the trainer asks for the batch.
+        allowed = self._newest_version + self.config.rollout.max_policy_lag
+        newest = max((span.version for span in response.version_spans), default=0)
+        if newest > allowed:
+            raise EngineError(
+                f"a response to prompt {response.prompt_id} was sampled by policy version {newest}, the trainer has "
+                f"pushed none after {allowed}: somebody else has changed an engine's weights"
+            )
 
     def _load(self, path: str, limit: int | None) -> LoadedPrompts:
         data = self.config.data
@@ -164,34 +201,10 @@ class Controller:
         log.info("%s: %d prompts, %d too long and dropped", path, len(loaded.prompts), loaded.dropped)
         return loaded
 
-    def _status(self, phase: str, detail: str) -> None:
-        write_status(self.run_dir, "controller", phase, detail)
 
+class _Session:
+    """What begins with the trainer's hello."""
 
-def stop_token_ids(model_path: str, tokenizer) -> list[int]:
-    """End tokens of the tokenizer and of generation_config.json (chat models have several)."""
-    ids = {tokenizer.eos_token_id} - {None}
-    path = Path(model_path) / "generation_config.json"
-    if path.exists():
-        eos = json.loads(path.read_text()).get("eos_token_id") or []
-        ids |= {eos} if isinstance(eos, int) else set(eos)
-    if not ids:
-        raise DapoError(f"{model_path}: neither tokenizer nor generation_config.json names an end token")
-    return sorted(ids)
-
-
-def _response_metrics(collected: Collected, version: int) -> dict[str, float]:
-    # Over everything generated for the step, filtered groups included: what the policy does, not what it trains on.
-    responses = [r for g in (collected.seen or collected.groups) for r in g.responses]
-    lengths = [len(r.token_ids) for r in responses]
-    n = len(responses)
-    return {
-        "reward/mean": sum(r.reward for r in responses) / n,
-        "reward/accuracy": sum(r.verdict == "right" for r in responses) / n,
-        "reward/overlong": sum(r.overlong_penalty for r in responses) / n,
-        "response/length_mean": sum(lengths) / n,
-        "response/length_max": float(max(lengths)),
-        "response/truncated_share": sum(r.finish_reason == "length" for r in responses) / n,
-        "rollout/response_tokens": float(sum(lengths)),
-        "rollout/lag_max": float(version - min(g.oldest_version for g in collected.groups)),
-    }
+    def __init__(self, producer: Producer, samples: SampleWriter):
+        self.producer, self.samples = producer, samples
+        self.ahead: asyncio.Task[StepGroups] | None = None

@@ -4,12 +4,13 @@ A line belongs to a rollout step, so a resumed run cuts the ledger back to its c
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 
-from dapo_megatron.observe.jsonl import append_line, cut_after, read_lines
+from dapo_megatron.observe.jsonl import append_lines, cut_after, read_lines
 
 Fate = Literal["kept", "carried", "all_right", "all_wrong", "stale"]
 
@@ -26,23 +27,16 @@ class Entry(msgspec.Struct):
 
 
 class Ledger:
-    """Append-only file of entries; `pending` are the prompts issued and not yet told."""
+    """Append-only file of entries."""
 
     def __init__(self, path: Path, *, cut_to_step: int | None = None):
         """Open the ledger; entries after `cut_to_step` are dropped (None starts a new one)."""
         self.path = path
-        self.pending: dict[int, str] = {}
         cut_after(path, cut_to_step)
 
-    def issue(self, order: int, prompt_id: str) -> None:
-        """A prompt went out to the engines."""
-        self.pending[order] = prompt_id
-
-    def settle(self, entries: list[Entry]) -> Counter[Fate]:
+    def settle(self, entries: Sequence[Entry]) -> Counter[Fate]:
         """Write down fates and count them."""
-        for entry in entries:
-            self.pending.pop(entry.order, None)
-            append_line(self.path, msgspec.to_builtins(entry))
+        append_lines(self.path, [msgspec.to_builtins(entry) for entry in entries])
         return Counter(e.fate for e in entries)
 
 

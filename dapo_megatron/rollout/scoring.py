@@ -2,40 +2,66 @@
 
 import random
 
+import msgspec
 import torch
 
 from dapo_megatron.algorithm.advantage import group_advantages
 from dapo_megatron.algorithm.overlong import overlong_penalty
-from dapo_megatron.algorithm.reward import accuracy_reward
+from dapo_megatron.algorithm.reward import Verdict, accuracy_reward
 from dapo_megatron.config import RunConfig
-from dapo_megatron.records import Group
+from dapo_megatron.records import Group, Response, ScoredGroup
 
 
-def score_group(group: Group, config: RunConfig) -> None:
-    """Fill in rewards, advantages and masks of a group whose verdicts are known; the group is changed in place.
+def score_group(group: Group, config: RunConfig) -> ScoredGroup:
+    """A copy of a group whose verdicts are known, with rewards, advantages and masks.
 
     With grading.unknown=mask, responses without a verdict are left out of the loss and of the group's statistics. With
     algorithm.overlong_filtering, truncated responses are left out of the loss only.
     """
-    algorithm = config.algorithm
-    if algorithm.shuffle_rewards:
-        verdicts = [r.verdict for r in group.responses]
+    verdicts = _verdicts(group, config)
+    responses = [
+        msgspec.structs.replace(
+            r,
+            verdict=verdict,
+            accuracy_reward=accuracy_reward(verdict),
+            overlong_penalty=overlong_penalty(
+                len(r.token_ids), config.rollout.max_response_tokens, config.algorithm.overlong_cache
+            ),
+        )
+        for r, verdict in zip(group.responses, verdicts, strict=True)
+    ]
+    advantages = _advantages(responses, config)
+    scored = [
+        msgspec.structs.replace(
+            r, advantage=a, loss_mask=[False] * len(r.token_ids) if _is_masked(r, config) else r.loss_mask
+        )
+        for r, a in zip(responses, advantages, strict=True)
+    ]
+    return ScoredGroup(group.order, group.prompt, scored)
+
+
+def _verdicts(group: Group, config: RunConfig) -> list[Verdict]:
+    verdicts = [r.verdict for r in group.responses]
+    if config.algorithm.shuffle_rewards:
         random.Random(f"{config.seed}/{group.order}").shuffle(verdicts)
-        for response, verdict in zip(group.responses, verdicts, strict=True):
-            response.verdict = verdict
-    for r in group.responses:
-        r.accuracy_reward = accuracy_reward(r.verdict)
-        r.overlong_penalty = overlong_penalty(
-            len(r.token_ids), config.rollout.max_response_tokens, algorithm.overlong_cache
-        )
-    known = [r for r in group.responses if r.verdict != "unknown" or config.grading.unknown == "wrong"]
+    return verdicts
+
+
+def _advantages(responses: list[Response], config: RunConfig) -> list[float]:
+    """0 for a response without a verdict that is masked, and in a group with fewer than two others."""
+    advantages = [0.0] * len(responses)
+    known = [i for i, r in enumerate(responses) if not _is_unknown(r, config)]
     if len(known) >= 2:
-        advantages = group_advantages(torch.tensor([r.reward for r in known], dtype=torch.float64))
-        for response, advantage in zip(known, advantages.tolist(), strict=True):
-            response.advantage = advantage
-    for r in group.responses:
-        masked = (r.verdict == "unknown" and config.grading.unknown == "mask") or (
-            algorithm.overlong_filtering and r.finish_reason == "length"
-        )
-        if masked:
-            r.loss_mask = [False] * len(r.token_ids)
+        found = group_advantages(torch.tensor([responses[i].reward for i in known], dtype=torch.float64))
+        for i, advantage in zip(known, found.tolist(), strict=True):
+            advantages[i] = advantage
+    return advantages
+
+
+def _is_unknown(response: Response, config: RunConfig) -> bool:
+    return config.grading.unknown == "mask" and response.verdict == "unknown"
+
+
+def _is_masked(response: Response, config: RunConfig) -> bool:
+    truncated = config.algorithm.overlong_filtering and response.finish_reason == "length"
+    return _is_unknown(response, config) or truncated

@@ -6,14 +6,14 @@ from dapo_megatron.rollout.engine import Engine
 
 async def rollout(prompt: Prompt, engine: Engine) -> Response:
     """Sample one response; every token is the policy's own and is trained, the stop token included."""
-    generation = await engine.generate(prompt.input_ids)
+    completion = await engine.generate(prompt.input_ids)
     return Response(
         prompt_id=prompt.id,
         sample=engine.sample,
-        token_ids=generation.token_ids,
-        loss_mask=[True] * len(generation.token_ids),
-        rollout_logprobs=generation.logprobs,
-        version_spans=generation.version_spans,
-        finish_reason=generation.finish_reason,
-        text=engine.decode(generation.token_ids),
+        token_ids=completion.token_ids,
+        loss_mask=[True] * len(completion.token_ids),
+        rollout_logprobs=completion.logprobs,
+        version_spans=completion.version_spans,
+        finish_reason=completion.finish_reason,
+        text=engine.decode(completion.token_ids),
     )

@@ -1,4 +1,4 @@
-"""Entry point of a trainer rank; torchrun (or srun) starts one for each device."""
+"""Entry point of a trainer rank; the launcher (or torchrun, srun) starts one for each device."""
 
 import argparse
 import gc
@@ -21,17 +21,20 @@ from dapo_megatron.actor.precision import require_precision
 from dapo_megatron.checkpoint.store import latest
 from dapo_megatron.config import load_config
 from dapo_megatron.distributed.layout import init_parallel
-from dapo_megatron.errors import exit_code
+from dapo_megatron.keys import read_keys
+from dapo_megatron.process import Reporter, run_reported
 from dapo_megatron.resharding.push import Pusher
+from dapo_megatron.run_folder import RunFolder
+from dapo_megatron.trainer.controller_client import ControllerClient
 from dapo_megatron.trainer.loop import train
-from dapo_megatron.trainer.run_link import RunLink
+from dapo_megatron.trainer.recorder import Recorder
 from dapo_megatron.weights.families import model_shape
 
 
 def main() -> int:
-    """Train; 1 after an error, which is one line on stderr."""
+    """Train; 1 after an error, which is one line on stderr and in the exit record."""
     parser = argparse.ArgumentParser(prog="python -m dapo_megatron.trainer", description=__doc__)
-    parser.add_argument("--config", required=True, help="the run's config.yaml")
+    parser.add_argument("--config", required=True, type=Path, help="config.yaml in the run folder")
     parser.add_argument("--link", required=True, help="the controller's address")
     parser.add_argument("--engines", required=True, nargs="+", help="URLs of the SGLang servers")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the run folder")
@@ -39,25 +42,30 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     logging.getLogger("megatron").setLevel(logging.WARNING)
-    return exit_code(lambda: _train(args))
+    reporter = Reporter(RunFolder(args.config.parent), f"trainer-{os.environ['RANK']}")
+    return run_reported(reporter, lambda: _train(args, reporter))
 
 
-def _train(args: argparse.Namespace) -> None:
-    config = load_config(args.config)
+def _train(args: argparse.Namespace, reporter: Reporter) -> None:
+    folder, config = reporter.folder, load_config(args.config)
     shape = model_shape(transformers.AutoConfig.from_pretrained(config.model.path))
     check_layout(config, shape)
     require_precision(config, shape)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    layout = init_parallel(config)
+    layout, keys = init_parallel(config), read_keys(folder)
     actor = Actor(config, shape, layout)
-    pusher = Pusher(config, actor, args.engines)
+    pusher = Pusher(config, actor, args.engines, keys.engine_api_key)
+    controller = ControllerClient(config, layout, folder, args.link, keys)
+    resume = latest(folder) if args.resume else None
+    recorder = Recorder(config, layout, reporter)
     try:
-        resume = latest(Path(config.run_dir)) if args.resume else None
         gc.freeze()  # a collection of what start-up left takes 0.3 s, on one rank while the others wait for it
-        train(config, actor, RunLink(config, layout, args.link), pusher, resume)
+        train(config, actor, controller, pusher, recorder, resume)
     finally:
+        recorder.close()
         pusher.close()
+    reporter.phase("done")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import json
 import random
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from dapo_megatron.compat import prepare_trainer
@@ -23,11 +24,12 @@ from dapo_megatron.actor.actor import Actor
 from dapo_megatron.actor.packing_demands import packing_rules
 from dapo_megatron.actor.training_objective import SupervisedObjective
 from dapo_megatron.batching.batch import MicroBatch
-from dapo_megatron.batching.build import build_step_batch
+from dapo_megatron.batching.build import shard_samples
+from dapo_megatron.batching.sample import TrainingSample
 from dapo_megatron.config import RunConfig, load_config
 from dapo_megatron.distributed.layout import init_parallel
 from dapo_megatron.errors import DapoError, exit_code
-from dapo_megatron.records import Group, Prompt, Response, VersionSpan
+from dapo_megatron.observe import catalog as m
 from dapo_megatron.weights.exporter import export_stage
 from dapo_megatron.weights.families import model_shape
 
@@ -50,46 +52,38 @@ def _warm_up(args: argparse.Namespace) -> None:
     layout = init_parallel(config)
     actor = Actor(config, shape, layout)
     actor.load_hf(config.model.path)
-    examples = supervised_groups(config)
+    examples = supervised_samples(config)
     if len(examples) < args.batch:
         raise DapoError(f"--batch {args.batch}: {config.data.train} has only {len(examples)} rows")
     for update in range(1, args.updates + 1):
         shards = supervised_shards(config, examples, update, args.batch)
         metrics = actor.update(shards[layout.dp_rank], SupervisedObjective(), None)
         if update % 25 == 0 and layout.rank == 0:
-            print(f"update {update}/{args.updates} loss {metrics['policy/loss']:.3f}", flush=True)
+            print(f"update {update}/{args.updates} loss {metrics[m.LOSS]:.3f}", flush=True)
     if layout.rank == 0:
         _save(actor, Path(config.model.path), args.out)
 
 
-def supervised_groups(config: RunConfig) -> list[Group]:
-    """One group of one response for each row; the end token is part of the response."""
+def supervised_samples(config: RunConfig) -> list[TrainingSample]:
+    """One sample for each row; the end token is part of the response. Weights are those of one sample alone."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(config.model.path)
-    groups = []
+    samples = []
     for i, line in enumerate(Path(config.data.train).read_text().splitlines()):
         row = json.loads(line)
-        prompt_ids = tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]
-        ids = [*tokenizer(row["response"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-        prompt = Prompt(id=str(i), input_ids=prompt_ids, ground_truth="", text=row["prompt"], row=i)
-        n = len(ids)
-        response = Response(prompt.id, 0, ids, [True] * n, [0.0] * n, [VersionSpan(0, 0, n)], "stop", row["response"])
-        groups.append(Group(i, prompt, [response]))
-    return groups
+        prompt = tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]
+        response = [*tokenizer(row["response"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        n = len(response)
+        samples.append(TrainingSample(prompt + response, len(prompt), [True] * n, [0.0] * n, 0.0, 1 / n, (str(i), 0)))
+    return samples
 
 
-def supervised_shards(config: RunConfig, examples: list[Group], update: int, size: int) -> list[list[MicroBatch]]:
-    """A random choice of `size` examples, one shard for each data-parallel rank."""
-    chosen = random.Random(f"{config.seed}/{update}").sample(examples, size)
-    batch = build_step_batch(
-        chosen,
-        step=update,
-        version=0,
-        seed=config.seed,
-        mini_batch_groups=size,
-        aggregation="token",
-        rules=packing_rules(config),
-    )
-    return batch.mini_batches[0].shards
+def supervised_shards(
+    config: RunConfig, samples: list[TrainingSample], update: int, size: int
+) -> list[list[MicroBatch]]:
+    """A random choice of `size` samples, one shard for each data-parallel rank; every token has the same weight."""
+    chosen = random.Random(f"{config.seed}/{update}").sample(samples, size)
+    tokens = sum(len(sample.loss_mask) for sample in chosen)
+    return shard_samples([replace(sample, weight=1 / tokens) for sample in chosen], packing_rules(config))
 
 
 def _save(actor: Actor, source: Path, out: Path) -> None:

@@ -1,6 +1,7 @@
 """Checkpoints: saved under one layout, resumed under another, with optimizer and schedule; and published atomically."""
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -10,8 +11,10 @@ from tests.tiny import hf_folder, run_config
 
 from dapo_megatron.actor.training_objective import PolicyObjective
 from dapo_megatron.checkpoint import store
+from dapo_megatron.checkpoint.train_state import TrainState
 from dapo_megatron.checkpoint.distributed import load_checkpoint, save_checkpoint
 from dapo_megatron.errors import DapoError
+from dapo_megatron.run_folder import RunFolder
 
 
 def updates(config, actor, count):
@@ -23,14 +26,15 @@ def updates(config, actor, count):
 def two_steps_and_save(config):
     actor = actor_on_rank(config)
     updates(config, actor, 2)
-    save_checkpoint(config, actor, 1, 1, b"controller state")
+    save_checkpoint(config, actor, TrainState(1, 7, 2), b"controller state")
     return updates(config, actor, 3)
 
 
 def resume(config):
     actor = actor_on_rank(config)
-    manifest = load_checkpoint(actor, store.latest(store.Path(config.run_dir)))
-    return manifest.step, updates(config, actor, 3)
+    state, controller = load_checkpoint(actor, store.latest(RunFolder(Path(config.run_dir))))
+    assert (state, controller) == (TrainState(1, 7, 2), b"controller state")
+    return state.step, updates(config, actor, 3)
 
 
 def config_for(tmp_path, path, layout, dtype="float32"):
@@ -67,7 +71,7 @@ def test_resume_across_model_chunks_and_experts(tmp_path, kind, saved, resumed):
 
     expected = run_ranks(config(saved).world_size, two_steps_and_save, config(saved))[0]
     if resumed == "one":
-        (message,) = run_ranks(1, load_of_other_model, config(resumed), store.latest(tmp_path / "run"))
+        (message,) = run_ranks(1, load_of_other_model, config(resumed), store.latest(RunFolder(tmp_path / "run")))
         assert "expert_model_parallel_size=2, the run has 1" in message
         return
     _, got = run_ranks(config(resumed).world_size, resume, config(resumed))[0]
@@ -88,7 +92,7 @@ def test_resume_in_any_layout_continues(tmp_path, dtype):
         for g, e in zip(got, expected, strict=True):
             for key in ("policy/loss", "optimizer/grad_norm", "optimizer/lr", "policy/entropy"):
                 assert g[key] == pytest.approx(e[key], rel=2e-4, abs=2e-6), (layout, key)
-    assert (store.latest(tmp_path / "run") / "controller.msgpack").read_bytes() == b"controller state"
+    assert (store.latest(RunFolder(tmp_path / "run")) / "controller.msgpack").read_bytes() == b"controller state"
 
 
 def load_of_other_model(config, path):
@@ -103,33 +107,38 @@ def test_other_model_is_refused(tmp_path):
     config = config_for(tmp_path, hf_folder(tmp_path / "a", "qwen3"), "one")
     run_ranks(1, two_steps_and_save, config)
     other = config_for(tmp_path, hf_folder(tmp_path / "b", "llama"), "one")
-    (message,) = run_ranks(1, load_of_other_model, other, store.latest(tmp_path / "run"))
+    (message,) = run_ranks(1, load_of_other_model, other, store.latest(RunFolder(tmp_path / "run")))
     assert "holds a Qwen3ForCausalLM" in message
 
 
 def manifest(step):
-    return store.Manifest(step, step, step, "Qwen3ForCausalLM", {})
+    return store.Manifest(step, step, 0, step, "Qwen3ForCausalLM", {})
+
+
+def publish(run_dir, step):
+    store.open_partial(RunFolder(run_dir), step)
+    return store.publish(RunFolder(run_dir), manifest(step), b"", keep=2)
 
 
 def test_a_half_written_checkpoint_is_never_latest(tmp_path):
-    store.publish(store.open_partial(tmp_path, 3), tmp_path, manifest(3), b"", keep=2)
-    store.open_partial(tmp_path, 6)  # the program is killed here
-    assert store.latest(tmp_path).name == "step_000003"
-    store.publish(store.open_partial(tmp_path, 6), tmp_path, manifest(6), b"", keep=2)
-    assert store.latest(tmp_path).name == "step_000006"
+    publish(tmp_path, 3)
+    store.open_partial(RunFolder(tmp_path), 6)  # the program is killed here
+    assert store.latest(RunFolder(tmp_path)).name == "step_000003"
+    publish(tmp_path, 6)
+    assert store.latest(RunFolder(tmp_path)).name == "step_000006"
 
 
 def test_only_the_newest_are_kept(tmp_path):
     for step in (2, 4, 6, 8):
-        store.publish(store.open_partial(tmp_path, step), tmp_path, manifest(step), b"", keep=2)
-    assert [p.name for p in store.published(tmp_path)] == ["step_000006", "step_000008"]
+        publish(tmp_path, step)
+    assert [p.name for p in store.published(RunFolder(tmp_path))] == ["step_000006", "step_000008"]
     assert len(os.listdir(tmp_path / "checkpoints")) == 2
 
 
 def test_missing_and_broken_checkpoints_are_one_line(tmp_path):
     with pytest.raises(DapoError, match="no complete checkpoint"):
-        store.latest(tmp_path)
-    path = store.publish(store.open_partial(tmp_path, 1), tmp_path, manifest(1), b"", keep=2)
+        store.latest(RunFolder(tmp_path))
+    path = publish(tmp_path, 1)
     (path / store.MANIFEST).write_text('{"step": 1')
     with pytest.raises(DapoError, match="cannot be read"):
         store.read_manifest(path)

@@ -25,7 +25,8 @@ from tests.distributed import reference
 from tests.tiny import groups, hf_folder, run_config
 
 from dapo_megatron.actor.training_objective import PolicyObjective
-from dapo_megatron.batching.build import shard_samples, weighted_samples
+from dapo_megatron.batching.build import shard_samples
+from dapo_megatron.batching.sample import weighted_samples
 from dapo_megatron.actor.packing_demands import packing_rules
 from dapo_megatron.weights.exporter import export_stage
 

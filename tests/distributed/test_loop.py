@@ -7,7 +7,8 @@ from tests.distributed.harness import actor_on_rank, run_ranks  # first: patches
 from tests.distributed.test_actor import step_batch
 from tests.tiny import hf_folder, run_config
 
-from dapo_megatron.trainer.loop import merge_updates, old_logprobs
+from dapo_megatron.observe.catalog import reduce_updates
+from dapo_megatron.trainer.loop import old_logprobs
 
 
 def old_and_expected(config):
@@ -39,11 +40,12 @@ def test_updates_become_one_record():
             "policy/loss": loss,
             "mismatch/abs_max": far,
             "optimizer/grad_norm": norm,
+            "optimizer/grad_norm_min": norm,
             "optimizer/lr": lr,
             "optimizer/skipped": skipped,
         }
 
-    assert merge_updates([update(1.0, 0.5, 2.0, 0.1, 1.0), update(3.0, 0.25, 1.0, 0.2, 0.0)]) == {
+    assert reduce_updates([update(1.0, 0.5, 2.0, 0.1, 1.0), update(3.0, 0.25, 1.0, 0.2, 0.0)]) == {
         "policy/loss": 2.0,
         "mismatch/abs_max": 0.5,
         "optimizer/grad_norm": 1.5,

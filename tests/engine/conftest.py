@@ -6,8 +6,8 @@ from contextlib import contextmanager
 import pytest
 
 from dapo_megatron.errors import DapoError
-from dapo_megatron.resharding.engine_control import EngineControl
-from launch.engine import engine_command, engine_environment
+from dapo_megatron.engines.control import EngineControl
+from dapo_megatron.engines.command import engine_command, engine_environment
 from launch.ports import reserved_ports
 from launch.processes import ProcessGroup
 from tests.tiny import hf_folder, run_config

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dapo_megatron.compat import SGLANG_CPU
-from launch.engine import engine_environment
+from dapo_megatron.engines.command import engine_environment
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(torch.cuda.is_available(), reason="the stand-ins are for CPU")]
 

@@ -8,9 +8,9 @@ from tests.engine.conftest import ENGINE
 from tests.tiny import hf_folder, run_config
 
 from dapo_megatron.errors import DapoError
-from dapo_megatron.resharding.engine_control import EngineControl
+from dapo_megatron.engines.control import EngineControl
 from dapo_megatron.resharding.push import Pusher
-from dapo_megatron.resharding.verify import verify_logprobs
+from dapo_megatron.resharding.verify import Verifier
 
 PROMPTS = [[5, 9, 33, 2, 60, 17, 8], [3, 4], [61, 12, 12, 40, 7]]
 
@@ -20,7 +20,7 @@ def push_and_verify(config, url, version):
     pusher = Pusher(config, actor, [url])
     pusher.connect()
     metrics = pusher.push(version)
-    difference = verify_logprobs(actor, pusher, PROMPTS, 1e-4)
+    difference = Verifier(config, actor, pusher, PROMPTS).verify()
     pusher.close()
     return difference, metrics
 
@@ -29,7 +29,7 @@ def push_and_verify(config, url, version):
 def test_push_from_every_layout(tmp_path, engine_url, layout):
     # Other weights than the server holds, and buckets small enough that there are several.
     path = hf_folder(tmp_path, "qwen3", tied=True, seed=list(LAYOUTS).index(layout) + 2)
-    config = run_config(path, actor=LAYOUTS[layout], engine=ENGINE, resharding={"bucket_mb": 1})
+    config = run_config(path, actor=LAYOUTS[layout], engine=ENGINE, resharding={"bucket_mib": 1})
     version = 10 + list(LAYOUTS).index(layout)
     results = run_ranks(config.world_size, push_and_verify, config, engine_url, version)
     assert all(difference <= 1e-4 for difference, _ in results)
@@ -41,7 +41,7 @@ def verify_without_push(config, url):
     actor = actor_on_rank(config)
     pusher = Pusher(config, actor, [url])
     try:
-        verify_logprobs(actor, pusher, PROMPTS, 1e-4)
+        Verifier(config, actor, pusher, PROMPTS).verify()
     except DapoError as e:
         return str(e)
 

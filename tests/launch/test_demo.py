@@ -3,6 +3,7 @@
 import pytest
 
 from dapo_megatron.observe.metrics import read_metrics
+from dapo_megatron.run_folder import RunFolder
 from launch.demo import prepare
 from tests.launch.conftest import finish, start
 
@@ -25,7 +26,7 @@ def run(demo, run_dir, steps, *overrides):
         start("launch/recipes/demo.yaml", f"run_dir={run_dir}", *files, *schedule, *overrides), timeout=600
     )
     assert code == 0, output
-    before, *steps = read_metrics(run_dir)
+    before, *steps = read_metrics(RunFolder(run_dir))
     return before, steps
 
 

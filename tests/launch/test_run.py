@@ -11,6 +11,7 @@ import pytest
 
 from dapo_megatron.checkpoint.store import latest
 from dapo_megatron.observe.metrics import read_metrics
+from dapo_megatron.run_folder import RunFolder
 from tests.launch.conftest import finish, start
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -38,7 +39,7 @@ def descendants(process, role):
 
 
 def wait_for_steps(run_dir, count, process):
-    while len(read_metrics(run_dir)) < count:
+    while len(read_metrics(RunFolder(run_dir))) < count:
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.2)
 
@@ -62,7 +63,7 @@ def test_a_run_is_stopped_dies_resumes_and_ends(job):
     assert code == 1 and "holds a run already" in output
 
     for role in ("trainer rank", "controller", "engine"):
-        seen = len(read_metrics(run_dir))
+        seen = len(read_metrics(RunFolder(run_dir)))
         process = start(recipe, "--resume", "trainer.steps=1000")
         wait_for_steps(run_dir, seen + 1, process)
         everything = psutil.Process(process.pid).children(recursive=True)
@@ -72,12 +73,14 @@ def test_a_run_is_stopped_dies_resumes_and_ends(job):
         assert role.split()[0] in output and ".log" in output
         assert not alive(everything), role
         # Whatever the moment: who goes on from a checkpoint has the record of its step.
-        assert read_metrics(run_dir)[-1]["step"] >= int(latest(run_dir).name.removeprefix("step_"))
+        assert read_metrics(RunFolder(run_dir))[-1]["step"] >= int(
+            latest(RunFolder(run_dir)).name.removeprefix("step_")
+        )
 
-    last = read_metrics(run_dir)[-1]["step"] + 2
+    last = read_metrics(RunFolder(run_dir))[-1]["step"] + 2
     code, output, _ = finish(start(recipe, "--resume", f"trainer.steps={last}"))
     assert code == 0, output
-    records = read_metrics(run_dir)
+    records = read_metrics(RunFolder(run_dir))
     assert [r["step"] for r in records] == list(range(last + 1))
     # 2 updates a step, 8 of warm-up: after step s the rate is lr * min(1, 2 s / 8), across every resume.
     assert [r["optimizer/lr"] for r in records[1:]] == pytest.approx([1e-3 * min(1, s / 4) for s in range(1, last + 1)])

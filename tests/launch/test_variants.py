@@ -10,6 +10,7 @@ import pytest
 from dapo_megatron.batching.wire import decode_step_batch
 from dapo_megatron.observe.metrics import read_metrics
 from dapo_megatron.rollout.ledger import read_ledger
+from dapo_megatron.run_folder import RunFolder
 from tests.launch.conftest import finish, recipe, start
 from tests.tiny import hf_folder
 
@@ -31,7 +32,7 @@ def test_ahead_of_the_trainer_on_two_engines_with_a_rollout_of_ones_own(tmp_path
 
     code, output, _ = finish(start(path, f"data.train={tmp_path / 'train.parquet'}", *fields))
     assert code == 0, output
-    records = read_metrics(tmp_path / "run")[1:]
+    records = read_metrics(RunFolder(tmp_path / "run"))[1:]
     assert [r["step"] for r in records] == [1, 2, 3, 4]
     # Batch k + 1 is begun when batch k leaves: its oldest tokens are one version behind, and never more.
     assert records[0]["rollout/lag_max"] == 0 and max(r["rollout/lag_max"] for r in records) == 1
@@ -61,7 +62,7 @@ def test_a_mixture_of_experts_spread_over_ranks(tmp_path):
     arguments = [f"model.path={tmp_path / 'moe'}", "data.eval=null"]
     code, output, _ = finish(start(path, *arguments))
     assert code == 0, output
-    records = read_metrics(tmp_path / "run")[1:]
+    records = read_metrics(RunFolder(tmp_path / "run"))[1:]
     assert [r["step"] for r in records] == [1, 2]
     assert all(r["sync/logprob_difference"] <= 1e-4 for r in records)
     assert all(r["optimizer/grad_norm_min"] > 0 for r in records)

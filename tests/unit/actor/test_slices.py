@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dapo_megatron.actor.slices import context_order, context_rows, own_rows
-from dapo_megatron.batching.packing import Sample, pack_micro_batch
+from dapo_megatron.batching.packing import pack_micro_batch
+from dapo_megatron.batching.sample import training_sample
 from tests.unit.batching.test_build import make_group, make_response
 
 
@@ -25,7 +26,7 @@ def micro_batches(draw):
 
 
 def _sample(group):
-    return Sample(group.prompt, group.responses[0], 1.0)
+    return training_sample(group.prompt, group.responses[0], 1.0)
 
 
 @settings(deadline=None)

@@ -9,21 +9,24 @@ import torch
 
 from dapo_megatron.errors import DapoError
 from dapo_megatron.observe.metrics import MetricsWriter, read_metrics
+from dapo_megatron.run_folder import RunFolder
 
 
 def open_writer(run_dir, resume_step=None, **options):
-    return MetricsWriter(run_dir, **{"tensorboard": False, "wandb_project": None} | options, resume_step=resume_step)
+    return MetricsWriter(
+        RunFolder(run_dir), **{"tensorboard": False, "wandb_project": None} | options, resume_step=resume_step
+    )
 
 
 def steps(run_dir):
-    return [record["step"] for record in read_metrics(run_dir)]
+    return [record["step"] for record in read_metrics(RunFolder(run_dir))]
 
 
 def test_round_trip_keeps_every_name_and_non_finite_values_become_nan(tmp_path):
     record = {"step": 1, "time": 1.7e9, "version": 2, "reward/mean": 0.1 + 0.2, "my own/metric": math.inf}
     open_writer(tmp_path).write(record | {"policy/loss": math.nan, "a/b": np.float32(0.5), "c/d": torch.tensor(2.0)})
 
-    (back,) = read_metrics(tmp_path)
+    (back,) = read_metrics(RunFolder(tmp_path))
     assert back["reward/mean"] == 0.1 + 0.2 and back["step"] == 1 and back["version"] == 2
     assert math.isnan(back["policy/loss"]) and math.isnan(back["my own/metric"])
     assert back["a/b"] == 0.5 and back["c/d"] == 2.0
@@ -44,14 +47,14 @@ def test_resume_replaces_the_history_beyond_the_checkpoint(tmp_path):
     resumed = open_writer(tmp_path, resume_step=3)
     assert steps(tmp_path) == [0, 1, 2, 3]
     resumed.write({"step": 4, "reward/mean": 2.0})
-    assert [(r["step"], r["reward/mean"]) for r in read_metrics(tmp_path)][-2:] == [(3, 1.0), (4, 2.0)]
+    assert [(r["step"], r["reward/mean"]) for r in read_metrics(RunFolder(tmp_path))][-2:] == [(3, 1.0), (4, 2.0)]
     assert list(tmp_path.glob("*.new")) == []
 
 
 def test_a_new_run_starts_a_new_history(tmp_path):
     open_writer(tmp_path).write({"step": 0})
     open_writer(tmp_path)
-    assert read_metrics(tmp_path) == []
+    assert read_metrics(RunFolder(tmp_path)) == []
 
 
 def test_a_torn_last_line_is_ignored_and_goes_at_the_next_resume(tmp_path):
@@ -65,7 +68,7 @@ def test_a_torn_last_line_is_ignored_and_goes_at_the_next_resume(tmp_path):
 
 
 def test_a_run_without_metrics_has_none(tmp_path):
-    assert read_metrics(tmp_path / "nowhere") == []
+    assert read_metrics(RunFolder(tmp_path / "nowhere")) == []
 
 
 def test_tensorboard_gets_every_scalar_and_forgets_abandoned_history(tmp_path):

@@ -1,11 +1,12 @@
 import io
-import json
 import time
 
 from rich.console import Console
 
 from dapo_megatron.observe.metrics import MetricsWriter
-from dapo_megatron.observe.progress import ProgressDisplay, sparkline, step_line, write_status
+from dapo_megatron.observe.display import ProgressDisplay, sparkline, step_line
+from dapo_megatron.process import Reporter
+from dapo_megatron.run_folder import RunFolder
 
 RECORD = {
     "version": 1,
@@ -26,11 +27,16 @@ RECORD = {
 
 
 def writer(run_dir, resume_step=None):
-    return MetricsWriter(run_dir, tensorboard=False, wandb_project=None, resume_step=resume_step)
+    return MetricsWriter(RunFolder(run_dir), tensorboard=False, wandb_project=None, resume_step=resume_step)
 
 
 def record(step):
     return {"step": step, "time": time.time()} | RECORD
+
+
+def report(run_dir, process, phase, detail):
+    with Reporter(RunFolder(run_dir), process) as reporter:
+        reporter.phase(phase, detail)
 
 
 def terminal():
@@ -42,9 +48,9 @@ def test_the_display_shows_what_matters(tmp_path):
     metrics.write(record(1))
     # An evaluation is shown until the next one.
     metrics.write({k: v for k, v in record(2).items() if k != "eval/accuracy"})
-    write_status(tmp_path, "controller", "generate", "groups 12/32")
+    report(tmp_path, "controller", "generate", "groups 12/32")
     console = terminal()
-    with ProgressDisplay(tmp_path, 10, console) as display:
+    with ProgressDisplay(RunFolder(tmp_path), 10, console) as display:
         display.poll()
         console.print(display.render())
 
@@ -58,9 +64,9 @@ def test_the_display_shows_what_matters(tmp_path):
 
 
 def test_the_display_before_the_first_step_and_with_markup_in_a_status(tmp_path):
-    write_status(tmp_path, "trainer", "start", "[bold]not markup[/x]")
+    report(tmp_path, "trainer-0", "start", "[bold]not markup[/x]")
     console = terminal()
-    display = ProgressDisplay(tmp_path, 10, console)
+    display = ProgressDisplay(RunFolder(tmp_path), 10, console)
     console.print(display.render())
     text = console.export_text()
     assert "step 0/10" in text and "first step" in text and "[bold]not markup[/x]" in text
@@ -70,7 +76,7 @@ def test_without_a_terminal_each_step_is_one_line_once(tmp_path):
     metrics = writer(tmp_path)
     metrics.write(record(1))
     output = io.StringIO()
-    with ProgressDisplay(tmp_path, 10, Console(file=output, width=40)) as display:
+    with ProgressDisplay(RunFolder(tmp_path), 10, Console(file=output, width=40)) as display:
         display.poll()
         assert output.getvalue() == ""  # history of an earlier start
         for step in (2, 3):
@@ -85,7 +91,7 @@ def test_without_a_terminal_each_step_is_one_line_once(tmp_path):
 def test_steps_done_again_after_a_resume_are_shown_again(tmp_path):
     metrics = writer(tmp_path)
     output = io.StringIO()
-    display = ProgressDisplay(tmp_path, 10, Console(file=output))
+    display = ProgressDisplay(RunFolder(tmp_path), 10, Console(file=output))
     for step in (1, 2, 3):
         metrics.write(record(step))
     display.poll()
@@ -97,15 +103,6 @@ def test_steps_done_again_after_a_resume_are_shown_again(tmp_path):
         "step 3/10",
         "step 2/10",
     ]
-
-
-def test_a_status_is_replaced_as_a_whole(tmp_path):
-    write_status(tmp_path, "trainer", "update")
-    write_status(tmp_path, "trainer", "push", "bucket 2/4")
-    status = json.loads((tmp_path / "status-trainer.json").read_text())
-    assert (status["phase"], status["detail"]) == ("push", "bucket 2/4")
-    assert abs(status["since"] - time.time()) < 60
-    assert [path.name for path in tmp_path.iterdir()] == ["status-trainer.json"]
 
 
 def test_step_line_leaves_out_what_was_not_measured():

@@ -8,6 +8,7 @@ from dapo_megatron.errors import DapoError
 from dapo_megatron.observe.metrics import MetricsWriter
 from dapo_megatron.observe.report import CHARTS, SAMPLED_STEPS, SHOWN_CHARACTERS, write_report
 from dapo_megatron.observe.samples import SampleWriter
+from dapo_megatron.run_folder import RunFolder
 from tests.unit.observe.test_samples import make_group
 
 HOSTILE = "</script><script>alert(1)</script><!-- <script> {{plotly}} \u2028 <img src=x onerror=alert(2)>"
@@ -38,8 +39,8 @@ class Page(HTMLParser):
 
 
 def make_run(run_dir, steps=4, text=HOSTILE, **extra):
-    metrics = MetricsWriter(run_dir, tensorboard=False, wandb_project=None, resume_step=None)
-    samples = SampleWriter(run_dir, resume_step=None)
+    metrics = MetricsWriter(RunFolder(run_dir), tensorboard=False, wandb_project=None, resume_step=None)
+    samples = SampleWriter(RunFolder(run_dir), resume_step=None)
     names = [name for chart in CHARTS for name in chart.series]
     for step in range(1, steps + 1):
         metrics.write({"step": step, "time": 60.0 * step, "version": step} | dict.fromkeys(names, step / 10) | extra)
@@ -50,7 +51,7 @@ def make_run(run_dir, steps=4, text=HOSTILE, **extra):
 
 
 def read_page(run_dir):
-    return Page(write_report(run_dir).read_text("utf-8"))
+    return Page(write_report(RunFolder(run_dir)).read_text("utf-8"))
 
 
 def test_the_page_has_every_curve_and_the_summary(tmp_path):
@@ -112,7 +113,7 @@ def test_long_runs_and_long_texts_stay_light(tmp_path):
 
 
 def test_metrics_alone_are_enough(tmp_path):
-    metrics = MetricsWriter(tmp_path, tensorboard=False, wandb_project=None, resume_step=None)
+    metrics = MetricsWriter(RunFolder(tmp_path), tensorboard=False, wandb_project=None, resume_step=None)
     metrics.write({"step": 0, "eval/accuracy": 0.25})
     page = read_page(tmp_path)
     assert [chart["title"] for chart in page.data["charts"]] == ["Held-out accuracy"]
@@ -121,4 +122,4 @@ def test_metrics_alone_are_enough(tmp_path):
 
 def test_a_folder_without_metrics_is_named(tmp_path):
     with pytest.raises(DapoError, match=f"no metrics in {tmp_path}"):
-        write_report(tmp_path)
+        write_report(RunFolder(tmp_path))

@@ -3,6 +3,7 @@ import math
 
 from dapo_megatron.observe.samples import SampleWriter, read_samples
 from dapo_megatron.records import Group, Prompt, Response, VersionSpan
+from dapo_megatron.run_folder import RunFolder
 
 
 def make_group(verdicts, text="4", advantage=0.5):
@@ -28,9 +29,9 @@ def make_group(verdicts, text="4", advantage=0.5):
 
 
 def test_a_group_is_kept_with_all_that_was_decided_about_it(tmp_path):
-    SampleWriter(tmp_path, resume_step=None).write(3, [make_group(["right", "unknown"])])
+    SampleWriter(RunFolder(tmp_path), resume_step=None).write(3, [make_group(["right", "unknown"])])
 
-    (group,) = read_samples(tmp_path)
+    (group,) = read_samples(RunFolder(tmp_path))
     assert group["step"] == 3 and group["prompt_id"] == "file:7" and group["prompt"] == "2 + 2?"
     assert group["ground_truth"] == "4" and group["outcome"] == "mixed"
     assert group["responses"][1] == {
@@ -47,17 +48,17 @@ def test_a_group_is_kept_with_all_that_was_decided_about_it(tmp_path):
 
 def test_hostile_text_comes_back_unchanged(tmp_path):
     text = "line\nline\r\u2028\x00</script>\ud800 \U0001f600"
-    SampleWriter(tmp_path, resume_step=None).write(0, [make_group(["wrong"], text, math.nan)])
+    SampleWriter(RunFolder(tmp_path), resume_step=None).write(0, [make_group(["wrong"], text, math.nan)])
 
-    (group,) = read_samples(tmp_path)
+    (group,) = read_samples(RunFolder(tmp_path))
     assert group["responses"][0]["text"] == text and group["responses"][0]["advantage"] is None
     assert group["outcome"] == "all_wrong"
     json.loads((tmp_path / "samples.jsonl").read_text())
 
 
 def test_resume_cuts_later_steps(tmp_path):
-    writer = SampleWriter(tmp_path, resume_step=None)
+    writer = SampleWriter(RunFolder(tmp_path), resume_step=None)
     for step in (1, 2, 3):
         writer.write(step, [make_group(["right"])] * 2)
-    SampleWriter(tmp_path, resume_step=2).write(3, [make_group(["right"])])
-    assert [group["step"] for group in read_samples(tmp_path)] == [1, 1, 2, 2, 3]
+    SampleWriter(RunFolder(tmp_path), resume_step=2).write(3, [make_group(["right"])])
+    assert [group["step"] for group in read_samples(RunFolder(tmp_path))] == [1, 1, 2, 2, 3]

@@ -1,5 +1,6 @@
 """From verdicts to rewards, advantages and masks."""
 
+import msgspec
 import pytest
 
 from dapo_megatron.records import Group, Prompt, Response, VersionSpan
@@ -22,8 +23,10 @@ def group(*responses):
 
 
 def scored(tmp_path, g, **sections):
-    score_group(g, run_config(tmp_path, **sections))
-    return g.responses
+    before = msgspec.msgpack.encode(g)
+    responses = score_group(g, run_config(tmp_path, **sections)).responses
+    assert msgspec.msgpack.encode(g) == before  # the group itself is not changed
+    return responses
 
 
 def test_rewards_by_hand(tmp_path):

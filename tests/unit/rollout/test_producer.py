@@ -6,9 +6,10 @@ import random
 import pytest
 
 from dapo_megatron.errors import DapoError
-from dapo_megatron.records import Group, Prompt, Response, VersionSpan
-from dapo_megatron.rollout.collector import Collector
+from dapo_megatron.records import Prompt, Response, ScoredGroup, VersionSpan
+from dapo_megatron.rollout.buffer import GroupBuffer
 from dapo_megatron.rollout.ledger import Ledger, read_ledger
+from dapo_megatron.rollout.producer import Producer
 from tests.tiny import run_config
 
 PROMPTS = [Prompt(id=f"p{i}", input_ids=[1], ground_truth="", text="", row=i) for i in range(50)]
@@ -25,7 +26,7 @@ class World:
         self.made.append(prompt.id)
         await asyncio.sleep(random.random() * 0.003)
         verdicts = {"mixed": ["right", "wrong"], "all_right": ["right"] * 2, "all_wrong": ["wrong"] * 2}
-        return Group(
+        return ScoredGroup(
             order,
             prompt,
             [
@@ -35,14 +36,15 @@ class World:
         )
 
 
-def collector(tmp_path, world, state=None, cut=None, wanted=4, **algorithm):
+def producer(tmp_path, world, state=None, cut=None, wanted=4, **algorithm):
     config = run_config(
         tmp_path,
         rollout={"prompts_per_step": wanted, "group_size": 2},
         trainer={"mini_batch_prompts": 1},
         algorithm=algorithm,
     )
-    return Collector(config, PROMPTS, world.make_group, Ledger(tmp_path / "ledger.jsonl", cut_to_step=cut), state)
+    buffer = GroupBuffer(PROMPTS, seed=config.seed, shuffle=config.data.shuffle, state=state)
+    return Producer(config, buffer, world.make_group, Ledger(tmp_path / "ledger.jsonl", cut_to_step=cut))
 
 
 def steps(c, world, first, last):
@@ -50,7 +52,7 @@ def steps(c, world, first, last):
         out = []
         for step in range(first, last + 1):
             world.version = step - 1
-            out.append(await c.collect(step, step - 1, lambda _: None))
+            out.append(await c.produce(step, step - 1, lambda _: None))
         return out
 
     return asyncio.run(run())
@@ -62,7 +64,7 @@ def every_third(prompt):
 
 def test_steps_are_full_of_mixed_groups_in_issue_order(tmp_path):
     world = World(every_third)
-    for collected in steps(collector(tmp_path, world), world, 1, 6):
+    for collected in steps(producer(tmp_path, world), world, 1, 6):
         assert len(collected.groups) == 4
         assert all(every_third(g.prompt) == "mixed" for g in collected.groups)
         orders = [g.order for g in collected.groups]
@@ -71,7 +73,7 @@ def test_steps_are_full_of_mixed_groups_in_issue_order(tmp_path):
 
 def test_surplus_is_carried_and_consumed_first(tmp_path):
     world = World(every_third)
-    results = steps(collector(tmp_path, world), world, 1, 6)
+    results = steps(producer(tmp_path, world), world, 1, 6)
     carried = False
     for before, after in zip(results, results[1:], strict=False):
         if before.metrics["groups/surplus"]:
@@ -85,18 +87,18 @@ def test_surplus_is_carried_and_consumed_first(tmp_path):
 
 def test_ledger_knows_every_prompt_once(tmp_path):
     world = World(every_third)
-    c = collector(tmp_path, world)
+    c = producer(tmp_path, world)
     steps(c, world, 1, 6)
     last_fate = {e.order: e.fate for e in read_ledger(tmp_path / "ledger.jsonl")}
-    assert sorted(last_fate) == list(range(c.state.next_order))
+    assert sorted(last_fate) == list(range(c.buffer.state.next_order))
     assert list(last_fate.values()).count("kept") == 24
-    assert not c.ledger.pending
+    assert not c.buffer.issued
 
 
 def test_too_old_groups_are_issued_again(tmp_path):
     world = World(lambda p: "mixed")
-    c = collector(tmp_path, world)
-    c.state.kept_share = 0.25  # the first round is four times too large
+    c = producer(tmp_path, world)
+    c.buffer.state.kept_share = 0.25  # the first round is four times too large
     first, second, third = steps(c, world, 1, 3)
     assert first.metrics["groups/surplus"] == 12
     assert second.metrics["groups/carried_in"] == 12 and second.metrics["groups/stale"] == 0
@@ -109,7 +111,7 @@ def test_too_old_groups_are_issued_again(tmp_path):
 def test_hopeless_search_says_what_was_seen(tmp_path):
     world = World(lambda p: "all_right" if p.row % 5 else "all_wrong")
     with pytest.raises(DapoError) as e:
-        steps(collector(tmp_path, world, max_generation_rounds=3), world, 1, 1)
+        steps(producer(tmp_path, world, max_generation_rounds=3), world, 1, 1)
     text = str(e.value)
     assert "after 3 rounds" in text and "0 of 4" in text and "all right" in text and "all wrong" in text
     assert "\n" not in text
@@ -117,13 +119,13 @@ def test_hopeless_search_says_what_was_seen(tmp_path):
 
 def test_without_dynamic_sampling_every_group_is_kept(tmp_path):
     world = World(every_third)
-    (collected,) = steps(collector(tmp_path, world, dynamic_sampling=False), world, 1, 1)
+    (collected,) = steps(producer(tmp_path, world, dynamic_sampling=False), world, 1, 1)
     assert [g.order for g in collected.groups] == [0, 1, 2, 3]
 
 
 def test_more_steps_than_prompts_go_on_with_the_next_epoch(tmp_path):
     world = World(lambda p: "mixed")
-    steps(collector(tmp_path, world, wanted=30), world, 1, 4)
+    steps(producer(tmp_path, world, wanted=30), world, 1, 4)
     assert {world.made.count(p.id) for p in PROMPTS} == {2, 3}
 
 
@@ -131,9 +133,9 @@ def test_more_steps_than_prompts_go_on_with_the_next_epoch(tmp_path):
 def test_resumed_run_goes_on_as_if_never_stopped(tmp_path, cut):
     whole, half = World(every_third), World(every_third)
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
-    expected = steps(collector(tmp_path / "a", whole), whole, 1, 6)
-    before = steps(collector(tmp_path / "b", half), half, 1, 5)  # died in step 6, two steps after its checkpoint
-    after = steps(collector(tmp_path / "b", half, state=before[cut - 1].state, cut=cut), half, cut + 1, 6)
+    expected = steps(producer(tmp_path / "a", whole), whole, 1, 6)
+    before = steps(producer(tmp_path / "b", half), half, 1, 5)  # died in step 6, two steps after its checkpoint
+    after = steps(producer(tmp_path / "b", half, state=before[cut - 1].state, cut=cut), half, cut + 1, 6)
     got = before[:cut] + after
     assert [[(g.order, g.prompt.id) for g in c.groups] for c in got] == [
         [(g.order, g.prompt.id) for g in c.groups] for c in expected
@@ -144,7 +146,7 @@ def test_resumed_run_goes_on_as_if_never_stopped(tmp_path, cut):
 
 def test_torn_ledger_line_is_left_out(tmp_path):
     world = World(every_third)
-    steps(collector(tmp_path, world), world, 1, 2)
+    steps(producer(tmp_path, world), world, 1, 2)
     path = tmp_path / "ledger.jsonl"
     whole = read_ledger(path)
     path.write_bytes(path.read_bytes() + b'{"step": 3, "ord')

@@ -2,12 +2,12 @@
 
 import re
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import httpx
 
-from dapo_megatron.errors import DapoError
-from dapo_megatron.resharding.plan import Bucket
+from dapo_megatron.errors import EngineError
 
 SESSIONS_SINCE = (0, 5, 21)
 """First SGLang release whose weight updates must stand between begin_weight_update and end_weight_update; what is asked
@@ -17,9 +17,15 @@ of such servers only, all of them know."""
 class EngineControl:
     """One server, told by its URL; every call has a deadline, and its error names the server and the call."""
 
-    def __init__(self, url: str, timeout_s: float):
-        self.url = url
-        self._http = httpx.Client(base_url=url, timeout=httpx.Timeout(timeout_s, connect=10.0))
+    def __init__(self, url: str, timeout_s: float, api_key: str | None = None):
+        """
+        Args:
+            timeout_s: seconds for one call.
+            api_key: what the server was started with.
+        """
+        self.url, self.timeout_s = url, timeout_s
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._http = httpx.Client(base_url=url, timeout=httpx.Timeout(timeout_s, connect=10.0), headers=headers)
         self.has_sessions = False
         self.tensor_parallel_size = 1
 
@@ -27,17 +33,20 @@ class EngineControl:
         """Wait until the server answers, then read its release and its tensor parallelism.
 
         Raises:
-            DapoError: it did not answer in time.
+            EngineError: it did not answer in time.
         """
         end = time.monotonic() + timeout_s
         while True:
             try:
-                if self._http.get("/model_info", timeout=5.0).status_code == 200:
+                status = self._http.get("/model_info", timeout=5.0).status_code
+                if status == 200:
                     break
+                if status in (401, 403):
+                    raise EngineError(f"engine {self.url} refuses this run's key: another program serves there")
             except httpx.TransportError:
                 pass
             if time.monotonic() > end:
-                raise DapoError(f"engine {self.url} did not answer within {timeout_s:.0f} s: see logs/engine-*.log")
+                raise EngineError(f"engine {self.url} did not answer within {timeout_s:.0f} s: see logs/engine-*.log")
             time.sleep(0.25)
         info = self._call("GET", "/server_info")
         release = tuple(int(n) for n in re.findall(r"\d+", info["version"])[:3])
@@ -71,7 +80,7 @@ class EngineControl:
             self._call("POST", "/end_weight_update", {})
 
     def flush_cache(self) -> None:
-        """Drop the KV cache that the old weights produced, where receive_bucket has not done it.
+        """Drop the KV cache that the old weights produced, where receive_tensors has not done it.
 
         Older servers refuse a flush in the middle of an update while retracted requests wait; on newer ones on CPU this
         call runs the garbage collector, which takes longer than the whole push of a small model.
@@ -85,7 +94,7 @@ class EngineControl:
 
     def version(self) -> str:
         """Name of the weights that are served."""
-        return self._call("GET", "/model_info")["weight_version"]
+        return str(self._call("GET", "/model_info")["weight_version"])
 
     def join_group(self, group: str, address: str, port: int, rank: int, world: int, backend: str) -> None:
         """Join the process group of a sender; blocks until all its members have joined."""
@@ -103,16 +112,20 @@ class EngineControl:
         """Leave a sender's process group."""
         self._call("POST", "/destroy_weights_update_group", {"group_name": group})
 
-    def receive_bucket(self, group: str, bucket: Bucket, *, flush_cache: bool) -> None:
-        """Receive one bucket broadcast by the group's rank 0 and load it; blocks until it is loaded.
+    def receive_tensors(
+        self, group: str, names: Sequence[str], shapes: Sequence[Sequence[int]], dtype: str, *, flush_cache: bool
+    ) -> None:
+        """Receive tensors that the group's rank 0 broadcasts as one flat buffer, and load them; blocks until then.
 
         Args:
+            names, shapes: in the order of the buffer.
+            dtype: of all of them.
             flush_cache: then drop the KV cache that the old weights produced, where the server has update sessions.
         """
         body = {
-            "names": list(bucket.names),
-            "dtypes": [bucket.dtype] * len(bucket.names),
-            "shapes": [list(s) for s in bucket.shapes],
+            "names": list(names),
+            "dtypes": [dtype] * len(names),
+            "shapes": [list(s) for s in shapes],
             "group_name": group,
             "load_format": "flattened_bucket",
             "flush_cache": flush_cache and self.has_sessions,
@@ -138,10 +151,12 @@ class EngineControl:
         try:
             reply = self._http.request(method, path, json=body)
         except httpx.TimeoutException:
-            raise DapoError(f"engine {self.url} did not answer {path} in time: see logs/engine-*.log") from None
+            raise EngineError(
+                f"engine {self.url} did not answer {path} within {self.timeout_s:.0f} s: see logs/engine-*.log"
+            ) from None
         except httpx.TransportError as e:
-            raise DapoError(f"engine {self.url} is gone ({path}: {e}): see logs/engine-*.log") from None
+            raise EngineError(f"engine {self.url} is gone ({path}: {e}): see logs/engine-*.log") from None
         data = reply.json() if "json" in reply.headers.get("content-type", "") else reply.text
         if reply.status_code != 200 or (isinstance(data, dict) and data.get("success") is False):
-            raise DapoError(f"engine {self.url} refused {path}: HTTP {reply.status_code} {str(data)[:500]}")
+            raise EngineError(f"engine {self.url} refused {path}: HTTP {reply.status_code} {str(data)[:500]}")
         return data

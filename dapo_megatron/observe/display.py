@@ -1,14 +1,12 @@
 """What a person watches while a run goes on: a live display, drawn by the launcher from files others write.
 
-Every process says what it is doing in status-<who>.json; the numbers come from metrics.jsonl. On a terminal the
+Every process says what it is doing in the run folder; the numbers come from its metrics. On a terminal the
 display is redrawn in place; elsewhere (nohup, a batch job's log) there is one plain line a step.
 """
 
-import json
 import math
 import statistics
 import time
-from pathlib import Path
 from typing import Self
 
 from rich.console import Console, Group
@@ -18,26 +16,21 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from dapo_megatron.observe import metrics
+from dapo_megatron.observe import catalog as m
 from dapo_megatron.observe.metrics import Record, read_metrics
+from dapo_megatron.process import read_statuses
+from dapo_megatron.run_folder import RunFolder
 
 BLOCKS = "▁▂▃▄▅▆▇█"
-PHASES = ("generate", "old_logprobs", "update", "push", "verify", "checkpoint", "evaluate")
-
-
-def write_status(run_dir: str | Path, who: str, phase: str, detail: str = "") -> None:
-    """Say what process `who` does now ("generate", "groups 12/32"); replaces its last status atomically."""
-    path = Path(run_dir) / f"status-{who}.json"
-    aside = path.with_suffix(".new")
-    aside.write_text(json.dumps({"phase": phase, "detail": detail, "since": time.time()}))
-    aside.replace(path)
+SHOWN = ("controller", "trainer-0")
+"""Processes whose phase is shown: the trainer's other ranks do what the first one does."""
 
 
 class ProgressDisplay:
     """Live display of one run, without threads: inside its `with`, call `poll` a few times a second."""
 
-    def __init__(self, run_dir: str | Path, total_steps: int, console: Console | None = None):
-        self._run_dir, self._total_steps = Path(run_dir), total_steps
+    def __init__(self, folder: RunFolder, total_steps: int, console: Console | None = None):
+        self._folder, self._total_steps = folder, total_steps
         self._console = console or Console()
         self._records: list[Record] = []
         self._seen: tuple[int, int, int] | None = None
@@ -65,21 +58,21 @@ class ProgressDisplay:
     def render(self) -> Panel:
         """The display as it stands."""
         known = _latest(self._records)
-        title = f"[bold]dapo_megatron[/] · {self._run_dir.name}"
+        title = f"[bold]dapo_megatron[/] · {self._folder.name}"
         parts = [self._bar(known), Text(), _numbers(known, self._records), Text(), _phase_times(known)]
         parts += [Text(), self._statuses()]
         return Panel(Group(*parts), title=title, title_align="left", border_style="cyan", padding=(1, 2))
 
     def _refresh(self) -> list[Record]:
         """Read the records again if the file changed; returns the new ones (a resume takes some back)."""
-        path = self._run_dir / metrics.FILE
+        path = self._folder.metrics
         if not path.exists():
             return []
         stat = path.stat()
         seen = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
         if seen == self._seen:
             return []
-        old, self._records, self._seen = self._records, read_metrics(self._run_dir), seen
+        old, self._records, self._seen = self._records, read_metrics(self._folder), seen
         shared = 0
         for before, now in zip(old, self._records, strict=False):
             if (before["step"], before.get("time")) != (now["step"], now.get("time")):
@@ -88,7 +81,7 @@ class ProgressDisplay:
         return self._records[shared:]
 
     def _bar(self, known: Record) -> Table:
-        done = int(known.get("step", 0))
+        done = int(known.get(m.STEP, 0))
         row = Table.grid(padding=(0, 2), expand=True)
         row.add_column(no_wrap=True)
         row.add_column(ratio=1)
@@ -98,7 +91,7 @@ class ProgressDisplay:
         return row
 
     def _time_left(self, done: int) -> str:
-        seconds = [record["time/step"] for record in self._records if "time/step" in record]
+        seconds = [record[m.STEP_SECONDS] for record in self._records if m.STEP_SECONDS in record]
         if not seconds:
             return "[dim]first step[/]"
         left = statistics.median(seconds[-10:]) * max(self._total_steps - done, 0)
@@ -106,11 +99,10 @@ class ProgressDisplay:
 
     def _statuses(self) -> Table:
         grid = Table.grid(padding=(0, 2))
-        for path in sorted(self._run_dir.glob("status-*.json")):
-            status = json.loads(path.read_text())
-            age = _clock(max(time.time() - status["since"], 0))
-            who = path.stem.removeprefix("status-")
-            grid.add_row(Text(who, "bold"), Text(status["phase"], "cyan"), Text(status["detail"]), Text(age, "dim"))
+        for s in read_statuses(self._folder):
+            age = _clock(max(time.time() - s.since, 0))
+            if s.process in SHOWN:
+                grid.add_row(Text(s.process, "bold"), Text(s.phase, "cyan"), Text(s.detail), Text(age, "dim"))
         return grid
 
 
@@ -118,16 +110,16 @@ def step_line(record: Record, total_steps: int) -> str:
     """One step as one line of plain text; what was not measured is left out."""
     parts = [f"step {record['step']:.0f}/{total_steps}"]
     for label, name, form in (
-        ("reward", "reward/mean", "{:+.3f}"),
-        ("accuracy", "reward/accuracy", "{:.1%}"),
-        ("length", "response/length_mean", "{:.0f}"),
-        ("entropy", "policy/entropy", "{:.3f}"),
-        ("kept", "groups/kept", "{:.0f}"),
-        ("grad norm", "optimizer/grad_norm", "{:.3f}"),
-        ("tokens/s", "speed/response_tokens_per_second", "{:.0f}"),
-        ("seconds", "time/step", "{:.1f}"),
-        ("eval", "eval/accuracy", "{:.1%}"),
-        ("eval greedy", "eval/greedy_accuracy", "{:.1%}"),
+        ("reward", m.REWARD, "{:+.3f}"),
+        ("accuracy", m.ACCURACY, "{:.1%}"),
+        ("length", m.LENGTH_MEAN, "{:.0f}"),
+        ("entropy", m.ENTROPY, "{:.3f}"),
+        ("kept", m.GROUPS_KEPT, "{:.0f}"),
+        ("grad norm", m.GRAD_NORM, "{:.3f}"),
+        ("tokens/s", m.GENERATED_PER_SECOND, "{:.0f}"),
+        ("seconds", m.STEP_SECONDS, "{:.1f}"),
+        ("eval", m.EVAL_ACCURACY, "{:.1%}"),
+        ("eval greedy", m.EVAL_GREEDY_ACCURACY, "{:.1%}"),
     ):
         if name in record:
             parts.append(f"{label} {form.format(record[name])}")
@@ -155,13 +147,13 @@ def _latest(records: list[Record]) -> Record:
 def _numbers(known: Record, records: list[Record]) -> Table:
     grid = Table.grid(padding=(0, 2))
     for label, name, form in (
-        ("reward", "reward/mean", "{:+.3f}"),
-        ("accuracy", "reward/accuracy", "{:.1%}"),
-        ("response length", "response/length_mean", "{:.0f} tokens"),
-        ("entropy", "policy/entropy", "{:.3f} nats"),
-        ("eval accuracy", "eval/accuracy", "{:.1%}"),
-        ("eval greedy", "eval/greedy_accuracy", "{:.1%}"),
-        ("speed", "speed/response_tokens_per_second", "{:,.0f} tokens/s"),
+        ("reward", m.REWARD, "{:+.3f}"),
+        ("accuracy", m.ACCURACY, "{:.1%}"),
+        ("response length", m.LENGTH_MEAN, "{:.0f} tokens"),
+        ("entropy", m.ENTROPY, "{:.3f} nats"),
+        ("eval accuracy", m.EVAL_ACCURACY, "{:.1%}"),
+        ("eval greedy", m.EVAL_GREEDY_ACCURACY, "{:.1%}"),
+        ("speed", m.GENERATED_PER_SECOND, "{:,.0f} tokens/s"),
     ):
         if name in known:
             history = sparkline([record[name] for record in records if name in record])
@@ -171,13 +163,13 @@ def _numbers(known: Record, records: list[Record]) -> Table:
 
 
 def _groups(known: Record) -> str:
-    filtered = known.get("groups/all_right", 0) + known.get("groups/all_wrong", 0)
-    kept, carried = known.get("groups/kept", 0), known.get("groups/carried_in", 0)
+    filtered = known.get(m.GROUPS_ALL_RIGHT, 0) + known.get(m.GROUPS_ALL_WRONG, 0)
+    kept, carried = known.get(m.GROUPS_KEPT, 0), known.get(m.GROUPS_CARRIED_IN, 0)
     return f"[green]{kept:.0f} kept[/] · {filtered:.0f} filtered · {carried:.0f} carried"
 
 
 def _phase_times(known: Record) -> Text:
-    times = [(name, known[f"time/{name}"]) for name in PHASES if f"time/{name}" in known]
+    times = [(phase, known[m.time_of(phase)]) for phase in m.PHASES if m.time_of(phase) in known]
     parts = [f"[dim]{name}[/] {seconds:.1f} s" for name, seconds in times]
     return Text.from_markup("  ".join(parts) or "[dim]waiting for the first step[/]")
 

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 
 from dapo_megatron.compat import SGLANG_CPU
 from dapo_megatron.config import RunConfig
@@ -18,8 +19,14 @@ _CPU_ARGS = [
 ]  # fmt: skip
 
 
-def engine_command(config: RunConfig, host: str, port: int, *, cpu: bool) -> list[str]:
-    """argv of one server. It gets token ids and returns token ids: the tokenizer stays with the controller."""
+def engine_command(
+    config: RunConfig, host: str, port: int, *, cpu: bool, options_file: Path | None = None
+) -> list[str]:
+    """argv of one server. It gets token ids and returns token ids: the tokenizer stays with the controller.
+
+    Args:
+        options_file: YAML of further options that no command line must show, such as the API key.
+    """
     e = config.engine
     command = [
         e.python or sys.executable, "-m", "sglang.launch_server",
@@ -39,6 +46,8 @@ def engine_command(config: RunConfig, host: str, port: int, *, cpu: bool) -> lis
     ]  # fmt: skip
     if e.max_total_tokens is not None:
         command += ["--max-total-tokens", str(e.max_total_tokens)]
+    if options_file is not None:
+        command += ["--config", str(options_file)]
     return command + (_CPU_ARGS if cpu else []) + list(e.extra_args)
 
 

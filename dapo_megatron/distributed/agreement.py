@@ -1,0 +1,108 @@
+"""All ranks agree on an outcome: a failure on one of them is the same error on all, instead of a hang.
+
+The error names the rank that failed and its host. A rank that never comes to the agreement is noticed by the
+deadline of the group, and then named by the launcher, which misses its heartbeat.
+"""
+
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from dapo_megatron.distributed.layout import Layout
+from dapo_megatron.errors import DapoError, Kind, error_of_kind, told
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What went wrong on one rank; travels to the others."""
+
+    rank: int
+    host: str
+    kind: Kind
+    message: str
+
+    def error(self, what: str) -> DapoError:
+        """The error that every rank raises."""
+        return error_of_kind(self.kind, f"{what} failed on trainer rank {self.rank} ({self.host}): {self.message}")
+
+
+@contextmanager
+def all_agree(what: str, layout: Layout) -> Iterator[None]:
+    """Run a phase on every rank, then let all know whether it failed on one of them.
+
+    Raises:
+        DapoError: of the first rank that failed, on every rank; or not all ranks came within the deadline.
+    """
+    failure = None
+    try:
+        yield
+    except (DapoError, OSError) as e:
+        failure = _failure(e, layout)
+    failures: list[Failure | None] = [None] * dist.get_world_size()
+    with _deadline(what, layout.collective_timeout_s):
+        dist.all_gather_object(failures, failure, group=layout.control)
+    for found in failures:
+        if found is not None:
+            raise found.error(what)
+
+
+def on_first_rank(what: str, layout: Layout, call: Callable[[], T], *, may_take_long: bool = False) -> T:
+    """Rank 0 calls; every rank gets the result, or raises its error.
+
+    Args:
+        call: made on rank 0 alone; its result must be picklable.
+        may_take_long: wait as long as for a batch, not as long as for a collective.
+
+    Raises:
+        DapoError: the call failed, or rank 0 did not come back within the deadline.
+    """
+    outcome: list[T | Failure | None] = [None]
+    if layout.rank == 0:
+        try:
+            outcome[0] = call()
+        except (DapoError, OSError) as e:
+            outcome[0] = _failure(e, layout)
+    group, limit = layout.control, layout.collective_timeout_s
+    if may_take_long:
+        group, limit = layout.waiting, layout.waiting_timeout_s
+    with _deadline(what, limit):
+        dist.broadcast_object_list(outcome, src=0, group=group)
+    (found,) = outcome
+    if isinstance(found, Failure):
+        raise found.error(what)
+    return found  # type: ignore[return-value]  # rank 0 has set it
+
+
+def broadcast_bytes(data: bytes, layout: Layout) -> bytes:
+    """Rank 0's bytes on all ranks, as one tensor instead of through pickle."""
+    size = torch.tensor(len(data))
+    dist.broadcast(size, src=0, group=layout.control)
+    flat = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(int(size), dtype=torch.uint8)
+    dist.broadcast(flat, src=0, group=layout.control)
+    return flat.numpy().tobytes()
+
+
+def _failure(error: DapoError | OSError, layout: Layout) -> Failure:
+    line = told(error)
+    if line is None:
+        raise error
+    return Failure(layout.rank, socket.gethostname(), line.kind, str(line))
+
+
+@contextmanager
+def _deadline(what: str, limit_s: float) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as e:  # what gloo raises at its deadline and for a lost peer
+        reason = " ".join(str(e).split())[:200]
+        raise DapoError(
+            f"{what}: not every trainer rank came to the agreement within {limit_s:.0f} s, one of them hangs or is "
+            f"gone ({reason})"
+        ) from None

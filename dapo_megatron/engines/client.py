@@ -1,0 +1,111 @@
+"""The asynchronous client of the SGLang servers: bounded concurrency, retries of what can be retried, deadlines."""
+
+import asyncio
+import random
+import time
+from collections import Counter
+from types import TracebackType
+from typing import Self
+
+import aiohttp
+
+from dapo_megatron.engines.wire import Completion, SamplingParams, decode_completions, generate_request
+from dapo_megatron.errors import EngineError
+
+REFUSED_FOR_NOW = (408, 429)
+"""HTTP statuses of a server that may take the request later; those of 500 and above are too."""
+
+
+class EngineClient:
+    """One HTTP session to all engines; use as an async context manager.
+
+    A request goes to the engine with the fewest responses in flight.
+    """
+
+    def __init__(self, urls: list[str], *, concurrency: int, timeout_s: float, api_key: str | None = None):
+        """
+        Args:
+            concurrency: most responses in flight on all engines together.
+            timeout_s: seconds for one request from the moment it is sent, retries included.
+            api_key: what the servers were started with.
+        """
+        self.urls, self.concurrency, self.timeout_s = urls, concurrency, timeout_s
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._slots, self._turn = asyncio.Semaphore(concurrency), asyncio.Lock()
+        self._in_flight: Counter[str] = Counter(dict.fromkeys(urls, 0))
+        self._open: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> Self:
+        self._open = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=10),
+            headers=self._headers,
+        )
+        return self
+
+    async def __aexit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self._session.close()
+
+    async def generate(self, input_ids: list[int], params: SamplingParams, count: int = 1) -> list[Completion]:
+        """`count` samples after one input, in one request.
+
+        Aborted ones are asked for again: they are never mistaken for truncated responses.
+
+        Raises:
+            EngineError: the server refused the request, or no engine answered before the deadline.
+            ValueError: more samples than may be in flight.
+        """
+        if count > self.concurrency:
+            raise ValueError(f"{count} samples in one request, {self.concurrency} may be in flight")
+        async with self._turn:  # two that each wait for several slots would wait for each other
+            for _ in range(count):
+                await self._slots.acquire()
+        try:
+            return await self._until_answered(input_ids, params, count, time.monotonic() + self.timeout_s)
+        finally:
+            for _ in range(count):
+                self._slots.release()
+
+    @property
+    def _session(self) -> aiohttp.ClientSession:
+        if self._open is None:
+            raise RuntimeError("EngineClient is used outside its `async with`")
+        return self._open
+
+    async def _until_answered(
+        self, input_ids: list[int], params: SamplingParams, count: int, deadline: float
+    ) -> list[Completion]:
+        pause, last = 0.1, "no engine was free"
+        found: list[Completion] = []
+        while (missing := count - len(found)) > 0:
+            if (left := deadline - time.monotonic()) <= 0:
+                raise EngineError(
+                    f"no response from the engines within {self.timeout_s:.0f} s (last: {last}): see logs/engine-*.log"
+                )
+            url = min(self.urls, key=self._in_flight.__getitem__)
+            self._in_flight[url] += missing
+            try:
+                some, last = await asyncio.wait_for(self._attempt(url, input_ids, params, missing), left)
+            except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, TimeoutError) as e:
+                some, last = [], f"{url}: {type(e).__name__} {e}".strip()
+            finally:
+                self._in_flight[url] -= missing
+            found += some
+            if len(some) < missing:
+                await asyncio.sleep(min(pause * random.uniform(0.5, 1.5), max(0.0, deadline - time.monotonic())))
+                pause = min(pause * 2, 5.0)
+        return found
+
+    async def _attempt(
+        self, url: str, input_ids: list[int], params: SamplingParams, count: int
+    ) -> tuple[list[Completion], str]:
+        """At most `count` completions, and what became of the rest."""
+        async with self._session.post(url + "/generate", json=generate_request(input_ids, params, count)) as reply:
+            data = await reply.read()
+            if reply.status == 200:
+                completions = await asyncio.to_thread(decode_completions, data, url)
+                return [c for c in completions if c is not None][:count], f"{url}: aborted"
+            text = " ".join(data[:500].decode(errors="replace").split())
+            if reply.status in REFUSED_FOR_NOW or reply.status >= 500:
+                return [], f"{url}: HTTP {reply.status} {text}"
+            raise EngineError(f"engine {url} refused /generate of {len(input_ids)} tokens: HTTP {reply.status} {text}")

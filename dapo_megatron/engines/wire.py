@@ -1,0 +1,88 @@
+"""What goes to and comes from SGLang's /generate, as types; field names are SGLang's."""
+
+from typing import Any, Literal
+
+import msgspec
+
+from dapo_megatron.errors import EngineError
+from dapo_megatron.records import VersionSpan
+
+
+class SamplingParams(msgspec.Struct, frozen=True):
+    """How one response is sampled."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    stop_token_ids: list[int] = []
+
+
+class Completion(msgspec.Struct):
+    """What the engine sampled after the input: one entry a token, the stop token included."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    version_spans: list[VersionSpan]
+    finish_reason: Literal["stop", "length"]
+
+
+class _FinishReason(msgspec.Struct):
+    type: str
+
+
+class _Span(msgspec.Struct):
+    version: str
+    start: int
+    end: int
+
+
+class _Meta(msgspec.Struct):
+    finish_reason: _FinishReason
+    output_token_logprobs: list[tuple[float, int, Any]]
+    weight_version: str
+    weight_versions: list[_Span] | None = None
+
+
+class _Reply(msgspec.Struct):
+    meta_info: _Meta
+
+
+_decoder = msgspec.json.Decoder(_Reply | list[_Reply])
+
+
+def generate_request(input_ids: list[int], params: SamplingParams, count: int) -> dict[str, Any]:
+    """Body of a request for `count` samples after one input.
+
+    Copies instead of SGLang's n: with that, a server first prefills the prompt, alone, and then answers.
+    """
+    inputs = input_ids if count == 1 else [input_ids] * count
+    return {"input_ids": inputs, "sampling_params": msgspec.to_builtins(params), "return_logprob": True}
+
+
+def decode_completions(data: bytes, url: str) -> list[Completion | None]:
+    """Decode the reply of the server at `url`, of one sample or of several; None for an aborted one.
+
+    Raises:
+        EngineError: no such reply, or a weight version that is no number.
+    """
+    try:
+        replies = _decoder.decode(data)
+    except msgspec.DecodeError as e:
+        raise EngineError(f"engine {url} gave a reply to /generate that cannot be read ({e})") from None
+    return [_completion(reply.meta_info, url) for reply in (replies if isinstance(replies, list) else [replies])]
+
+
+def _completion(meta: _Meta, url: str) -> Completion | None:
+    if meta.finish_reason.type == "abort":
+        return None
+    tokens = meta.output_token_logprobs
+    # Servers before 0.5.2x report one version for the whole response.
+    spans = meta.weight_versions or [_Span(meta.weight_version, 0, len(tokens))]
+    if not all(span.version.isdigit() for span in spans):
+        raise EngineError(f"engine {url} serves weights of version '{spans[-1].version}': no version was pushed to it")
+    return Completion(
+        token_ids=[token for _, token, _ in tokens],
+        logprobs=[logprob for logprob, _, _ in tokens],
+        version_spans=[VersionSpan(int(s.version), s.start, s.end) for s in spans],
+        finish_reason="length" if meta.finish_reason.type == "length" else "stop",
+    )

@@ -1,0 +1,67 @@
+"""What trainer rank 0 and the controller say to each other. The trainer asks, the controller answers."""
+
+import msgspec
+
+from dapo_megatron.errors import Kind
+
+
+class Hello(msgspec.Struct, tag=True):
+    """The trainer is up. `snapshot` is the controller's state out of the checkpoint that is resumed, or None."""
+
+    snapshot: bytes | None
+    step: int
+    """The last finished step; 0 at the start."""
+
+
+class NextBatch(msgspec.Struct, tag=True):
+    """Version `version` is live on the engines; send the batch of `step`."""
+
+    step: int
+    version: int
+
+
+class Evaluate(msgspec.Struct, tag=True):
+    """Evaluate version `version`, which is live, on the held-out prompts."""
+
+    step: int
+    version: int
+
+
+class Goodbye(msgspec.Struct, tag=True):
+    """The run is over."""
+
+
+class Welcome(msgspec.Struct, tag=True):
+    """The controller is ready."""
+
+    verify_prompts: list[list[int]]
+    """Fixed prompts whose log-probs are compared after a push."""
+
+
+class Batch(msgspec.Struct, tag=True):
+    """A step's batch (batching.wire), the rollout's metrics and the controller's state to put into the checkpoint."""
+
+    payload: bytes
+    metrics: dict[str, float]
+    snapshot: bytes
+
+
+class Evaluation(msgspec.Struct, tag=True):
+    """Metrics of an evaluation."""
+
+    metrics: dict[str, float]
+
+
+class Done(msgspec.Struct, tag=True):
+    """Nothing to say."""
+
+
+class Failed(msgspec.Struct, tag=True):
+    """The controller gave up, for this reason."""
+
+    kind: Kind
+    reason: str
+
+
+Request = Hello | NextBatch | Evaluate | Goodbye
+Reply = Welcome | Batch | Evaluation | Done | Failed

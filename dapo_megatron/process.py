@@ -1,0 +1,141 @@
+"""What every process of a run does for whoever watches it: says what it does, and how it ended.
+
+status/<process>.json is replaced whenever the phase changes and every second besides (`beat` counts), by a thread: a
+process that is stopped, or whose interpreter is, beats no more. exits/<process>.json is written once, at the end.
+"""
+
+import contextlib
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from dapo_megatron.errors import DapoError, Kind, told
+from dapo_megatron.run_folder import RunFolder
+
+BEAT_S = 1.0
+
+
+class Status(msgspec.Struct):
+    """What a process does now."""
+
+    process: str
+    host: str
+    pid: int
+    phase: str
+    detail: str
+    since: float
+    """Unix time at which the phase began."""
+    beat: int
+    """Rises every second, as long as the process lives."""
+
+    @property
+    def place(self) -> str:
+        """Who and where, for messages."""
+        return f"{self.process} (pid {self.pid} on {self.host})"
+
+
+class Exit(msgspec.Struct):
+    """How a process ended by itself."""
+
+    process: str
+    host: str
+    pid: int
+    kind: Kind | None
+    """None: it did its work."""
+    message: str
+    phase: str
+    time: float
+
+
+class Reporter:
+    """Writes the status of one process, and its exit."""
+
+    def __init__(self, folder: RunFolder, process: str):
+        self.folder, self.process = folder, process
+        self._status = Status(process, socket.gethostname(), os.getpid(), "start", "", time.time(), 0)
+        self._lock, self._ended = threading.Lock(), threading.Event()
+
+    def __enter__(self) -> "Reporter":
+        self.folder.statuses.mkdir(parents=True, exist_ok=True)
+        self.folder.exits.mkdir(parents=True, exist_ok=True)
+        self.folder.exit(self.process).unlink(missing_ok=True)
+        self._write()
+        threading.Thread(target=self._beat, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+
+    def phase(self, phase: str, detail: str = "") -> None:
+        """Say what the process does now ("generate", "12/32 groups")."""
+        with self._lock:
+            since = self._status.since if phase == self._status.phase else time.time()
+            self._status = msgspec.structs.replace(self._status, phase=phase, detail=detail, since=since)
+        self._write()
+
+    def ended(self, kind: Kind | None, message: str) -> None:
+        """Write the exit record; where the run folder is gone, nobody is left to read it."""
+        s = self._status
+        record = Exit(s.process, s.host, s.pid, kind, message, s.phase, time.time())
+        with contextlib.suppress(OSError):
+            _replace(self.folder.exit(self.process), msgspec.json.encode(record))
+
+    def _beat(self) -> None:
+        while not self._ended.wait(BEAT_S):
+            with self._lock:
+                self._status = msgspec.structs.replace(self._status, beat=self._status.beat + 1)
+            with contextlib.suppress(OSError):  # the main thread meets the same disk, and tells of it
+                self._write()
+
+    def _write(self) -> None:
+        with self._lock:
+            _replace(self.folder.status(self.process), msgspec.json.encode(self._status))
+
+
+def run_reported(reporter: Reporter, program: Callable[[], object]) -> int:
+    """Run a process's work inside its reporter: 0, or 1 with the reason in the exit record and on stderr."""
+    try:
+        with reporter:
+            program()
+    except Exception as e:  # whatever it is, the launcher must hear of it; the traceback goes to the log
+        line = told(e)
+        if line is None:
+            traceback.print_exc()
+            line = DapoError(" ".join(traceback.format_exception_only(e)[-1].split())[:500])
+        print(f"error: {line}", file=sys.stderr, flush=True)
+        reporter.ended(line.kind, str(line))
+        return 1
+    reporter.ended(None, "")
+    return 0
+
+
+def read_statuses(folder: RunFolder) -> list[Status]:
+    """Statuses of all processes that ever wrote one, by name."""
+    return [msgspec.json.decode(p.read_bytes(), type=Status) for p in sorted(folder.statuses.glob("*.json"))]
+
+
+def read_exit(folder: RunFolder, process: str) -> Exit | None:
+    """How a process ended; None where it left no word (it was killed, or runs)."""
+    try:
+        return msgspec.json.decode(folder.exit(process).read_bytes(), type=Exit)
+    except FileNotFoundError:
+        return None
+
+
+def clear(folder: RunFolder) -> None:
+    """Remove what an earlier start of the run left: it is not about the processes that are started now."""
+    for old in (*folder.statuses.glob("*.json"), *folder.exits.glob("*.json")):
+        old.unlink()
+
+
+def _replace(path: Path, data: bytes) -> None:
+    aside = path.with_suffix(".new")
+    aside.write_bytes(data)
+    aside.replace(path)

@@ -1,0 +1,46 @@
+"""What a step's generation amounts to, in numbers. Pure."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+from dapo_megatron.observe import catalog as m
+from dapo_megatron.records import Group
+from dapo_megatron.rollout.ledger import Fate
+
+
+def group_metrics(
+    fates: Counter[Fate], carried_in: int, rounds: int, fresh_kept: int, generated: int
+) -> dict[str, float]:
+    """Groups by what became of them; `fresh_kept` of the `generated` ones are mixed."""
+    return {
+        m.GROUPS_KEPT: float(fates["kept"]),
+        m.GROUPS_ALL_RIGHT: float(fates["all_right"]),
+        m.GROUPS_ALL_WRONG: float(fates["all_wrong"]),
+        m.GROUPS_STALE: float(fates["stale"]),
+        m.GROUPS_CARRIED_IN: float(carried_in),
+        m.GROUPS_SURPLUS: float(fates["carried"]),
+        m.GROUPS_KEPT_SHARE: fresh_kept / generated if generated else 1.0,
+        m.GENERATION_ROUNDS: float(rounds),
+    }
+
+
+def response_metrics(trained: Sequence[Group], generated: Sequence[Group], version: int) -> dict[str, float]:
+    """Rewards and lengths of everything generated for a step, filtered groups included: what the policy does, not what
+    it trains on; and the age of what it trains on.
+
+    Args:
+        version: the policy version that is trained.
+    """
+    responses = [r for g in (generated or trained) for r in g.responses]
+    lengths = [len(r.token_ids) for r in responses]
+    n = len(responses)
+    return {
+        m.REWARD: sum(r.reward for r in responses) / n,
+        m.ACCURACY: sum(r.verdict == "right" for r in responses) / n,
+        m.OVERLONG: sum(r.overlong_penalty for r in responses) / n,
+        m.LENGTH_MEAN: sum(lengths) / n,
+        m.LENGTH_MAX: float(max(lengths)),
+        m.TRUNCATED: sum(r.finish_reason == "length" for r in responses) / n,
+        m.RESPONSE_TOKENS: float(sum(lengths)),
+        m.LAG_MAX: float(version - min(g.oldest_version for g in trained)),
+    }

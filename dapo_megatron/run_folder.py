@@ -1,0 +1,105 @@
+"""Every path of a run, once."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of one run. Nothing is created by asking for a path."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """Name of the run."""
+        return self.path.resolve().name
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration."""
+        return self.path / "config.yaml"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the launcher of the run: host and pid."""
+        return self.path / "launcher.lock"
+
+    @property
+    def metrics(self) -> Path:
+        """One line a step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def ledger(self) -> Path:
+        """The fate of every prompt that was issued, one line each."""
+        return self.path / "ledger.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        """Sampled responses, one group a line."""
+        return self.path / "samples.jsonl"
+
+    @property
+    def report(self) -> Path:
+        """The report, one page."""
+        return self.path / "report.html"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Folder of TensorBoard's files."""
+        return self.path / "tensorboard"
+
+    @property
+    def logs(self) -> Path:
+        """Folder of the processes' output."""
+        return self.path / "logs"
+
+    @property
+    def keys(self) -> Path:
+        """What the run's processes know each other by, readable by their owner alone."""
+        return self.path / "keys.json"
+
+    @property
+    def engine_options(self) -> Path:
+        """Options of the engines that no command line must show, readable by their owner alone."""
+        return self.path / "engine_options.yaml"
+
+    @property
+    def statuses(self) -> Path:
+        """Folder of what each process does now."""
+        return self.path / "status"
+
+    @property
+    def exits(self) -> Path:
+        """Folder of how each process ended."""
+        return self.path / "exits"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    def log(self, process: str) -> Path:
+        """Output of one process."""
+        return self.logs / f"{process}.log"
+
+    def status(self, process: str) -> Path:
+        """What one process does now."""
+        return self.statuses / f"{process}.json"
+
+    def exit(self, process: str) -> Path:
+        """How one process ended."""
+        return self.exits / f"{process}.json"
+
+    def batch(self, step: int) -> Path:
+        """The dumped training batch of a step."""
+        return self.path / "batches" / f"step_{step:06d}.msgpack"
+
+    def checkpoint(self, step: int) -> Path:
+        """The checkpoint after a step."""
+        return self.checkpoints / f"step_{step:06d}"
+
+    def partial_checkpoint(self, step: int) -> Path:
+        """Where the checkpoint after a step is written before it is published."""
+        return self.checkpoints / f".step_{step:06d}.partial"

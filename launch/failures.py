@@ -1,0 +1,53 @@
+"""Which process of a run failed first, and the one line that says so."""
+
+import signal
+from collections.abc import Sequence
+
+from dapo_megatron.errors import DapoError, EngineError, error_of_kind
+from dapo_megatron.process import Exit, Status, read_exit
+from dapo_megatron.run_folder import RunFolder
+from launch.processes import Child
+
+
+def failed(children: Sequence[Child]) -> list[Child]:
+    """Children that ended and should not have: an engine never leaves by itself; the others end with 0."""
+    return [
+        c for c in children if (code := c.process.poll()) is not None and (code != 0 or c.name.startswith("engine"))
+    ]
+
+
+def failure(folder: RunFolder, children: Sequence[Child]) -> DapoError:
+    """The error of a run of whose children at least one has failed.
+
+    A killed process takes others with it, and of those that say why the controller comes first (the trainer passes on
+    what it said), then whoever ended first.
+    """
+    ended = failed(children)
+    killed = [c for c in ended if c.process.returncode < 0]
+    if killed:
+        return _without_a_word(killed[0])
+    told = [(c, record) for c in ended if (record := read_exit(folder, c.name)) is not None and record.kind is not None]
+    if told:
+        child, record = min(told, key=lambda pair: (pair[0].name != "controller", pair[1].time))
+        return _by_record(child, record)
+    return _without_a_word(ended[0])
+
+
+def hang(status: Status, silence_s: float) -> DapoError:
+    """The error of a run one of whose processes gives no sign of life."""
+    return DapoError(
+        f"{status.place} hangs: no sign of life for {silence_s:.0f} s, in phase {status.phase}"
+        f"{f' ({status.detail})' if status.detail else ''}; see logs/{status.process}.log"
+    )
+
+
+def _by_record(child: Child, record: Exit) -> DapoError:
+    assert record.kind is not None
+    return error_of_kind(record.kind, f"the {child.name} stopped: {record.message} (log: {child.log})")
+
+
+def _without_a_word(child: Child) -> DapoError:
+    code = child.process.returncode
+    how = f"was killed by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"ended with exit code {code}"
+    kind = EngineError if child.name.startswith("engine") else DapoError
+    return kind(f"the {child.name} {how}; the end of {child.log}:\n{child.tail()}")
