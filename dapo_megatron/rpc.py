@@ -37,7 +37,7 @@ class RpcClient:
             DapoError: no reply in time, or the controller failed (its own kind of error).
         """
         self._socket.send(msgspec.msgpack.encode(request))
-        if not self._socket.poll(deadline_s * 1000):
+        if not self._socket.poll(int(deadline_s * 1000)):
             raise DapoError(
                 f"the controller at {self.address} did not answer {type(request).__name__} within {deadline_s:.0f} s: "
                 "see logs/controller.log"

@@ -22,7 +22,7 @@ class Child:
     """A started process."""
 
     name: str
-    process: subprocess.Popen
+    process: subprocess.Popen[bytes]
     log: Path
     grace: bool
 
@@ -47,7 +47,7 @@ class ProcessGroup:
         _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
         _libc.prctl(_PR_SET_CHILD_SUBREAPER, 0)
 
@@ -94,7 +94,7 @@ class ProcessGroup:
 def interruptible() -> Iterator[None]:
     """SIGTERM ends the block as Ctrl-C does, with KeyboardInterrupt."""
 
-    def interrupt(*_):
+    def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, interrupt)

@@ -7,9 +7,10 @@ sum exactly 1.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +32,9 @@ from dapo_megatron.errors import DapoError
 from dapo_megatron.observe import catalog as m
 from dapo_megatron.weights.families import ModelShape
 from dapo_megatron.weights.importer import load_hf_weights
+
+Scored = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
+"""What megatron-core's schedules take from a loss function: loss, token count, and what is to be kept."""
 
 
 class Actor:
@@ -120,11 +124,15 @@ class Actor:
             sequence_parallel=self.modules[0].config.sequence_parallel,
         )
 
-    def _run(self, shard: list[MicroBatch], loss_func, *, forward_only: bool) -> list[dict]:
+    def _run(
+        self, shard: list[MicroBatch], loss_func: Callable[..., Any], *, forward_only: bool
+    ) -> list[dict[str, torch.Tensor]]:
         for micro_batch in shard:
             self._check_tokens(micro_batch)
 
-        def forward_step(iterator: Iterator[tuple[int, MicroBatch]], model):
+        def forward_step(
+            iterator: Iterator[tuple[int, MicroBatch]], model: Any
+        ) -> tuple[torch.Tensor, Callable[..., Any]]:
             index, micro_batch = next(iterator)
             held = context_rows(micro_batch.cu_seqlens, self.layout.cp_size, self.layout.cp_rank)
             tokens = torch.from_numpy(micro_batch.tokens[held]).to(self.device)[None]
@@ -134,7 +142,7 @@ class Actor:
 
         iterators = [iter(enumerate(shard)) for _ in self.model]
         one = len(self.model) == 1
-        return get_forward_backward_func()(
+        stored: list[dict[str, torch.Tensor]] = get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=iterators[0] if one else iterators,
             model=self.model[0] if one else self.model,
@@ -143,6 +151,7 @@ class Actor:
             micro_batch_size=1,
             forward_only=forward_only,
         )
+        return stored
 
     def _check_tokens(self, micro_batch: MicroBatch) -> None:
         # Outside the vocabulary, tensor parallelism would embed it as zero and train on: megatron-core masks what a
@@ -156,7 +165,9 @@ class Actor:
                 "entries. Does the tokenizer fit the model? Did rollout.function make it?"
             )
 
-    def _own_logprobs(self, micro_batch: MicroBatch, hidden: torch.Tensor, temperature: float):
+    def _own_logprobs(
+        self, micro_batch: MicroBatch, hidden: torch.Tensor, temperature: float
+    ) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
         """(log-probs, entropies, positions) of this rank's own labels, from the last stage's hidden [s, 1, h]."""
         rows, group = self._rows(micro_batch), mpu.get_tensor_model_parallel_group()
         hidden = hidden[torch.from_numpy(rows.hidden).to(self.device), 0]
@@ -173,11 +184,19 @@ class Actor:
         real = torch.from_numpy(rows.real).to(self.device)
         return logprobs[real], entropy[real], rows.positions[rows.real]
 
-    def _score(self, index: int, micro_batch: MicroBatch, hidden: torch.Tensor, *, temperature: float):
+    def _score(self, index: int, micro_batch: MicroBatch, hidden: torch.Tensor, *, temperature: float) -> Scored:
         logprobs, _, _ = self._own_logprobs(micro_batch, hidden, temperature)
         return logprobs.sum(), _count(index, self.layout), {"logprobs": logprobs}
 
-    def _loss(self, index: int, micro_batch: MicroBatch, hidden: torch.Tensor, *, objective: Objective, old):
+    def _loss(
+        self,
+        index: int,
+        micro_batch: MicroBatch,
+        hidden: torch.Tensor,
+        *,
+        objective: Objective,
+        old: list[torch.Tensor] | None,
+    ) -> Scored:
         logprobs, entropy, positions = self._own_logprobs(micro_batch, hidden, self.temperature)
 
         def column(values: np.ndarray) -> torch.Tensor:

@@ -5,12 +5,14 @@ normalisation that knows sequence parallelism, and attention over packed sequenc
 """
 
 import importlib.util
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state as mpu
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.identity_op import IdentityOp
@@ -58,9 +60,10 @@ class TorchRMSNorm(torch.nn.RMSNorm):
     megatron-core's WrappedTorchNorm asserts that sequence parallelism is off.
     """
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_):
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object):
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel
+        weight: Any = self.weight
+        weight.sequence_parallel = config.sequence_parallel
 
 
 class PackedAttention(MegatronModule):
@@ -69,15 +72,30 @@ class PackedAttention(MegatronModule):
     Under context parallelism every rank gathers keys and values of all ranks and answers its own queries.
     """
 
-    def __init__(self, config: TransformerConfig, *_, softmax_scale: float | None = None, pg_collection=None, **__):
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *_: object,
+        softmax_scale: float | None = None,
+        pg_collection: Any = None,
+        **__: object,
+    ):
         super().__init__(config=config)
         self.scale = softmax_scale
         self.cp_group = pg_collection.cp if pg_collection is not None else mpu.get_context_parallel_group()
 
     def forward(
-        self, query, key, value, attention_mask, attn_mask_type=None, attention_bias=None, packed_seq_params=None
-    ):
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: object,
+        attn_mask_type: object = None,
+        attention_bias: object = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> torch.Tensor:
         """query [t, heads, d], key and value [t, kv heads, d] -> [t, heads, d]; sequences end at cu_seqlens_q."""
+        assert packed_seq_params is not None
         cu_seqlens = packed_seq_params.cu_seqlens_q
         cp = self.cp_group.size()
         if cp == 1:
@@ -86,7 +104,15 @@ class PackedAttention(MegatronModule):
         key, value = (gather_from_sequence_parallel_region(x, group=self.cp_group)[order] for x in (key, value))
         return self._attend(query, key, value, cu_seqlens // cp, cu_seqlens, self.cp_group.rank())
 
-    def _attend(self, query, key, value, cu_queries, cu_keys, cp_rank: int | None):
+    def _attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cu_queries: torch.Tensor,
+        cu_keys: torch.Tensor,
+        cp_rank: int | None,
+    ) -> torch.Tensor:
         output = torch.empty_like(query)
         for q_rows, k_rows in zip(_rows_by_length(cu_queries), _rows_by_length(cu_keys), strict=True):
             q = query[q_rows].transpose(1, 2)  # [n, heads, length, d]

@@ -99,7 +99,7 @@ def _expert_options(shape: ModelShape, *, fp8: bool) -> dict[str, Any]:
 class PolicyModel(GPTModel):
     """GPTModel that ends in hidden states [s, 1, h]: actor.token_loss makes the logits, a chunk at a time."""
 
-    def _postprocess(self, hidden_states, *_, **__):
+    def _postprocess(self, hidden_states: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
         return hidden_states
 
     @property

@@ -5,7 +5,7 @@ from typing import Any
 
 from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as mpu
-from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.api import CheckpointException
 
 from dapo_megatron.actor.actor import Actor
 from dapo_megatron.checkpoint import store

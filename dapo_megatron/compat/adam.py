@@ -6,6 +6,8 @@ load_parameter_state_from_fully_reshardable raises KeyError 'step'. FusedAdam ke
 with that layout the CPU takes the same path, and writes the same checkpoints, as a GPU.
 """
 
+from typing import Any
+
 import torch
 from torch.optim.adam import adam
 
@@ -17,13 +19,20 @@ class FusedAdam(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, adam_w_mode=True, capturable=False
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        adam_w_mode: bool = True,
+        capturable: bool = False,
     ):
         self.adam_w_mode = adam_w_mode
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, bias_correction=True))
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One update of every parameter that has a gradient."""
         for group in self.param_groups:
             done = group.get("step", 0)

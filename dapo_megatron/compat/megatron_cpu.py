@@ -9,6 +9,7 @@ import importlib.machinery
 import re
 import sys
 import types
+from typing import Any
 
 import torch
 
@@ -45,15 +46,17 @@ def _constants() -> None:
 
 def _device() -> None:
     # device=torch.cuda.current_device() at about 60 allocation sites.
-    torch.cuda.current_device = lambda: _CPU
-    torch.cuda.set_device = lambda *args, **kwargs: None
-    torch.cuda.device_count = lambda: 1  # async_utils takes the rank modulo this
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: _CPU
+    cuda.set_device = lambda *args, **kwargs: None
+    cuda.device_count = lambda: 1  # async_utils takes the rank modulo this
 
 
 def _to_cuda() -> None:
     # language_module (tied embeddings under PP) and distrib_optimizer (checkpoints) call .cuda() on tensors.
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self
-    torch.nn.Module.cuda = lambda self, *args, **kwargs: self
+    tensor: Any = torch.Tensor
+    module: Any = torch.nn.Module
+    tensor.cuda = module.cuda = lambda self, *args, **kwargs: self
 
 
 def _synchronize() -> None:
@@ -63,7 +66,7 @@ def _synchronize() -> None:
 
 def _rng() -> None:
     # On CPU tensors the "CUDA generator" is the default generator.
-    cuda = torch.cuda
+    cuda: Any = torch.cuda
     cuda.get_rng_state = cuda.random.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     cuda.set_rng_state = cuda.random.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     cuda.manual_seed = cuda.random.manual_seed = lambda seed: torch.default_generator.manual_seed(int(seed))
@@ -77,19 +80,19 @@ def _rng() -> None:
 class _Stream:
     """A stream or an event on a device that does everything in order: nothing to wait for."""
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: object, **kwargs: object) -> None:
         pass
 
-    def __enter__(self):
+    def __enter__(self) -> "_Stream":
         return self
 
-    def __exit__(self, *_):
-        return False
+    def __exit__(self, *_: object) -> None:
+        return None
 
-    def record_event(self, *_):
+    def record_event(self, *_: object) -> "_Stream":
         return _Stream()
 
-    def wait_stream(self, *_):
+    def wait_stream(self, *_: object) -> None:
         pass
 
     synchronize = wait_event = wait_stream
@@ -97,7 +100,7 @@ class _Stream:
 
 def _streams() -> None:
     # The all-to-all token dispatcher copies its counts to the host on a stream of its own.
-    cuda = torch.cuda
+    cuda: Any = torch.cuda
     cuda.Stream = cuda.Event = _Stream
     cuda.current_stream = lambda *args, **kwargs: _Stream()
     cuda.stream = lambda stream: _Stream()
@@ -112,7 +115,7 @@ def _experts() -> None:
         moe_utils.te_general_gemm = None
 
     # The dispatcher turns its split sizes into numpy only if they are on a GPU; all_to_all_single wants sequences.
-    def to_host(tensor, as_numpy=False, record_stream=False):
+    def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     token_dispatcher.maybe_move_tensor_to_cpu = to_host
@@ -121,7 +124,7 @@ def _experts() -> None:
 _PATCH = dict(zip(PATCHES, (_constants, _device, _to_cuda, _synchronize, _rng, _streams, _experts), strict=True))
 
 
-def _rewrite(constant):
+def _rewrite(constant: Any) -> Any:
     if isinstance(constant, types.CodeType):
         return constant.replace(co_consts=tuple(_rewrite(c) for c in constant.co_consts))
     if isinstance(constant, tuple):
@@ -132,12 +135,12 @@ def _rewrite(constant):
 
 
 class _Loader(importlib.machinery.SourceFileLoader):
-    def get_code(self, fullname):
+    def get_code(self, fullname: str) -> Any:
         return _rewrite(super().get_code(fullname))
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    def find_spec(self, fullname, path=None, target=None):
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
         if not fullname.startswith("megatron.core"):
             return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)

@@ -1,6 +1,6 @@
 """The whole config of a run, what follows from it, and the checks that need more than one section.
 
-What needs the model's own config (heads, layers, vocabulary against the layout) is checked by actor.model_fit.
+What needs the model's own config (heads, layers, vocabulary against the layout) is checked by actor.layout_check.
 """
 
 from __future__ import annotations

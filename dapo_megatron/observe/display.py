@@ -9,7 +9,7 @@ import statistics
 import time
 from typing import Self
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
@@ -59,7 +59,13 @@ class ProgressDisplay:
         """The display as it stands."""
         known = _latest(self._records)
         title = f"[bold]dapo_megatron[/] · {self._folder.name}"
-        parts = [self._bar(known), Text(), _numbers(known, self._records), Text(), _phase_times(known)]
+        parts: list[RenderableType] = [
+            self._bar(known),
+            Text(),
+            _numbers(known, self._records),
+            Text(),
+            _phase_times(known),
+        ]
         parts += [Text(), self._statuses()]
         return Panel(Group(*parts), title=title, title_align="left", border_style="cyan", padding=(1, 2))
 

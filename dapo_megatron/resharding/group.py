@@ -5,21 +5,22 @@ from datetime import timedelta
 from urllib.parse import urlsplit
 
 import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, _new_process_group_helper
 
 from dapo_megatron.errors import EngineError
 
 
-def open_store(address: str, world: int, timeout_s: float) -> dist.TCPStore:
+def open_store(address: str, world: int, timeout_s: float) -> TCPStore:
     """The meeting place of a group of `world` ranks, on a free port of `address` (store.port); does not wait.
 
     It is opened directly: under torchrun, which has a store of its own, torch's rendezvous() would not listen.
     """
     timeout = timedelta(seconds=timeout_s)
-    return dist.TCPStore(address, 0, world, is_master=True, timeout=timeout, wait_for_workers=False)
+    return TCPStore(address, 0, world, is_master=True, timeout=timeout, wait_for_workers=False)
 
 
-def join_as_sender(name: str, store: dist.TCPStore, world: int, backend: str, timeout_s: float) -> dist.ProcessGroup:
+def join_as_sender(name: str, store: TCPStore, world: int, backend: str, timeout_s: float) -> dist.ProcessGroup:
     """Join a group as its rank 0 and wait for the engines to join.
 
     The engines join with SGLang's init_custom_process_group (srt/utils/common.py): the same store, prefix and helper,
@@ -35,7 +36,7 @@ def join_as_sender(name: str, store: dist.TCPStore, world: int, backend: str, ti
             [],
             dist.Backend(backend),
             PrefixStore(name, store),
-            group_name=name,
+            group_name=name,  # type: ignore[arg-type]
             timeout=timedelta(seconds=timeout_s),
         )
     except RuntimeError as e:

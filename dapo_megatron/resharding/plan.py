@@ -32,10 +32,14 @@ def plan_buckets(tensors: Iterable[tuple[str, tuple[int, ...]]], dtype: str, buc
     for name, shape in tensors:
         n = prod(shape) * ITEM_BYTES[dtype]
         if current and size + n > bucket_bytes:
-            buckets.append(Bucket(*map(tuple, zip(*current, strict=True)), dtype))
+            buckets.append(_bucket(current, dtype))
             current, size = [], 0
         current.append((name, shape))
         size += n
     if current:
-        buckets.append(Bucket(*map(tuple, zip(*current, strict=True)), dtype))
+        buckets.append(_bucket(current, dtype))
     return buckets
+
+
+def _bucket(tensors: list[tuple[str, tuple[int, ...]]], dtype: str) -> Bucket:
+    return Bucket(tuple(name for name, _ in tensors), tuple(shape for _, shape in tensors), dtype)

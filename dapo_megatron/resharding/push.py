@@ -73,7 +73,7 @@ class Pusher:
         began, sent = time.monotonic(), 0
         with all_agree("pausing the engines", self.layout):
             if self.layout.rank == 0:
-                self._on_all(lambda e: (e.pause(), e.begin_update()))
+                self._on_all(_begin)
         for stage in range(self.layout.pp_size):
             with all_agree(f"sending the weights of pipeline stage {stage}", self.layout):
                 if self.layout.pp_rank == stage:
@@ -151,6 +151,11 @@ class Pusher:
 
     def _urls(self) -> str:
         return ", ".join(e.url for e in self.engines)
+
+
+def _begin(engine: EngineControl) -> None:
+    engine.pause()
+    engine.begin_update()
 
 
 def _receive(engine: EngineControl, group: str, bucket: Bucket, flush_cache: bool) -> None:

@@ -6,6 +6,10 @@ import gc
 import logging
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dapo_megatron.process import Reporter
 
 
 def main() -> int:
@@ -25,7 +29,7 @@ def main() -> int:
     return run_reported(reporter, lambda: asyncio.run(_serve(reporter, args.config, args.link, args.engines)))
 
 
-async def _serve(reporter: "Reporter", config_path: Path, address: str, urls: list[str]) -> None:  # noqa: F821
+async def _serve(reporter: "Reporter", config_path: Path, address: str, urls: list[str]) -> None:
     from dapo_megatron.config import load_config
     from dapo_megatron.engines.client import EngineClient
     from dapo_megatron.engines.coalescing import CoalescingClient

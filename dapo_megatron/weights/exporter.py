@@ -71,7 +71,7 @@ def _copies(rule: Rule, shape: ModelShape, table: dict[str, Rule]) -> list[Rule]
     here, each = f".local_experts.{rule.expert}.", local_experts(shape)
     return [
         table[rule.megatron.replace(here, f".local_experts.{expert}.")]
-        for expert in range(rule.expert % each, shape.experts.count, each)
+        for expert in range(rule.expert % each, shape.require_experts.count, each)
     ]
 
 

@@ -59,6 +59,12 @@ class ModelShape:
     max_positions: int
     experts: Experts | None = None
 
+    @property
+    def require_experts(self) -> Experts:
+        """The experts of a model that is known to have some."""
+        assert self.experts is not None
+        return self.experts
+
 
 def model_shape(hf: Any) -> ModelShape:
     """Read a transformers config.

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -42,7 +43,7 @@ class HfFolder:
         with self._open(self.files[name]) as f:
             return f.get_tensor(name)
 
-    def _open(self, file: str):
+    def _open(self, file: str) -> Any:
         try:
             return safe_open(self.path / file, framework="pt")
         except SafetensorError as e:

@@ -120,7 +120,7 @@ def check_names(present: set[str], shape: ModelShape, where: str) -> None:
 def hf_shapes(rule: Rule, shape: ModelShape) -> list[tuple[int, ...]]:
     """Shapes of a rule's Hugging Face tensors, in order."""
     q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    ffn = shape.ffn if rule.expert is None else shape.experts.ffn
+    ffn = shape.ffn if rule.expert is None else shape.require_experts.ffn
     if rule.kind == "qkv":
         tail = (shape.hidden,) if rule.megatron.endswith("weight") else ()
         return [(n, *tail) for n in (q, kv, kv)]
@@ -131,7 +131,7 @@ def hf_shapes(rule: Rule, shape: ModelShape) -> list[tuple[int, ...]]:
     if rule.kind == "columns":
         return [(shape.hidden, q if "linear_proj" in rule.megatron else ffn)]
     if rule.megatron.endswith("router.weight"):
-        return [(shape.experts.count, shape.hidden)]
+        return [(shape.require_experts.count, shape.hidden)]
     return [
         (shape.head_dim if "_layernorm" in rule.megatron and ".self_attention." in rule.megatron else shape.hidden,)
     ]

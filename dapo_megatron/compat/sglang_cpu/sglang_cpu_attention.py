@@ -6,7 +6,8 @@ inefficient"), in every layer of every step; with hundreds of short responses th
 sequences of about one length share one product.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -26,28 +27,38 @@ def register() -> None:
     HookRegistry.register(BACKEND + "._run_sdpa_forward_extend", extend, HookType.AROUND)
 
 
-def decode(original, *arguments, **options):
+def decode(original: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     """Attention of one new token of each sequence; arguments are those of the method that it stands for."""
     _, *shared, seq_lens, encoder_lens = arguments
     if _unusual(seq_lens, encoder_lens, options):
         return original(*arguments, **options)
-    return attend(*shared, seq_lens, torch.ones_like(seq_lens), options)
+    return attend(*shared, seq_lens, torch.ones_like(seq_lens), options)  # type: ignore[call-arg]
 
 
-def extend(original, *arguments, **options):
+def extend(original: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     """Causal attention of each sequence's new tokens; arguments are those of the method that it stands for."""
     _, *shared, seq_lens, _, new, encoder_lens = arguments
     if _unusual(seq_lens, encoder_lens, options) or not options["causal"]:
         return original(*arguments, **options)
-    return attend(*shared, seq_lens, new, options)
+    return attend(*shared, seq_lens, new, options)  # type: ignore[call-arg]
 
 
-def _unusual(seq_lens: torch.Tensor, encoder_lens: torch.Tensor | None, options: dict) -> bool:
+def _unusual(seq_lens: torch.Tensor, encoder_lens: torch.Tensor | None, options: dict[str, Any]) -> bool:
     other = encoder_lens is not None or options["is_cross_attn"] or options["sliding_window_size"] is not None
     return other or int(seq_lens.max()) > LONGEST
 
 
-def attend(query, output, k_cache, v_cache, req_to_token, pool_indices, seq_lens, new, options) -> torch.Tensor:
+def attend(
+    query: torch.Tensor,
+    output: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    req_to_token: torch.Tensor,
+    pool_indices: torch.Tensor,
+    seq_lens: torch.Tensor,
+    new: torch.Tensor,
+    options: dict[str, Any],
+) -> torch.Tensor:
     """Attention of the last `new` tokens of each sequence to all tokens up to their own.
 
     Args:

@@ -17,34 +17,36 @@ STAND_INS = ("sgl_kernel", "torchvision")
 
 
 class _Refuses(type):
-    def __getattr__(cls, name):
+    def __getattr__(cls, name: str) -> type:
         if name.startswith("__"):
             raise AttributeError(name)
         return _Refuses(f"{cls.__name__}.{name}", (), {})
 
-    def __call__(cls, *args, **kwargs):
+    def __call__(cls, *args: object, **kwargs: object) -> None:
         raise RuntimeError(f"{cls.__name__} has no stand-in on CPU")
 
 
 class _StandIn(types.ModuleType):
     __version__ = "0.0.0"
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> type:
         if name.startswith("__"):
             raise AttributeError(name)
         return _Refuses(f"{self.__name__}.{name}", (), {})
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    def find_spec(self, fullname, path=None, target=None):
+    def find_spec(
+        self, fullname: str, path: object = None, target: object = None
+    ) -> importlib.machinery.ModuleSpec | None:
         if fullname.partition(".")[0] not in STAND_INS:
             return None
         return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
 
-    def create_module(self, spec):
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
         return _StandIn(spec.name)
 
-    def exec_module(self, module):
+    def exec_module(self, module: types.ModuleType) -> None:
         pass
 
 
