@@ -10,7 +10,7 @@ import msgspec
 
 from dapo_megatron.algorithm.reward import Verdict
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 class Prompt(msgspec.Struct, frozen=True):
@@ -49,8 +49,10 @@ class Response(msgspec.Struct):
     version_spans: list[VersionSpan]
     finish_reason: Literal["stop", "length"]
     text: str
-    verdict: Verdict = "unknown"
-    accuracy_reward: float = 0.0
+    verdict: Verdict | None = None
+    """None: not graded yet. A rollout function that knows (an environment) sets it, and no grader is asked."""
+    accuracy_reward: float | None = None
+    """R_acc; None: it follows from the verdict. A rollout function may bring its own; positive is then right."""
     overlong_penalty: float = 0.0
     advantage: float = 0.0
     turns: int = 1
@@ -61,7 +63,7 @@ class Response(msgspec.Struct):
     @property
     def reward(self) -> float:
         """R = R_acc + R_len."""
-        return self.accuracy_reward + self.overlong_penalty
+        return (self.accuracy_reward or 0.0) + self.overlong_penalty
 
 
 class Group(msgspec.Struct):

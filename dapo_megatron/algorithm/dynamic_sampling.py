@@ -8,7 +8,7 @@ from dapo_megatron.algorithm.reward import Verdict
 GroupOutcome = Literal["mixed", "all_right", "all_wrong"]
 
 
-def group_outcome(verdicts: Sequence[Verdict]) -> GroupOutcome:
+def group_outcome(verdicts: Sequence[Verdict | None]) -> GroupOutcome:
     """What the G responses of one prompt amount to; "unknown" counts as not right.
 
     Raises:
@@ -22,7 +22,7 @@ def group_outcome(verdicts: Sequence[Verdict]) -> GroupOutcome:
     return "all_right" if right == len(verdicts) else "mixed"
 
 
-def keep_group(verdicts: Sequence[Verdict]) -> bool:
+def keep_group(verdicts: Sequence[Verdict | None]) -> bool:
     """True iff the group teaches something: 0 < number right < G.
 
     Decided on correctness, never on the shaped reward: an all-wrong group of unequal lengths has rewards

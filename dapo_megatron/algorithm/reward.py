@@ -6,7 +6,7 @@ Verdict = Literal["right", "wrong", "unknown"]
 """What a grader says of one response. "unknown": the grader was killed, crashed or raised."""
 
 
-def accuracy_reward(verdict: Verdict) -> float:
+def accuracy_reward(verdict: Verdict | None) -> float:
     """R_acc of one response: +1.0 if "right", else -1.0.
 
     "unknown" scores -1.0: rewarding what cannot be graded would teach the policy to break the grader.

@@ -26,12 +26,12 @@ def save_checkpoint(config: RunConfig, actor: Actor, state: TrainState, controll
         StorageError: the disk is full or lost; the checkpoint before this one stays valid.
     """
     folder, layout = RunFolder(Path(config.run_dir)), actor.layout
-    with all_agree("opening the checkpoint", layout):
+    with all_agree("opening the checkpoint", layout, may_take_long=True):
         if layout.rank == 0:
             store.open_partial(folder, state.step)
-    with all_agree("writing the checkpoint", layout):
+    with all_agree("writing the checkpoint", layout, may_take_long=True):
         _write(actor, folder.partial_checkpoint(state.step) / store.MODEL)
-    with all_agree("publishing the checkpoint", layout):
+    with all_agree("publishing the checkpoint", layout, may_take_long=True):
         if layout.rank == 0:
             manifest = store.Manifest(
                 step=state.step,

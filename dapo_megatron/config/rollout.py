@@ -1,5 +1,7 @@
 """How responses are sampled, for training and for evaluation."""
 
+from typing import Literal
+
 from pydantic import Field
 
 from dapo_megatron.config.base import Section
@@ -18,6 +20,10 @@ class RolloutConfig(Section):
     """0: generate, then train (on-policy). 1: generate the next step's groups while this one trains."""
     function: str = "dapo_megatron.rollout.single_turn:rollout"
     """package.module:async function(prompt, engine) -> Response."""
+    on_error: Literal["reissue", "stop"] = "reissue"
+    """When rollout.function raises: call it again for the same sample, or end the run."""
+    max_reissues: int = Field(3, ge=0)
+    """Most times that one sample is issued again; then the run ends."""
     concurrency: int = Field(1024, ge=1)
     """Most responses in flight on all engines together."""
     request_timeout_s: float = Field(1800.0, gt=0)

@@ -34,8 +34,11 @@ class Failure:
 
 
 @contextmanager
-def all_agree(what: str, layout: Layout) -> Iterator[None]:
+def all_agree(what: str, layout: Layout, *, may_take_long: bool = False) -> Iterator[None]:
     """Run a phase on every rank, then let all know whether it failed on one of them.
+
+    Args:
+        may_take_long: wait for each other as long as for a batch, not as long as for a collective.
 
     Raises:
         DapoError: of the first rank that failed, on every rank; or not all ranks came within the deadline.
@@ -46,8 +49,9 @@ def all_agree(what: str, layout: Layout) -> Iterator[None]:
     except (DapoError, OSError) as e:
         failure = _failure(e, layout)
     failures: list[Failure | None] = [None] * dist.get_world_size()
-    with _deadline(what, layout.collective_timeout_s):
-        dist.all_gather_object(failures, failure, group=layout.control)
+    group, limit = _group(layout, may_take_long)
+    with _deadline(what, limit):
+        dist.all_gather_object(failures, failure, group=group)
     for found in failures:
         if found is not None:
             raise found.error(what)
@@ -69,9 +73,7 @@ def on_first_rank(what: str, layout: Layout, call: Callable[[], T], *, may_take_
             outcome[0] = call()
         except (DapoError, OSError) as e:
             outcome[0] = _failure(e, layout)
-    group, limit = layout.control, layout.collective_timeout_s
-    if may_take_long:
-        group, limit = layout.waiting, layout.waiting_timeout_s
+    group, limit = _group(layout, may_take_long)
     with _deadline(what, limit):
         dist.broadcast_object_list(outcome, src=0, group=group)
     (found,) = outcome
@@ -87,6 +89,13 @@ def broadcast_bytes(data: bytes, layout: Layout) -> bytes:
     flat = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(int(size), dtype=torch.uint8)
     dist.broadcast(flat, src=0, group=layout.control)
     return flat.numpy().tobytes()
+
+
+def _group(layout: Layout, may_take_long: bool) -> tuple[dist.ProcessGroup, float]:
+    """(group, its deadline in seconds)."""
+    if may_take_long:
+        return layout.waiting, layout.waiting_timeout_s
+    return layout.control, layout.collective_timeout_s
 
 
 def _failure(error: DapoError | OSError, layout: Layout) -> Failure:

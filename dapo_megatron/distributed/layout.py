@@ -35,7 +35,7 @@ class Layout:
     control: dist.ProcessGroup
     """All ranks, gloo: for verdicts and small messages; a rank that hangs is noticed after collective_timeout_s."""
     waiting: dist.ProcessGroup
-    """All ranks, gloo: only for what rank 0 waits for as long as for a batch."""
+    """All ranks, gloo: only for what waits as long as for a batch, engines that start, or a slow disk."""
     collective_timeout_s: float
     waiting_timeout_s: float
 
@@ -58,8 +58,8 @@ def init_parallel(config: RunConfig) -> Layout:
     """
     trainer = config.trainer
     deadline = timedelta(seconds=trainer.collective_timeout_s)
-    # Rank 0 gives up first, with a message that says what it waited for.
-    waiting_s = trainer.batch_timeout_s + trainer.collective_timeout_s
+    # Whoever waits for others gives up first, with a message that says what it waited for.
+    waiting_s = max(trainer.batch_timeout_s, config.engine.start_timeout_s) + trainer.collective_timeout_s
     if not dist.is_initialized():
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=deadline)
     if dist.get_world_size() != config.world_size:

@@ -1,12 +1,15 @@
 """Control calls to one SGLang server: pausing, weight-update sessions, versions. Never through a router."""
 
+import json
 import re
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import httpx
+import msgspec
 
+from dapo_megatron.engines.wire import Completion, SamplingParams, decode_completions
 from dapo_megatron.errors import EngineError
 
 SESSIONS_SINCE = (0, 5, 21)
@@ -132,22 +135,40 @@ class EngineControl:
         }
         self._call("POST", "/update_weights_from_distributed", body)
 
-    def prompt_logprobs(self, prompts: list[list[int]]) -> list[list[float]]:
-        """Log-probs of every prompt's tokens but the first, at temperature 1."""
-        body = {
-            "input_ids": prompts,
-            "sampling_params": {"temperature": 1.0, "max_new_tokens": 1},
-            "return_logprob": True,
-            "logprob_start_len": 0,
-        }
-        replies = self._call("POST", "/generate", body)
-        return [[entry[0] for entry in r["meta_info"]["input_token_logprobs"][1:]] for r in replies]
+    def sample(self, prompts: list[list[int]], params: SamplingParams) -> list[Completion]:
+        """One sample after each prompt, through the same path as a rollout's (the prefix cache included).
+
+        Raises:
+            EngineError: the server refused, or aborted one of them.
+        """
+        found = decode_completions(self._request("POST", "/generate", self._sample_body(prompts, params)), self.url)
+        completions = [c for c in found if c is not None]
+        if len(completions) < len(prompts):
+            raise EngineError(f"engine {self.url} aborted {len(prompts) - len(completions)} of its samples")
+        return completions
+
+    def fill_cache(self, prompts: list[list[int]], params: SamplingParams) -> None:
+        """Sample and forget, whatever version is served: the prefix cache then holds these prompts."""
+        self._request("POST", "/generate", self._sample_body(prompts, params))
 
     def close(self) -> None:
         """Close the connection."""
         self._http.close()
 
+    def _sample_body(self, prompts: list[list[int]], params: SamplingParams) -> dict[str, Any]:
+        return {"input_ids": prompts, "sampling_params": msgspec.to_builtins(params), "return_logprob": True}
+
     def _call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+        data = self._request(method, path, body)
+        try:
+            found = json.loads(data)
+        except ValueError:
+            return data.decode(errors="replace")
+        if isinstance(found, dict) and found.get("success") is False:
+            raise EngineError(f"engine {self.url} refused {path}: {str(found)[:500]}")
+        return found
+
+    def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> bytes:
         try:
             reply = self._http.request(method, path, json=body)
         except httpx.TimeoutException:
@@ -156,7 +177,7 @@ class EngineControl:
             ) from None
         except httpx.TransportError as e:
             raise EngineError(f"engine {self.url} is gone ({path}: {e}): see logs/engine-*.log") from None
-        data = reply.json() if "json" in reply.headers.get("content-type", "") else reply.text
-        if reply.status_code != 200 or (isinstance(data, dict) and data.get("success") is False):
-            raise EngineError(f"engine {self.url} refused {path}: HTTP {reply.status_code} {str(data)[:500]}")
-        return data
+        if reply.status_code != 200:
+            text = " ".join(reply.text.split())[:500]
+            raise EngineError(f"engine {self.url} refused {path}: HTTP {reply.status_code} {text}")
+        return reply.content

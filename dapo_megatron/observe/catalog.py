@@ -105,13 +105,15 @@ GROUPS_SURPLUS = _metric("groups/surplus", "groups", "Groups kept for the next s
 GROUPS_KEPT_SHARE = _metric("groups/kept_share", "of groups", "Mixed groups among those generated.")
 NO_VERDICT = _metric("grading/unknown", "responses", "Responses without a verdict since the start.")
 
+ROLLOUT_ERRORS = _metric("rollout/errors", "calls", "Calls of the rollout function that raised, since the start.")
+
 EVAL_ACCURACY = _metric("eval/accuracy", "of responses", "avg@k on the held-out prompts.")
 EVAL_GREEDY_ACCURACY = _metric("eval/greedy_accuracy", "of prompts", "Greedy accuracy on the held-out prompts.")
 
 SYNC_SECONDS = _metric("sync/seconds", "s", "Duration of the push.")
 SYNC_BYTES = _metric("sync/bytes", "bytes", "Bytes that the push sent to each engine.")
 SYNC_DIFFERENCE = _metric(
-    "sync/logprob_difference", "nats", "Largest |log-prob difference| of trainer and engine on fixed prompts after it."
+    "sync/logprob_difference", "nats", "Largest |log-prob difference| of trainer and engine on tokens sampled after it."
 )
 
 PHASES = ("generate", "old_logprobs", "update", "push", "verify", "checkpoint", "evaluate")

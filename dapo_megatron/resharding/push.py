@@ -40,6 +40,7 @@ class Pusher:
         self._threads = ThreadPoolExecutor(max_workers=max(1, len(engine_urls)))
         self._group: dist.ProcessGroup | None = None
         self._group_name = ""
+        self._live: int | None = None
 
     @property
     def _talks(self) -> bool:
@@ -51,7 +52,7 @@ class Pusher:
         Raises:
             DapoError: an engine did not answer or could not join.
         """
-        with all_agree("connecting to the engines", self.layout):
+        with all_agree("connecting to the engines", self.layout, may_take_long=True):
             for engine in self.engines:
                 engine.wait_ready(self.config.engine.start_timeout_s)
             if self.layout.rank == 0:
@@ -73,7 +74,7 @@ class Pusher:
         began, sent = time.monotonic(), 0
         with all_agree("pausing the engines", self.layout):
             if self.layout.rank == 0:
-                self._on_all(_begin)
+                self._on_all(self._begin)
         for stage in range(self.layout.pp_size):
             with all_agree(f"sending the weights of pipeline stage {stage}", self.layout):
                 if self.layout.pp_rank == stage:
@@ -81,6 +82,7 @@ class Pusher:
         with all_agree(f"making version {version} live", self.layout):
             if self.layout.rank == 0:
                 self._on_all(lambda e: self._make_live(e, version))
+        self._live = version
         total = torch.tensor(float(sent if self.is_sender else 0), dtype=torch.float64)
         dist.all_reduce(total, group=self.layout.control)
         return {m.SYNC_SECONDS: time.monotonic() - began, m.SYNC_BYTES: float(total)}
@@ -136,6 +138,15 @@ class Pusher:
             except DapoError as e:
                 raise EngineError(f"{_label(bucket)} did not arrive at {engine.url}: {e}") from None
 
+    def _begin(self, engine: EngineControl) -> None:
+        if self._live is not None and (served := engine.version()) != str(self._live):
+            raise EngineError(
+                f"engine {engine.url} serves version {served}, the trainer had pushed {self._live}: somebody else has "
+                "changed its weights"
+            )
+        engine.pause()
+        engine.begin_update()
+
     def _make_live(self, engine: EngineControl, version: int) -> None:
         engine.end_update()
         engine.flush_cache()
@@ -151,11 +162,6 @@ class Pusher:
 
     def _urls(self) -> str:
         return ", ".join(e.url for e in self.engines)
-
-
-def _begin(engine: EngineControl) -> None:
-    engine.pause()
-    engine.begin_update()
 
 
 def _receive(engine: EngineControl, group: str, bucket: Bucket, flush_cache: bool) -> None:

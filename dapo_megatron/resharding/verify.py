@@ -1,4 +1,13 @@
-"""After a push: do trainer and engine give the same log-probs? A fixed prompt set answers."""
+"""After a push: do trainer and engine give the same log-probs? Tokens that the engine samples answer.
+
+    every engine   samples the same fixed prompts, as a rollout would: through its prefix cache    trainer rank 0
+    all ranks      score these sequences with the trainer's weights
+    rank 0         compares the sampled tokens' log-probs
+
+Scoring given tokens would go around the prefix cache: keys and values that an earlier policy left there, which every
+rollout would attend to, are seen only by sampling prompts that have been sampled before. `prime` samples them once
+before the first push.
+"""
 
 import dataclasses
 
@@ -11,7 +20,8 @@ from dapo_megatron.actor.packing_demands import packing_rules
 from dapo_megatron.batching.build import shard_samples
 from dapo_megatron.batching.sample import TrainingSample
 from dapo_megatron.config import RunConfig
-from dapo_megatron.distributed.agreement import on_first_rank
+from dapo_megatron.distributed.agreement import all_agree, on_first_rank
+from dapo_megatron.engines.wire import Completion, SamplingParams
 from dapo_megatron.errors import EngineError
 from dapo_megatron.resharding.push import Pusher
 
@@ -22,15 +32,29 @@ class Verifier:
     def __init__(self, config: RunConfig, actor: Actor, pusher: Pusher, prompts: list[list[int]]):
         self.actor, self.pusher, self.prompts = actor, pusher, prompts
         self.tolerance = config.resharding.verify_tolerance
+        length = min(config.resharding.verify_tokens, config.rollout.max_response_tokens)
+        self.params = SamplingParams(max_new_tokens=length, temperature=config.rollout.temperature)
 
-    def verify(self) -> float:
-        """Largest |log-prob difference| over the prompts' tokens; collective over all ranks.
+    def prime(self) -> None:
+        """Sample the prompts once, under whatever the engines serve; collective over all ranks."""
+        with all_agree("sampling the prompts of the verification", self.actor.layout):
+            if self.actor.layout.rank == 0:
+                for engine in self.pusher.engines:
+                    engine.fill_cache(self.prompts, self.params)
+
+    def verify(self, version: int) -> float:
+        """Largest |log-prob difference| over the sampled tokens; collective over all ranks.
+
+        Args:
+            version: what the engines must be serving.
 
         Raises:
-            EngineError: it exceeds the tolerance; names the engine, the prompt and the token.
+            EngineError: another version, or a difference above the tolerance; names engine, prompt and token.
         """
-        ours = self._trainers_logprobs()
-        worst, where = on_first_rank("comparing log-probs", self.actor.layout, lambda: self._compare(ours))
+        layout = self.actor.layout
+        sampled = on_first_rank("sampling from the engines", layout, lambda: self._sample(version))
+        ours = self._trainers_logprobs([prompt + c.token_ids for _, prompt, c in sampled])
+        worst, where = self._compare(sampled, ours)
         if not worst <= self.tolerance:
             raise EngineError(
                 f"trainer and engine disagree after the push: |log-prob difference| {worst:.2e} at {where} exceeds "
@@ -38,15 +62,28 @@ class Verifier:
             )
         return worst
 
-    def _trainers_logprobs(self) -> torch.Tensor:
-        """[prompts, longest prompt] float64: log-prob of the token after each position; 0 beyond a prompt's end."""
-        actor, prompts = self.actor, self.prompts
-        # Every data-parallel rank scores all prompts: with experts spread over them, all must take part.
+    def _sample(self, version: int) -> list[tuple[str, list[int], Completion]]:
+        """(URL, prompt, completion) of every engine and prompt."""
+        found = []
+        for engine in self.pusher.engines:
+            for prompt, completion in zip(self.prompts, engine.sample(self.prompts, self.params), strict=True):
+                if others := {span.version for span in completion.version_spans} - {version}:
+                    raise EngineError(
+                        f"engine {engine.url} sampled with version {min(others)} after version {version} was pushed: "
+                        "somebody else has changed its weights"
+                    )
+                found.append((engine.url, prompt, completion))
+        return found
+
+    def _trainers_logprobs(self, sequences: list[list[int]]) -> np.ndarray:
+        """[sequences, longest] float64: log-prob of the token after each position; 0 beyond a sequence's end."""
+        actor = self.actor
+        # Every data-parallel rank scores all of them: with experts spread over the ranks, all must take part.
         rules = dataclasses.replace(packing_rules(actor.config), data_parallel_size=1)
-        (shard,) = shard_samples([scored_sample(i, p) for i, p in enumerate(prompts)], rules)
-        found = actor.logprobs(shard, temperature=1.0)
-        # The engines are asked by rank 0, the log-probs are on the last stage, a part on each rank: sum them.
-        table = torch.zeros(len(prompts), max(map(len, prompts)), dtype=torch.float64)
+        (shard,) = shard_samples([scored_sample(i, s) for i, s in enumerate(sequences)], rules)
+        found = actor.logprobs(shard)
+        # The log-probs are on the last stage, a part on each rank: sum them.
+        table = torch.zeros(len(sequences), max(map(len, sequences)), dtype=torch.float64)
         if actor.layout.dp_rank == 0:
             for micro_batch, values in zip(shard, found, strict=False):
                 positions = actor.own(micro_batch)
@@ -55,17 +92,18 @@ class Verifier:
                 for position, owner, value in zip(positions, owners, values.tolist(), strict=True):
                     table[micro_batch.sequences[owner][1], position - starts[owner]] = value
         dist.all_reduce(table, group=actor.layout.control)
-        return table
+        return table.numpy()
 
-    def _compare(self, ours: torch.Tensor) -> tuple[float, str]:
+    def _compare(self, sampled: list[tuple[str, list[int], Completion]], ours: np.ndarray) -> tuple[float, str]:
+        """(largest difference, where it is); the same on every rank."""
         worst, where = 0.0, "no token"
-        for engine in self.pusher.engines:
-            for i, theirs in enumerate(engine.prompt_logprobs(self.prompts)):
-                difference = (ours[i, : len(theirs)] - torch.tensor(theirs, dtype=torch.float64)).abs()
-                token = int(difference.argmax())
-                # `not <=` so that a NaN is the worst of all.
-                if not float(difference[token]) <= worst:
-                    worst, where = float(difference[token]), f"{engine.url}, prompt {i}, token {token + 1}"
+        for (url, prompt, completion), row in zip(sampled, ours, strict=True):
+            first = len(prompt) - 1
+            difference = np.abs(row[first : first + len(completion.logprobs)] - np.array(completion.logprobs))
+            token = int(difference.argmax())
+            # `not <=` so that a NaN is the worst of all.
+            if not difference[token] <= worst:
+                worst, where = float(difference[token]), f"{url}, prompt {prompt[:8]}..., sampled token {token}"
         return worst, where
 
 

@@ -45,14 +45,17 @@ from dapo_megatron.observe.samples import SampleWriter
 from dapo_megatron.process import Reporter
 from dapo_megatron.records import Group, Prompt, Response, ScoredGroup
 from dapo_megatron.rollout.buffer import GroupBuffer
+from dapo_megatron.rollout.concurrency import all_or_first_error
 from dapo_megatron.rollout.engine import Engine, Sampler
 from dapo_megatron.rollout.evaluation import evaluate
-from dapo_megatron.rollout.function import RolloutFunction, load_rollout
+from dapo_megatron.rollout.function import load_rollout
+from dapo_megatron.rollout.guard import GuardedRollout
 from dapo_megatron.rollout.ledger import Ledger
 from dapo_megatron.rollout.metrics import response_metrics
 from dapo_megatron.rollout.producer import Producer, StepGroups
 from dapo_megatron.rollout.scoring import score_group
 from dapo_megatron.rpc import RpcServer
+from dapo_megatron.weights.families import model_shape
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +72,8 @@ class Controller:
             temperature=config.rollout.temperature,
             stop_token_ids=stop_token_ids(config.model.path, self.tokenizer),
         )
-        self.rollout: RolloutFunction = load_rollout(config.rollout.function)
+        shape = model_shape(transformers.AutoConfig.from_pretrained(config.model.path))
+        self.rollout = GuardedRollout(load_rollout(config.rollout.function), config.rollout, shape.vocab)
         self.prompts = self._load(config.data.train, None)
         self.held_out = self._load(config.data.eval, config.data.eval_limit) if config.data.eval else None
         self._session: _Session | None = None
@@ -147,6 +151,7 @@ class Controller:
         session.samples.write(step, produced.seen[: config.observe.groups_per_step])
         metrics = produced.metrics | response_metrics(produced.groups, produced.seen, version) | batch.metrics
         metrics |= {m.GENERATE_SECONDS: waited, m.NO_VERDICT: float(sum(self.grading.unknown.values()))}
+        metrics[m.ROLLOUT_ERRORS] = float(self.rollout.errors)
         if config.rollout.max_policy_lag:
             session.ahead = asyncio.create_task(self._produce(session, step + 1, version))
         else:
@@ -163,13 +168,15 @@ class Controller:
 
     async def sample_group(self, prompt: Prompt, order: int, params: SamplingParams, size: int) -> Group:
         """Generate and grade `size` responses to one prompt."""
-        responses = await asyncio.gather(*(self._respond(prompt, params, i) for i in range(size)))
-        return Group(order, prompt, list(responses))
+        return Group(order, prompt, await all_or_first_error(self._respond(prompt, params, i) for i in range(size)))
 
     async def _respond(self, prompt: Prompt, params: SamplingParams, sample: int) -> Response:
         response = await self.rollout(prompt, Engine(self.sampler, self.tokenizer, params, sample))
         self._check_versions(response)
-        response.verdict = await self.grading.grade(response.text, prompt.ground_truth)
+        if response.verdict is None and response.accuracy_reward is not None:
+            response.verdict = "right" if response.accuracy_reward > 0 else "wrong"
+        if response.verdict is None:
+            response.verdict = await self.grading.grade(response.text, prompt.ground_truth)
         if response.verdict == "unknown":
             log.warning("no verdict on prompt %s, sample %d: its grader was stopped", prompt.id, sample)
         return response

@@ -1,8 +1,8 @@
 """avg@k on the held-out prompts: the mean accuracy of k sampled responses a prompt."""
 
-import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 import msgspec
 
@@ -10,8 +10,9 @@ from dapo_megatron.config import EvaluationConfig
 from dapo_megatron.engines.wire import SamplingParams
 from dapo_megatron.observe import catalog as m
 from dapo_megatron.records import Group, Prompt
+from dapo_megatron.rollout.concurrency import all_or_first_error
 
-SampleGroup = Callable[[Prompt, int, SamplingParams, int], Awaitable[Group]]
+SampleGroup = Callable[[Prompt, int, SamplingParams, int], Coroutine[Any, Any, Group]]
 
 
 async def evaluate(
@@ -33,6 +34,6 @@ async def evaluate(
 
 
 async def _accuracy(prompts: list[Prompt], params: SamplingParams, samples: int, sample_group: SampleGroup) -> float:
-    groups = await asyncio.gather(*(sample_group(p, i, params, samples) for i, p in enumerate(prompts)))
+    groups = await all_or_first_error(sample_group(p, i, params, samples) for i, p in enumerate(prompts))
     verdicts = [r.verdict for g in groups for r in g.responses]
     return sum(v == "right" for v in verdicts) / len(verdicts)

@@ -6,8 +6,8 @@ A round waits for all its groups: the slowest answer unblocks it. Rounds are siz
 kept so far. Kept groups that the step does not need are carried and consumed first in the next one.
 """
 
-import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 import msgspec
 
@@ -15,11 +15,12 @@ from dapo_megatron.config import RunConfig
 from dapo_megatron.errors import DataError
 from dapo_megatron.records import Prompt, ScoredGroup
 from dapo_megatron.rollout.buffer import GroupBuffer
+from dapo_megatron.rollout.concurrency import all_or_first_error
 from dapo_megatron.rollout.ledger import Ledger
 from dapo_megatron.rollout.metrics import group_metrics
 from dapo_megatron.rollout.selection import fate_of, round_size
 
-MakeGroup = Callable[[Prompt, int], Awaitable[ScoredGroup]]
+MakeGroup = Callable[[Prompt, int], Coroutine[Any, Any, ScoredGroup]]
 Progress = Callable[[str], None]
 
 
@@ -81,17 +82,10 @@ class Producer:
         dynamic = self.config.algorithm.dynamic_sampling
         count = round_size(deficit, self.buffer.state.kept_share) if dynamic else deficit
         issued = [self.buffer.issue() for _ in range(count)]
-        tasks = [asyncio.ensure_future(self.make_group(prompt, order)) for order, prompt in issued]
-        try:
-            for done, finished in enumerate(asyncio.as_completed(tasks), start=1):
-                await finished
-                progress(f"{so_far}{done}/{count} groups generated")
-        finally:
-            for task in tasks:
-                task.cancel()
-            # What was cancelled ends in order: nothing of it is reported later, when nobody listens.
-            await asyncio.gather(*tasks, return_exceptions=True)
-        return [task.result() for task in tasks]
+        return await all_or_first_error(
+            (self.make_group(prompt, order) for order, prompt in issued),
+            lambda done: progress(f"{so_far}{done}/{count} groups generated"),
+        )
 
     def _hopeless(self, seen: list[ScoredGroup]) -> str:
         fates = [fate_of(g, self.config) for g in seen]

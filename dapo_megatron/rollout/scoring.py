@@ -23,7 +23,7 @@ def score_group(group: Group, config: RunConfig) -> ScoredGroup:
         msgspec.structs.replace(
             r,
             verdict=verdict,
-            accuracy_reward=accuracy_reward(verdict),
+            accuracy_reward=accuracy_reward(verdict) if r.accuracy_reward is None else r.accuracy_reward,
             overlong_penalty=overlong_penalty(
                 len(r.token_ids), config.rollout.max_response_tokens, config.algorithm.overlong_cache
             ),
@@ -40,7 +40,7 @@ def score_group(group: Group, config: RunConfig) -> ScoredGroup:
     return ScoredGroup(group.order, group.prompt, scored)
 
 
-def _verdicts(group: Group, config: RunConfig) -> list[Verdict]:
+def _verdicts(group: Group, config: RunConfig) -> list[Verdict | None]:
     verdicts = [r.verdict for r in group.responses]
     if config.algorithm.shuffle_rewards:
         random.Random(f"{config.seed}/{group.order}").shuffle(verdicts)

@@ -45,9 +45,11 @@ def train(
         verifier = Verifier(config, actor, pusher, controller.hello(state, snapshot))
         recorder.open(None if resume is None else state.step)
         pusher.connect()
+        if config.resharding.verify_every:
+            verifier.prime()
         pusher.push(state.version)
         if config.resharding.verify_every:
-            verifier.verify()
+            verifier.verify(state.version)
     if state.step == 0:
         with recorder.phase("evaluate"):
             evaluation = controller.evaluate(state)
@@ -103,7 +105,7 @@ def rollout_step(
             metrics |= pusher.push(version)
         if config.resharding.verify_every and step % config.resharding.verify_every == 0:
             with recorder.phase("verify"):
-                metrics[m.SYNC_DIFFERENCE] = verifier.verify()
+                metrics[m.SYNC_DIFFERENCE] = verifier.verify(version)
     return replace(state, step=step, version=version, skipped=skipped), metrics, snapshot
 
 

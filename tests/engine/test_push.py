@@ -1,4 +1,4 @@
-"""Resharding into a real server: from any trainer layout, the engine ends up with the trainer's log-probs."""
+"""Resharding into a real server: from any trainer layout, the engine samples as the trainer would."""
 
 import pytest
 
@@ -7,9 +7,9 @@ from tests.distributed.test_actor import LAYOUTS
 from tests.engine.conftest import ENGINE
 from tests.tiny import hf_folder, run_config
 
-from dapo_megatron.errors import DapoError
 from dapo_megatron.engines.control import EngineControl
-from dapo_megatron.resharding.push import Pusher
+from dapo_megatron.errors import EngineError
+from dapo_megatron.resharding import push
 from dapo_megatron.resharding.verify import Verifier
 
 PROMPTS = [[5, 9, 33, 2, 60, 17, 8], [3, 4], [61, 12, 12, 40, 7]]
@@ -17,10 +17,12 @@ PROMPTS = [[5, 9, 33, 2, 60, 17, 8], [3, 4], [61, 12, 12, 40, 7]]
 
 def push_and_verify(config, url, version):
     actor = actor_on_rank(config)
-    pusher = Pusher(config, actor, [url])
+    pusher = push.Pusher(config, actor, [url])
+    verifier = Verifier(config, actor, pusher, PROMPTS)
     pusher.connect()
+    verifier.prime()
     metrics = pusher.push(version)
-    difference = Verifier(config, actor, pusher, PROMPTS).verify()
+    difference = verifier.verify(version)
     pusher.close()
     return difference, metrics
 
@@ -29,34 +31,111 @@ def push_and_verify(config, url, version):
 def test_push_from_every_layout(tmp_path, engine_url, layout):
     # Other weights than the server holds, and buckets small enough that there are several.
     path = hf_folder(tmp_path, "qwen3", tied=True, seed=list(LAYOUTS).index(layout) + 2)
-    config = run_config(path, actor=LAYOUTS[layout], engine=ENGINE, resharding={"bucket_mib": 1})
+    config = run_config(
+        path, actor=LAYOUTS[layout], engine=ENGINE, resharding={"bucket_mib": 1}, rollout={"temperature": 0.7}
+    )
     version = 10 + list(LAYOUTS).index(layout)
     results = run_ranks(config.world_size, push_and_verify, config, engine_url, version)
-    assert all(difference <= 1e-4 for difference, _ in results)
+    assert all(0 < difference <= 1e-4 for difference, _ in results)
     assert all(m["sync/bytes"] > 100_000 for _, m in results)
     assert EngineControl(engine_url, 10).version() == str(version)
 
 
-def verify_without_push(config, url):
-    actor = actor_on_rank(config)
-    pusher = Pusher(config, actor, [url])
+def message_of(config, url, version):
     try:
-        Verifier(config, actor, pusher, PROMPTS).verify()
-    except DapoError as e:
+        push_and_verify(config, url, version)
+    except EngineError as e:
         return str(e)
 
 
-def test_other_weights_are_noticed(tmp_path, engine_url):
-    config = run_config(hf_folder(tmp_path, "qwen3", tied=True, seed=999), engine=ENGINE)
-    (message,) = run_ranks(1, verify_without_push, config, engine_url)
+def without_a_flush(config, url, version):
+    receive = push._receive
+    push._receive = lambda engine, group, bucket, flush_cache: receive(engine, group, bucket, False)
+    EngineControl.flush_cache = lambda self: None
+    return message_of(config, url, version)
+
+
+def test_keys_and_values_of_an_earlier_policy_are_noticed(tmp_path, engine_url):
+    config = run_config(hf_folder(tmp_path, "qwen3", tied=True, seed=77), engine=ENGINE)
+    (message,) = run_ranks(1, without_a_flush, config, engine_url, 77)
     assert "trainer and engine disagree" in message and engine_url in message
 
 
+def verify_without_push(config, url):
+    actor = actor_on_rank(config)
+    pusher = push.Pusher(config, actor, [url])
+    for engine in pusher.engines:
+        engine.set_version(5)
+    errors = []
+    for version in (5, 6):
+        try:
+            Verifier(config, actor, pusher, PROMPTS).verify(version)
+        except EngineError as e:
+            errors.append(str(e))
+    return errors
+
+
+def test_other_weights_and_other_versions_are_noticed(tmp_path, engine_url):
+    config = run_config(hf_folder(tmp_path, "qwen3", tied=True, seed=999), engine=ENGINE)
+    ((weights, version),) = run_ranks(1, verify_without_push, config, engine_url)
+    assert "trainer and engine disagree" in weights and engine_url in weights
+    assert "sampled with version 5 after version 6 was pushed" in version
+
+
+def changed_by_somebody_else(config, url):
+    actor = actor_on_rank(config)
+    pusher = push.Pusher(config, actor, [url])
+    pusher.connect()
+    pusher.push(1)
+    EngineControl(url, 10).set_version(40)
+    try:
+        pusher.push(2)
+    except EngineError as e:
+        return str(e)
+
+
+def test_a_version_that_the_trainer_did_not_set_ends_the_push(tmp_path, engine_url):
+    config = run_config(hf_folder(tmp_path, "qwen3"), engine=ENGINE)
+    (message,) = run_ranks(1, changed_by_somebody_else, config, engine_url)
+    assert "serves version 40, the trainer had pushed 1" in message
+
+
+def order_of_calls(config, url):
+    calls = []
+    plan = push.plan_buckets
+    push.plan_buckets = lambda tensors, dtype, _: plan(tensors, dtype, 40_000)
+    for name in ("pause", "begin_update", "receive_tensors", "end_update", "set_version", "resume"):
+        original = getattr(EngineControl, name)
+
+        def spied(self, *args, _name=name, _original=original, **options):
+            calls.append((_name, options.get("flush_cache")))
+            return _original(self, *args, **options)
+
+        setattr(EngineControl, name, spied)
+    push_and_verify(config, url, 3)
+    return calls
+
+
+def test_the_version_comes_after_the_weights_and_the_flush_with_the_last_of_them(tmp_path, engine_url):
+    config = run_config(hf_folder(tmp_path), engine=ENGINE)
+    (calls,) = run_ranks(1, order_of_calls, config, engine_url)
+    sent = [flush for name, flush in calls if name == "receive_tensors"]
+    assert len(sent) > 2 and sent == [False] * (len(sent) - 1) + [True]
+    assert [name for name, _ in calls if name != "receive_tensors"] == [
+        "pause",
+        "begin_update",
+        "end_update",
+        "set_version",
+        "resume",
+    ]
+    assert max(i for i, (name, _) in enumerate(calls) if name == "receive_tensors") < calls.index(("end_update", None))
+
+
 def push_to_nobody(config, url):
-    pusher = Pusher(config, actor_on_rank(config), [url])
+    pusher = push.Pusher(config, actor_on_rank(config), [url])
     try:
         pusher.connect()
-    except DapoError as e:
+    except EngineError as e:
         return str(e)
 
 

@@ -1,0 +1,133 @@
+"""The border to a user's rollout function: what it raises and what it returns is looked at before anything is trained.
+
+A function that raises is called again for the same sample, or ends the run, as rollout.on_error says. One that returns
+what cannot be trained ends the run: it would do so every time. Either way one line names function, prompt and sample.
+"""
+
+import logging
+import math
+import traceback
+from typing import Any, get_args
+
+from dapo_megatron.algorithm.reward import Verdict
+from dapo_megatron.config import RolloutConfig
+from dapo_megatron.errors import ConfigError, DapoError
+from dapo_megatron.records import Prompt, Response, VersionSpan
+from dapo_megatron.rollout.engine import Engine
+from dapo_megatron.rollout.function import RolloutFunction
+
+log = logging.getLogger(__name__)
+
+
+class GuardedRollout:
+    """Calls the rollout function and checks what it makes."""
+
+    def __init__(self, function: RolloutFunction, config: RolloutConfig, vocab: int):
+        """`vocab` is the number of token ids that the model knows."""
+        self._function, self._config, self._vocab = function, config, vocab
+        self.errors = 0
+        """Samples for which the function raised, each call counted."""
+
+    async def __call__(self, prompt: Prompt, engine: Engine) -> Response:
+        """One response.
+
+        Raises:
+            ConfigError: the function raised too often, or its response cannot be trained.
+        """
+        where = f"rollout.function={self._config.function}, prompt '{prompt.id}', sample {engine.sample}"
+        tries = 1 if self._config.on_error == "stop" else 1 + self._config.max_reissues
+        for attempt in range(1, tries + 1):
+            try:
+                response = await self._function(prompt, engine)
+            except DapoError:  # the engine's own, which has retries of its own
+                raise
+            except Exception as e:  # a user's code may raise anything
+                self.errors += 1
+                reason = f"{where}: it raised {_in_one_line(e)}"
+                if attempt == tries:
+                    again = f" {tries} times" if tries > 1 else ""
+                    raise ConfigError(f"{reason}{again}: mend it") from None
+                log.warning("%s; the sample is issued again", reason)
+            else:
+                return checked(response, prompt, engine.sample, self._vocab, where)
+        raise AssertionError("unreachable")
+
+
+def checked(response: Any, prompt: Prompt, sample: int, vocab: int, where: str) -> Response:
+    """The response, arrays made lists, if it can be trained.
+
+    Raises:
+        ConfigError: `where`, and what is wrong with it.
+    """
+    problem = _problem(response, prompt, sample, vocab)
+    if problem is not None:
+        raise ConfigError(f"{where}: {problem}")
+    assert isinstance(response, Response)
+    return response
+
+
+def _problem(response: Any, prompt: Prompt, sample: int, vocab: int) -> str | None:
+    if not isinstance(response, Response):
+        return f"it returned {type(response).__name__}, a Response is expected"
+    for name in ("token_ids", "loss_mask", "rollout_logprobs"):
+        value = getattr(response, name)
+        if hasattr(value, "tolist"):  # numpy, torch
+            setattr(response, name, value.tolist())
+        elif not isinstance(value, list):
+            return f"{name} is a {type(value).__name__}, a list or an array is expected"
+    if (response.prompt_id, response.sample) != (prompt.id, sample):
+        return f"the response says it is of prompt '{response.prompt_id}', sample {response.sample}"
+    return _tokens_problem(response, vocab) or _spans_problem(response) or _verdict_problem(response)
+
+
+def _tokens_problem(r: Response, vocab: int) -> str | None:
+    n = len(r.token_ids)
+    if n == 0:
+        return "the response has no tokens"
+    for name in ("loss_mask", "rollout_logprobs"):
+        if len(getattr(r, name)) != n:
+            return f"{name} has {len(getattr(r, name))} entries for {n} tokens"
+    for i, token in enumerate(r.token_ids):
+        if type(token) is not int or not 0 <= token < vocab:
+            return f"token {i} is {token!r}, ids from 0 to {vocab - 1} are expected"
+    for i, trained in enumerate(r.loss_mask):
+        if not isinstance(trained, bool):
+            return f"loss_mask[{i}] is {trained!r}, true or false is expected"
+    for i, logprob in enumerate(r.rollout_logprobs):
+        if not isinstance(logprob, int | float) or not math.isfinite(logprob):
+            return f"rollout_logprobs[{i}] is {logprob!r}, a finite number is expected"
+    return None
+
+
+def _spans_problem(r: Response) -> str | None:
+    spans, n = r.version_spans, len(r.token_ids)
+    if not isinstance(spans, list) or not all(isinstance(s, VersionSpan) for s in spans):
+        return "version_spans is not a list of VersionSpan"
+    if not spans:
+        return "version_spans is empty: which policy version sampled the tokens? (Completion.version_spans says)"
+    for span in spans:
+        if not 0 <= span.start <= span.end <= n or span.version < 0:
+            return f"version_spans names version {span.version} for tokens {span.start} to {span.end} of {n}"
+    return None
+
+
+def _verdict_problem(r: Response) -> str | None:
+    if r.finish_reason not in ("stop", "length"):
+        return f"finish_reason is {r.finish_reason!r}, stop or length is expected"
+    if not isinstance(r.text, str):
+        return f"text is a {type(r.text).__name__}, text is expected"
+    if r.verdict is not None and r.verdict not in get_args(Verdict):
+        return f"verdict is {r.verdict!r}, one of {', '.join(get_args(Verdict))} or None is expected"
+    reward = r.accuracy_reward
+    if reward is not None and (not isinstance(reward, int | float) or not math.isfinite(reward)):
+        return f"accuracy_reward is {reward!r}, a finite number or None is expected"
+    return None
+
+
+def _in_one_line(error: Exception) -> str:
+    """The exception, and the innermost line of the user's code that it came from."""
+    text = " ".join(traceback.format_exception_only(error)[-1].split())[:300]
+    frames = traceback.extract_tb(error.__traceback__)
+    own = __file__
+    users = [f for f in frames if f.filename != own]
+    return f"{text} ({users[-1].filename}, line {users[-1].lineno})" if users else text

@@ -1,0 +1,109 @@
+"""Who failed, and who hangs: by exit codes, exit records and heartbeats."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dapo_megatron.errors import ConfigError, DataError, DapoError, EngineError
+from dapo_megatron.process import Reporter, Status, read_exit, read_statuses, run_reported
+from dapo_megatron.run_folder import RunFolder
+from launch.failures import failure, hang
+from launch.heartbeats import Heartbeats
+from launch.processes import Child
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.exits.mkdir()
+    return folder
+
+
+def child(folder, name, how):
+    """A process that ended by `how`, a line of Python."""
+    process = subprocess.Popen([sys.executable, "-c", f"import os, sys, signal; {how}"])
+    process.wait()
+    log = folder.path / f"{name}.log"
+    log.write_text("first\nlast line\n")
+    return Child(name, process, log, True)
+
+
+def leave_word(folder, name, kind, message):
+    Reporter(folder, name).ended(kind, message)
+    time.sleep(0.01)
+
+
+def test_who_was_killed_comes_before_those_who_complain(folder):
+    leave_word(folder, "trainer-0", "crash", "RuntimeError: connection closed by peer")
+    children = [child(folder, "trainer-0", "sys.exit(1)"), child(folder, "trainer-1", "os.kill(os.getpid(), 9)")]
+    error = failure(folder, children)
+    assert "the trainer-1 was killed by signal 9 (SIGKILL)" in str(error) and "last line" in str(error)
+
+
+def test_the_controllers_own_words_come_first_then_the_earliest(folder):
+    leave_word(folder, "trainer-1", "crash", "second")
+    leave_word(folder, "trainer-0", "engine", "first")
+    leave_word(folder, "controller", "data", "no prompts")
+    ranks = [child(folder, f"trainer-{i}", "sys.exit(1)") for i in range(2)]
+    error = failure(folder, ranks)
+    assert type(error) is DapoError and "the trainer-1 stopped: second" in str(error)
+    error = failure(folder, [*ranks, child(folder, "controller", "sys.exit(1)")])
+    assert isinstance(error, DataError) and "the controller stopped: no prompts" in str(error)
+
+
+def test_an_engine_never_leaves_by_itself(folder):
+    error = failure(folder, [child(folder, "engine-0", "sys.exit(0)"), child(folder, "controller", "sys.exit(0)")])
+    assert isinstance(error, EngineError) and "engine-0 ended with exit code 0" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("how", "kind", "says"),
+    [
+        ("raise ConfigError('mend it')", "configuration", "mend it"),
+        ("raise OSError(28, 'No space left on device', '/runs/x')", "storage", "No space left on device at /runs/x"),
+        ("1 / 0", "crash", "ZeroDivisionError: division by zero"),
+        ("raise RuntimeError('two\\nlines')", "crash", "RuntimeError: two"),
+        ("pass", None, ""),
+    ],
+)
+def test_every_end_leaves_a_record(folder, how, kind, says):
+    code = run_reported(Reporter(folder, "trainer-3"), lambda: exec(how, {"ConfigError": ConfigError}))
+    record = read_exit(folder, "trainer-3")
+    assert (code, record.kind) == (0 if kind is None else 1, kind)
+    assert says in record.message and "\n" not in record.message
+
+
+def test_a_process_beats_and_says_what_it_does(folder):
+    with Reporter(folder, "trainer-0") as reporter:
+        reporter.phase("update", "2/4")
+        (before,) = read_statuses(folder)
+        time.sleep(2.5)
+        (after,) = read_statuses(folder)
+    assert (before.phase, before.detail, after.since) == ("update", "2/4", before.since)
+    assert after.beat >= before.beat + 2
+
+
+def test_a_silent_process_is_named_with_its_phase():
+    beats = Heartbeats(timeout_s=40)
+
+    def status(name, beat):
+        return Status(name, "node7", 4711, "push", "bucket 3", 0.0, beat)
+
+    assert beats.silent([status("trainer-0", 1), status("trainer-1", 1)], 100.0) == []
+    assert beats.silent([status("trainer-0", 2), status("trainer-1", 1)], 139.0) == []
+    ((who, seconds),) = beats.silent([status("trainer-0", 3), status("trainer-1", 1)], 141.0)
+    assert (who.process, seconds) == ("trainer-1", 41.0)
+    assert "trainer-1 (pid 4711 on node7) hangs: no sign of life for 41 s, in phase push" in str(hang(who, seconds))
+
+
+def test_a_restarted_process_is_not_the_silent_one():
+    beats = Heartbeats(timeout_s=40)
+    beats.silent([Status("controller", "h", 1, "idle", "", 0.0, 5)], 0.0)
+    assert beats.silent([Status("controller", "h", 2, "idle", "", 0.0, 5)], 100.0) == []
+
+
+def test_no_run_folder_no_statuses():
+    assert read_statuses(RunFolder(Path("/nowhere/at/all"))) == []

@@ -1,0 +1,138 @@
+"""What a user's rollout function may do wrong is one line that names it, and what it raises is tried again."""
+
+import asyncio
+
+import numpy as np
+import pytest
+
+from dapo_megatron.config import RolloutConfig
+from dapo_megatron.errors import ConfigError, EngineError
+from dapo_megatron.records import Prompt, Response, VersionSpan
+from dapo_megatron.rollout.engine import Engine
+from dapo_megatron.rollout.function import load_rollout
+from dapo_megatron.rollout.guard import GuardedRollout
+
+PROMPT = Prompt(id="p7", input_ids=[1, 2], ground_truth="", text="", row=0)
+VOCAB = 10
+
+
+def good(**changes):
+    fields = dict(
+        prompt_id="p7",
+        sample=3,
+        token_ids=[4, 5, 9],
+        loss_mask=[True, False, True],
+        rollout_logprobs=[-0.5, 0.0, -1.0],
+        version_spans=[VersionSpan(0, 0, 3)],
+        finish_reason="stop",
+        text="x",
+    )
+    return Response(**fields | changes)
+
+
+def call(function, **options):
+    guard = GuardedRollout(function, RolloutConfig(function="mine:roll", **options), VOCAB)
+    return asyncio.run(guard(PROMPT, Engine(None, None, None, 3))), guard
+
+
+def returns(value):
+    async def roll(prompt, engine):
+        return value
+
+    return roll
+
+
+def test_a_good_response_passes_and_arrays_become_lists():
+    response, _ = call(
+        returns(good(token_ids=np.array([4, 5, 9]), rollout_logprobs=np.array([-0.5, 0.0, -1.0], np.float32)))
+    )
+    assert response.token_ids == [4, 5, 9] and response.rollout_logprobs == [-0.5, 0.0, -1.0]
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        (None, "returned NoneType"),
+        ({"token_ids": [1]}, "returned dict"),
+        (good(token_ids=[], loss_mask=[], rollout_logprobs=[]), "no tokens"),
+        (good(token_ids=None), "token_ids is a NoneType"),
+        (good(token_ids=(4, 5, 9)), "token_ids is a tuple"),
+        (good(loss_mask=[True]), "loss_mask has 1 entries for 3 tokens"),
+        (good(rollout_logprobs=[-1.0] * 4), "rollout_logprobs has 4 entries for 3 tokens"),
+        (good(token_ids=[4, 5, 10]), "token 2 is 10, ids from 0 to 9"),
+        (good(token_ids=[-1, 5, 9]), "token 0 is -1"),
+        (good(token_ids=[4.0, 5, 9]), "token 0 is 4.0"),
+        (good(token_ids=[True, 5, 9]), "token 0 is True"),
+        (good(loss_mask=[1, 0, 1]), "loss_mask[0] is 1"),
+        (good(rollout_logprobs=[float("nan"), 0.0, 0.0]), "rollout_logprobs[0] is nan"),
+        (good(rollout_logprobs=[0.0, float("-inf"), 0.0]), "rollout_logprobs[1] is -inf"),
+        (good(rollout_logprobs=[0.0, None, 0.0]), "rollout_logprobs[1] is None"),
+        (good(version_spans=[]), "version_spans is empty"),
+        (good(version_spans=None), "version_spans is not a list"),
+        (good(version_spans=[VersionSpan(0, 0, 4)]), "tokens 0 to 4 of 3"),
+        (good(finish_reason="abort"), "finish_reason is 'abort'"),
+        (good(text=None), "text is a NoneType"),
+        (good(verdict=True), "verdict is True"),
+        (good(accuracy_reward=float("nan")), "accuracy_reward is nan"),
+        (good(prompt_id="other"), "of prompt 'other'"),
+        (good(sample=0), "sample 0"),
+    ],
+)
+def test_what_cannot_be_trained_is_one_line(value, says):
+    with pytest.raises(ConfigError) as e:
+        call(returns(value))
+    text = str(e.value)
+    assert says in text and "rollout.function=mine:roll, prompt 'p7', sample 3" in text and "\n" not in text
+
+
+def flaky(failures):
+    calls = []
+
+    async def roll(prompt, engine):
+        calls.append(1)
+        if len(calls) <= failures:
+            raise KeyError("the tool is away")
+        return good()
+
+    return roll
+
+
+def test_what_raises_is_called_again_and_counted():
+    response, guard = call(flaky(3), max_reissues=3)
+    assert response.token_ids == [4, 5, 9] and guard.errors == 3
+
+
+@pytest.mark.parametrize("options", [{"max_reissues": 2}, {"on_error": "stop"}])
+def test_what_raises_too_often_ends_with_the_users_own_line(options):
+    with pytest.raises(ConfigError) as e:
+        call(flaky(3), **options)
+    text = str(e.value)
+    assert "KeyError: 'the tool is away'" in text and "test_guard.py, line" in text and "\n" not in text
+
+
+def test_the_engines_own_errors_pass():
+    async def roll(prompt, engine):
+        raise EngineError("gone")
+
+    with pytest.raises(EngineError, match="gone"):
+        call(roll)
+
+
+def test_what_is_no_rollout_function_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(
+        "async def one(prompt): ...\ndef plain(prompt, engine): ...\nasync def more(prompt, engine, x=1): ...\n"
+    )
+    (tmp_path / "broken.py").write_text("1 / 0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert load_rollout("mine:more")
+    for reference, says in (
+        ("mine:one", "cannot be called as one(prompt, engine)"),
+        ("mine:plain", "not an 'async def'"),
+        ("mine:none", "has no function none, only ['more', 'one', 'plain']"),
+        ("mine", "not of the form package.module:function"),
+        ("nowhere:f", "importing nowhere failed (ModuleNotFoundError"),
+        ("broken:f", "ZeroDivisionError"),
+    ):
+        with pytest.raises(ConfigError) as e:
+            load_rollout(reference)
+        assert says in str(e.value) and "\n" not in str(e.value)
