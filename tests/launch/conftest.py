@@ -24,7 +24,8 @@ def recipe(folder, **sections):
     tree["data"] |= {"train": str(folder / "train.jsonl"), "eval": str(folder / "eval.jsonl"), "eval_limit": 4}
     tree["engine"]["extra_args"] = []  # with SGLang's prefix cache, which every push must empty
     tree["algorithm"]["dynamic_sampling"] = False
-    tree["rollout"] |= {"prompts_per_step": 4, "group_size": 4}
+    # At another temperature than 1, trainer and engine must divide by the same one.
+    tree["rollout"] |= {"prompts_per_step": 4, "group_size": 4, "temperature": 0.8}
     tree["trainer"] |= {"mini_batch_prompts": 2, "checkpoint_every": 1, "steps": 2}
     tree["optimizer"] = {"lr": 1e-3, "warmup_steps": 4}
     tree["run_dir"] = str(folder / "run")

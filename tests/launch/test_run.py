@@ -16,6 +16,7 @@ from tests.launch.conftest import finish, start
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
+HEARTBEAT_S = 12
 ROLES = {
     "engine": "sglang.launch_server",
     "controller": "dapo_megatron.rollout",
@@ -62,15 +63,25 @@ def test_a_run_is_stopped_dies_resumes_and_ends(job):
     code, output, _ = finish(start(recipe))
     assert code == 1 and "holds a run already" in output
 
-    for role in ("trainer rank", "controller", "engine"):
+    for role, number in (
+        ("trainer rank", signal.SIGKILL),
+        ("trainer rank", signal.SIGSTOP),
+        ("controller", signal.SIGKILL),
+        ("controller", signal.SIGSTOP),
+        ("engine", signal.SIGKILL),
+    ):
         seen = len(read_metrics(RunFolder(run_dir)))
-        process = start(recipe, "--resume", "trainer.steps=1000")
+        process = start(recipe, "--resume", "trainer.steps=1000", f"launch.heartbeat_timeout_s={HEARTBEAT_S}")
         wait_for_steps(run_dir, seen + 1, process)
         everything = psutil.Process(process.pid).children(recursive=True)
-        os.kill(descendants(process, role)[0].pid, signal.SIGKILL)
+        struck = descendants(process, role)[0].pid
+        os.kill(struck, number)
         code, output, seconds = finish(process)
-        assert code == 1 and seconds < 30, (role, seconds, output)
+        assert code == 1 and seconds < HEARTBEAT_S + 10, (role, seconds, output)
         assert role.split()[0] in output and ".log" in output
+        if number == signal.SIGSTOP:
+            (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
+            assert f"pid {struck} on " in line and "hangs: no sign of life" in line and "in phase " in line
         assert not alive(everything), role
         # Whatever the moment: who goes on from a checkpoint has the record of its step.
         assert read_metrics(RunFolder(run_dir))[-1]["step"] >= int(
