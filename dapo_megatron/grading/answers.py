@@ -1,15 +1,18 @@
-r"""The default grader: the last `Answer:` line, otherwise the last \boxed{}, against the ground truth.
+r"""The default grader: the last box or `Answer:` of a response against the ground truth.
 
-Extraction and the comparison of integers take microseconds and need no library; everything else is asked of
-math-verify, which may run for ever on a hostile answer: call `grade` in a worker (see `pool`).
+Extraction and the comparison of numbers and words take microseconds and need no library; everything else is asked
+of math-verify, which may run for ever on a hostile answer: call `grade` in a worker (see `pool`).
 """
 
 import re
 
+from dapo_megatron.grading.markup import MAX_ANSWER_CHARS, last_box, stated_value, strip_markup
+from dapo_megatron.grading.notation import compare
+
 MAX_TEXT_CHARS = 200_000
 """Only the end of a longer response is read: the last answer is there, and the work is bounded."""
-MAX_ANSWER_CHARS = 10_000
-"""What is longer is no final answer."""
+MAX_MARKERS = 50
+"""So many `Answer:` without anything behind them are passed over, from the end."""
 
 # As the DAPO recipe (verl, utils/reward_score/math_dapo.py), anywhere in a line; but in lower case only where
 # it begins one, because solutions go on with "we check our answer: ...". Opening markup is skipped even over
@@ -18,84 +21,55 @@ _ANSWER = re.compile(
     r"(?:(?i:^[ \t>#*_]*(?:the )?(?:final )?answer)|\bA(?:nswer|NSWER))[\s*_]*[:：](?:[\s*_`$]|\\[\[(])*",
     re.MULTILINE,
 )
-_BRACE = re.compile(r"\\[{}]|(?P<boxed>\\boxed\s*\{)|(?P<open>\{)|(?P<close>\})")
-_INTEGER = re.compile(r"(?P<sign>[+-]?)(?:\\?\$)?(?P<digits>[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.0*)?")
-_WRAPPERS = (("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"))
+_ANSWER_IS = re.compile(r"\b(?:final )?answer (?:is|equals|=)\b[: *_]*", re.IGNORECASE)
+_SPECIAL_TOKEN = re.compile(r"<\|\w{1,40}\|>|</s>")
+_NESTING = re.compile(r"\\[{}]|(?P<open>\\begin\b|\\\[|\{)|(?P<close>\\end\b|\\\]|\})|(?P<line>\n)")
 
 
-def extract_answer(text: str) -> str | None:
+def extract_answer(text: str, boxed_only: bool = False) -> str | None:
     r"""The final answer of a response without its markup, or None if it gives none.
 
-    The last `Answer:` that is followed by something counts, and within its line the last \boxed{}; without
-    one, the last balanced \boxed{} of the text. Linear in the length of the text.
+    What comes last counts: the last \boxed{} (with those it is joined to by "and", "or" or commas), or the last
+    `Answer:` that is followed by something; without both, the last "the answer is". Linear in the length of the text.
+
+    Args:
+        boxed_only: only a box counts.
     """
-    text = text[-MAX_TEXT_CHARS:]
-    for match in reversed(list(_ANSWER.finditer(text))):
-        line_end = text.find("\n", match.end())
-        line = text[match.end() : line_end if line_end >= 0 else len(text)]
-        answer = strip_markup(_last_boxed(line) or line)
-        if answer:
-            return answer
-    return strip_markup(_last_boxed(text) or "") or None
+    text = _SPECIAL_TOKEN.sub("", text[-MAX_TEXT_CHARS:])
+    box = last_box(text)
+    box_begin = box[0] if box else -1
+    if not boxed_only:
+        for match in reversed(list(_ANSWER.finditer(text))[-MAX_MARKERS:]):
+            if match.end() <= box_begin:
+                break
+            answer = stated_value(_displayed(text, match.end()))
+            if answer:
+                return answer
+        if box is None:
+            phrases = list(_ANSWER_IS.finditer(text))
+            return stated_value(_displayed(text, phrases[-1].end())) or None if phrases else None
+    return strip_markup(box[1]) or None if box else None
 
 
-def strip_markup(answer: str) -> str:
-    r"""The answer without surrounding Markdown, quotes, $, \( \), \[ \], \boxed{} and final period.
-
-    Empty if nothing is left, or if it is longer than `MAX_ANSWER_CHARS`.
-    """
-    if len(answer) > MAX_ANSWER_CHARS:
-        return ""
-    stripped = None
-    while stripped != answer:
-        stripped = answer
-        answer = answer.strip().strip("*_`\"'“”").removesuffix(".").strip()
-        for opening, closing in _WRAPPERS:
-            # Each half by itself: the opening one may be skipped already, the closing one on the next line.
-            answer = answer.removeprefix(opening).removesuffix(closing)
-        if answer.startswith(r"\boxed") and answer.endswith("}"):
-            inside = _last_boxed(answer)
-            answer = inside if inside is not None and answer.endswith(f"{{{inside}}}") else answer
-    return answer
-
-
-def _last_boxed(text: str) -> str | None:
-    r"""Inside of the balanced \boxed{} that ends last, in one pass: unclosed ones are passed over."""
-    last = None
-    open_braces: list[int | None] = []  # where the inside of a \boxed{ begins, None for other braces
-    for token in _BRACE.finditer(text):
-        if token["boxed"]:
-            open_braces.append(token.end())
-        elif token["open"]:
-            open_braces.append(None)
-        elif token["close"] and open_braces:
-            begin = open_braces.pop()
-            if begin is not None:
-                last = (begin, token.start())
-    return text[slice(*last)] if last else None
+def _displayed(text: str, begin: int) -> str:
+    """The line that begins there; with further ones while braces or environments (matrices) are open."""
+    depth = 0
+    for token in _NESTING.finditer(text, begin, begin + MAX_ANSWER_CHARS + 1):
+        if token["open"]:
+            depth += 1
+        elif token["close"]:
+            depth -= 1
+        elif token["line"] and depth <= 0:
+            return text[begin : token.start()]
+    line_end = text.find("\n", begin)
+    if depth <= 0 or line_end < 0 or len(text) - begin <= MAX_ANSWER_CHARS:
+        return text[begin:]
+    return text[begin:line_end]
 
 
 def compare_quickly(answer: str, truth: str) -> bool | None:
-    """Verdict where it is cheap: the same text, or two integers. None: ask
-    `equivalence.equivalent`."""
-    truth = strip_markup(truth)
-    return True if answer == truth else grade_integers(answer, truth)
-
-
-def grade_integers(answer: str, truth: str) -> bool | None:
-    """Whether two integers (34, +34, 34.0, $34$, 1,234) are equal; None unless both are integers."""
-    left, right = _integer(answer), _integer(truth)
-    return None if left is None or right is None else left == right
-
-
-def _integer(answer: str) -> str | None:
-    """Canonical decimal digits. Not an int: a million digits would take quadratic time (or raise)."""
-    plain = strip_markup(answer).replace("{,}", ",").replace(r"\!", "").replace("−", "-")
-    match = _INTEGER.fullmatch(plain)
-    if match is None:
-        return None
-    digits = match["digits"].replace(",", "").lstrip("0") or "0"
-    return f"-{digits}" if match["sign"] == "-" and digits != "0" else digits
+    """Verdict where it is cheap, by notation alone. None: ask `equivalence.equivalent`."""
+    return compare(answer, strip_markup(truth))
 
 
 def grade(text: str, truth: str) -> bool:
@@ -106,7 +80,7 @@ def grade(text: str, truth: str) -> bool:
     quick = compare_quickly(answer, truth)
     if quick is not None:
         return quick
-    # Imported here: the caller of the workers, who only extracts and compares integers, does without sympy.
+    # Imported here: the caller of the workers, who only extracts and compares notation, does without sympy.
     from dapo_megatron.grading.equivalence import equivalent
 
-    return equivalent(answer, strip_markup(truth))
+    return equivalent(answer, truth)

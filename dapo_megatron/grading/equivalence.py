@@ -1,13 +1,74 @@
 """Mathematical equality of two answers, as math-verify sees it. Imports sympy: for workers only."""
 
-from math_verify import parse, verify
+from latex2sympy2_extended import NormalizationConfig
+from math_verify import LatexExtractionConfig, parse, verify
+from sympy import Basic, Expr, FiniteSet, Float, Interval, MatrixBase, N, Tuple
 
+from dapo_megatron.grading.latex import to_latex
+from dapo_megatron.grading.markup import last_box, stated_value, strip_markup
+from dapo_megatron.grading.notation import compare, plain
+from dapo_megatron.grading.units import conflict, split_unit
 
+# Only what is in the box, as LaTeX: the library's other readings pick a number out of a text ("12 (or 34)").
+# Its units are off because they include the letters c, d, g, h, l, m, o, s, t: 2h would be 2.
+_WHOLE = [
+    LatexExtractionConfig(
+        boxed_match_priority=0,
+        normalization_config=NormalizationConfig(units=False, malformed_operators=True, nits=True, boxed="last"),
+    )
+]
 def equivalent(answer: str, truth: str) -> bool:
-    r"""Whether an answer equals the truth, both without markup: \frac{1}{2} and 0.5, 10 cm and 10.
+    r"""Whether an answer equals the truth: \frac{1}{2} and 0.5, 10 cm and 10, {1, 2} and 2, 1.
 
     May need unbounded time and memory; math-verify's own time limits are off, because they need the main
     thread, and the limits of the worker also hold for what does not return to Python.
     """
-    gold, target = (parse(rf"\boxed{{{side}}}", parsing_timeout=None) for side in (truth, answer))
-    return bool(verify(gold, target, timeout_seconds=None))
+    answer, truth = _boxed(answer), strip_markup(_boxed(truth))
+    answer = stated_value(answer)
+    verdict = compare(answer, truth)
+    if verdict is not None:
+        return verdict
+    (answer, answer_unit), (truth, truth_unit) = _split(answer), _split(truth)
+    if conflict(answer_unit, truth_unit):
+        return False
+    answer, truth = to_latex(answer), to_latex(truth)
+    if ("%" in answer) != ("%" in truth) and _same(answer.replace(r"\%", "%").replace("%", ""), truth.replace(r"\%", "")):
+        return True
+    return _same(answer, truth)
+
+
+def _split(text: str) -> tuple[str, str]:
+    """Without its unit, if it has one; the value keeps its font commands where there is none."""
+    value, unit = split_unit(plain(text))
+    return (value, unit) if unit else (text, "")
+
+
+def _boxed(text: str) -> str:
+    box = last_box(text)
+    return text if box is None else box[1]
+
+
+def _same(answer: str, truth: str) -> bool:
+    gold, target = (
+        parse(rf"\boxed{{{side}}}", _WHOLE, extraction_mode="first_match", parsing_timeout=None)
+        for side in (truth, answer)
+    )
+    if not verify(gold, target, timeout_seconds=None):
+        return False
+    return not gold or not target or _close(_numbers(gold[0]), _numbers(target[0]))
+
+
+def _numbers(value: Basic | MatrixBase | str) -> list[Float]:
+    """The real numbers that a value is, or is a set, tuple, interval or matrix of, in order of size."""
+    if isinstance(value, MatrixBase):
+        parts = value.flat()
+    else:
+        parts = value.args if isinstance(value, FiniteSet | Tuple | Interval) else [value]
+    return sorted(N(part, 30) for part in parts if isinstance(part, Expr) and part.is_number and part.is_comparable)
+
+
+def _close(left: list[Float], right: list[Float]) -> bool:
+    """Whether numbers agree to 6 decimals, below 0.1 to 5 digits: to the library, 2e-19, 1.6e-19 and 0 are equal."""
+    if len(left) != len(right):
+        return True  # different notations of what the library has found equal
+    return all(abs(a - b) <= 1e-6 * min(1, 10 * max(abs(a), abs(b))) for a, b in zip(left, right, strict=True) if a != b)
