@@ -69,7 +69,7 @@ def _displayed(text: str, begin: int) -> str:
 
 def compare_quickly(answer: str, truth: str) -> bool | None:
     """Verdict where it is cheap, by notation alone. None: ask `equivalence.equivalent`."""
-    return compare(answer, strip_markup(truth))
+    return compare(answer, stated_value(truth))
 
 
 def grade(text: str, truth: str) -> bool:

@@ -1,14 +1,17 @@
 """Mathematical equality of two answers, as math-verify sees it. Imports sympy: for workers only."""
 
+import re
+
 from latex2sympy2_extended import NormalizationConfig
 from math_verify import LatexExtractionConfig, parse, verify
-from sympy import Basic, Expr, FiniteSet, Float, Interval, MatrixBase, N, Tuple
+from sympy import Basic, Equality, Expr, FiniteSet, Float, Interval, MatrixBase, N, Tuple
 
 from dapo_megatron.grading.latex import to_latex
-from dapo_megatron.grading.markup import last_box, stated_value, strip_markup
-from dapo_megatron.grading.notation import compare, plain
+from dapo_megatron.grading.markup import last_box, stated_value
+from dapo_megatron.grading.notation import compare, plain, without_label
 from dapo_megatron.grading.units import conflict, split_unit
 
+_PERCENT = re.compile(r"\\?%")
 # Only what is in the box, as LaTeX: the library's other readings pick a number out of a text ("12 (or 34)").
 # Its units are off because they include the letters c, d, g, h, l, m, o, s, t: 2h would be 2.
 _WHOLE = [
@@ -17,23 +20,27 @@ _WHOLE = [
         normalization_config=NormalizationConfig(units=False, malformed_operators=True, nits=True, boxed="last"),
     )
 ]
+
+_DECIMALS, _DIGITS = 1e-6, 1e-14
+
+
 def equivalent(answer: str, truth: str) -> bool:
     r"""Whether an answer equals the truth: \frac{1}{2} and 0.5, 10 cm and 10, {1, 2} and 2, 1.
 
     May need unbounded time and memory; math-verify's own time limits are off, because they need the main
     thread, and the limits of the worker also hold for what does not return to Python.
     """
-    answer, truth = _boxed(answer), strip_markup(_boxed(truth))
-    answer = stated_value(answer)
+    answer, truth = stated_value(_boxed(answer)), stated_value(_boxed(truth))
     verdict = compare(answer, truth)
     if verdict is not None:
         return verdict
+    answer = without_label(answer, truth)
     (answer, answer_unit), (truth, truth_unit) = _split(answer), _split(truth)
     if conflict(answer_unit, truth_unit):
         return False
     answer, truth = to_latex(answer), to_latex(truth)
-    if ("%" in answer) != ("%" in truth) and _same(answer.replace(r"\%", "%").replace("%", ""), truth.replace(r"\%", "")):
-        return True
+    if ("%" in answer) != ("%" in truth) and _same(_PERCENT.sub("", answer), _PERCENT.sub("", truth)):
+        return True  # 12.5% and 12.5; the library sees that it is 0.125 too
     return _same(answer, truth)
 
 
@@ -53,9 +60,14 @@ def _same(answer: str, truth: str) -> bool:
         parse(rf"\boxed{{{side}}}", _WHOLE, extraction_mode="first_match", parsing_timeout=None)
         for side in (truth, answer)
     )
-    if not verify(gold, target, timeout_seconds=None):
+    if not gold or not target:
         return False
-    return not gold or not target or _close(_numbers(gold[0]), _numbers(target[0]))
+    left, right = _numbers(gold[0]), _numbers(target[0])
+    if isinstance(target[0], Equality) and not target[0].free_symbols and not _close(*map(_numbers, target[0].args)):
+        return False  # of 35 = 34, the library would take the right side
+    if _is_float(gold[0], left, right) or _is_float(target[0], left, right):
+        return _close(left, right)
+    return verify(gold, target, timeout_seconds=None) and (len(left) != len(right) or _close(left, right))
 
 
 def _numbers(value: Basic | MatrixBase | str) -> list[Float]:
@@ -64,11 +76,17 @@ def _numbers(value: Basic | MatrixBase | str) -> list[Float]:
         parts = value.flat()
     else:
         parts = value.args if isinstance(value, FiniteSet | Tuple | Interval) else [value]
-    return sorted(N(part, 30) for part in parts if isinstance(part, Expr) and part.is_number and part.is_comparable)
+    return sorted(N(part, 30) for part in parts if isinstance(part, Expr) and part.is_comparable and part.is_finite)
+
+
+def _is_float(value: Basic | MatrixBase | str, *numbers: list[Float]) -> bool:
+    return isinstance(value, Expr) and value.has(Float) and [len(each) for each in numbers] == [1, 1]
 
 
 def _close(left: list[Float], right: list[Float]) -> bool:
-    """Whether numbers agree to 6 decimals, below 0.1 to 5 digits: to the library, 2e-19, 1.6e-19 and 0 are equal."""
-    if len(left) != len(right):
-        return True  # different notations of what the library has found equal
-    return all(abs(a - b) <= 1e-6 * min(1, 10 * max(abs(a), abs(b))) for a, b in zip(left, right, strict=True) if a != b)
+    """Whether numbers agree to 6 decimals, below 0.1 to 5 digits, and as floats can where they are huge.
+
+    The library compares 6 decimals: 2e-19, 1.6e-19 and 0 are the same to it, 6.02e23 and its digits are not.
+    """
+    pairs = [(a, b, max(abs(a), abs(b))) for a, b in zip(left, right, strict=True)]
+    return all(abs(a - b) <= max(_DECIMALS * min(1, 10 * size), _DIGITS * size) for a, b, size in pairs)

@@ -38,6 +38,7 @@ _NAMES = re.compile(
     r"(?<![\\A-Za-z])(pi|theta|alpha|beta|gamma|lambda|phi|omega|infinity|sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|"
     r"log|ln|exp|sqrt)(?![A-Za-z])"
 )
+_SQRT = re.compile(r"\\?sqrt\s*\(([^()]*)\)")
 _SCIENTIFIC = re.compile(r"(?<=[0-9.])\s*(?:[eE]|[x*]\s*10\s*(?:\^|\*\*)\s*)\{?\s*([-+]?[0-9]+)\s*\}?(?![0-9.A-Za-z])")
 _EXPONENT = re.compile(r"(?:\^|\*\*)\s*([-+]?[0-9]+)")
 _THOUSANDS = re.compile(r"(?<![0-9.,])([1-9][0-9]{0,2})((?: [0-9]{3})+)(?![0-9])")
@@ -46,7 +47,7 @@ _NUMBERS = re.compile(r"[-+]?[0-9.]+(?: [-+]?[0-9.]+)+")
 _PRIME = re.compile(r"(?<![\\A-Za-z])([A-Za-z])\s*((?:'|′|\^\s*\{?\s*\\prime\s*\}?)+)")
 # Runs of letters that are names and no products: words, and capitals such as those of a segment or of coins.
 _KEPT_OR_NAME = re.compile(
-    r"(\\(?:begin|end|text\w*|math\w+|mbox|operatorname)\s*\{[^{}]*\}|\\[A-Za-z]+)|([A-Za-z]{4,}|[A-Z]{2,})"
+    r"(\\(?:begin|end|text\w*|math\w+|mbox|operatorname)\s*\{[^{}]*\}|\\[A-Za-z]+)|((?!sqrt)[A-Za-z]{4,}|[A-Z]{2,})"
 )
 
 
@@ -54,6 +55,7 @@ def to_latex(text: str) -> str:
     r"""The answer with symbols, names, exponents and numbers as LaTeX commands; LaTeX stays what it means."""
     text = BRACED_COMMA.sub(",", GROUPED.sub("", text.translate(_SYMBOLS)))
     text = SPACE.sub(" ", MATH_SIGN.sub(" ", text).replace("\\$", "")).strip().rstrip("\\").strip()
+    text = _SQRT.sub(r"\\sqrt{\1}", text)
     text = _NAMES.sub(lambda name: "\\" + name[1].replace("infinity", "infty") + " ", text)
     text = _EXPONENT.sub(r"^{\1}", _SCIENTIFIC.sub(r" \\times 10^{\1}", text))
     text = _THOUSANDS.sub(lambda number: number[1] + number[2].replace(" ", ""), text)

@@ -13,6 +13,7 @@ _BETWEEN_BOXES = re.compile(r"\\[,;:! ()\[\]]|\\q?quad|\\text|[\s$~{}.&\\]")
 _JOINED = {",", ";", "and", "or", ",and", ",or"}
 _WRAPPERS = (("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"))
 _BOLD = re.compile(r"(?<!\S)\*\*(?=[^\s*])([^*]*[^\s*])\*\*(?![\w*])")
+_BOLD_END = re.compile(r"(?<=[\w}$])\*\*(?=\s+[A-Za-z]|[.,]|$)")
 
 # A sentence around a value: "The largest value is 34", "Hence $x \geq 5$ is the solution", "34. I hope it is correct".
 _MATH = re.compile(r"\$\$([^$]+)\$\$|(?<![\\$])\$([^$\n]+)\$|\\\(([^\n]+?)\\\)|\\\[((?:[^\\]|\\(?!\]))+)\\\]")
@@ -41,12 +42,15 @@ def strip_markup(answer: str) -> str:
     stripped = None
     while stripped != answer:
         stripped = answer
-        answer = _without_quotes(answer.strip().strip('*_`"“”').rstrip(",;").removesuffix(".").removesuffix("。").strip())
+        answer = _without_quotes(
+            answer.strip().strip('*_`"“”').rstrip(",;").removesuffix(".").removesuffix("。").strip()
+        )
         for opening, closing in _WRAPPERS:
-            # Each half by itself: the opening one may be skipped already, the closing one on the next line.
-            answer = answer.removeprefix(opening)
-            if not answer.endswith("\\" + closing):
-                answer = answer.removesuffix(closing)
+            # Each half by itself: the opening one may be skipped already, the closing one on the next line. But the
+            # closing one of a formula inside of a sentence stays with it.
+            begun = answer.removeprefix(opening)
+            if begun != answer or answer.count(opening) == (opening == closing):
+                answer = begun if begun.endswith("\\" + closing) else begun.removesuffix(closing)
         if answer.startswith(("\\boxed", "\\fbox")) and answer.endswith("}"):
             inside = boxes(answer)
             if inside and inside[-1][:2] == (0, len(answer)):
@@ -99,7 +103,7 @@ def stated_value(sentence: str) -> str:
     formulas = list(_MATH.finditer(sentence[:MAX_ANSWER_CHARS]))
     before = sentence[: formulas[0].start()] if len(formulas) == 1 else ""
     formula = next(filter(None, formulas[0].groups())) if formulas else ""
-    sentence = strip_markup(_BOLD.sub(r"\1", sentence))
+    sentence = strip_markup(_BOLD_END.sub("", _BOLD.sub(r"\1", sentence)))
     if not _has_words(sentence):
         return sentence
     first, *others = _SENTENCE_END.split(sentence, maxsplit=1)

@@ -35,6 +35,7 @@ _NO_WORDS = re.compile(r"\b(?:and|or|pi|infinity|inf|sqrt|percent|sin|cos|tan|ln
 _CHOICE = re.compile(
     r"(?:(?i:option|choice)\s+)?(?:\((?P<round>[A-J])\)|(?P<letter>[A-J])(?:[.:)]+|$))(?:\s*(?P<rest>.*))", re.DOTALL
 )
+_LABELLED = re.compile(r"(?:\\\w+\{)?\([A-J]\)\}?(?:\\?\s)+(?=\S)")
 _LONE_LETTER = re.compile(r"\([a-j]\)|[a-j][.)]")
 _OTHER_CHOICE = re.compile(r"(?:\b(?:or|and)\b|[,/&])\s*\(?[A-J]\b")
 
@@ -56,6 +57,7 @@ def compare(answer: str, truth: str) -> bool | None:
     if len(answer) > MAX_CHARS or len(truth) > MAX_CHARS:
         return _compare_numbers(answer, truth)
     answer, truth = plain(answer), plain(truth)
+    answer = without_label(answer, truth)
     if answer == truth:
         return True
     for rule in (_compare_bases, _compare_numbers, _compare_words, _compare_choices):
@@ -68,7 +70,7 @@ def compare(answer: str, truth: str) -> bool | None:
 def plain(text: str) -> str:
     r"""The text without math signs and font commands, spaces as spaces: 10{,}000\text{ cm} is 10,000 cm."""
     text = BRACED_COMMA.sub(",", GROUPED.sub("", text.replace("−", "-").replace("–", "-")))
-    text = SPACE.sub(" ", MATH_SIGN.sub("", text).replace("\\$", "$"))
+    text = SPACE.sub(" ", MATH_SIGN.sub("", text.replace("US$", "\\$")).replace("\\$", "$"))
     unwrapped = None
     while unwrapped != text:
         unwrapped, text = text, _FONT.sub(lambda font: f" {font[1]} " if font[1] else "", text)
@@ -155,6 +157,12 @@ def _compare_choices(answer: str, truth: str) -> bool | None:
     if left is None or right is None:
         return None
     return left[0] == right[0] and (not left[1] or not right[1] or left[1] == right[1])
+
+
+def without_label(answer: str, truth: str) -> str:
+    r"""The answer without the letter of its choice where the truth has none: \textbf{(C)}\ 12 for 12."""
+    labelled = _LABELLED.match(answer)
+    return answer[labelled.end() :] if labelled and _choice(plain(truth)) is None else answer
 
 
 def _choice(text: str) -> tuple[str, str] | None:

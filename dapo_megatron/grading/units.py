@@ -4,6 +4,8 @@ import re
 
 WORDS = "*"
 """Stands for a unit that is none of measure, such as "people": it is not compared."""
+MAX_WORDS = 5
+"""More words behind a number are a sentence."""
 
 _UNITS = {
     name: canonical
@@ -50,7 +52,9 @@ _NO_UNITS = frozenset(
     "hundredths mod modulo base pi sqrt sin cos tan sec csc cot log ln exp gcd lcm if when where with for maybe perhaps "
     "possibly either to through until remainder choose is are was be".split()
 )
-_VALUE = re.compile(r"(?P<value>.*(?:[0-9.})\]!π]|\\pi|\\infty))(?P<unit>(?: *[A-Za-z°¢$€£¥][A-Za-z°¢$€£¥²³./ \-]*)?)")
+_VALUE = re.compile(
+    r"(?P<value>.*(?:[0-9]\.?|[})\]!π]|\\pi|\\infty))(?P<unit>(?: *[A-Za-z°¢$€£¥][A-Za-z°¢$€£¥²³./ \-]*)?)"
+)
 _POWER = re.compile(r"(?<=[A-Za-z.])\s*\^\s*\{?([23])\}?\s*$")
 _DEGREE = re.compile(r"\s*(?:\^\s*(?:\{\s*\\circ\s*\}|\\circ)|\\degree|\\deg)(?![A-Za-z])\s*")
 
@@ -72,25 +76,22 @@ def split_unit(text: str) -> tuple[str, str]:
 
 
 def _canonical(unit: str) -> str:
-    """Name of a unit, "" if these words are none. It touches its value only if it is known ("48cm", but "2ab")."""
+    """Name of a unit, "" if it is none. It touches its value only if it is known: "48cm", but not "2ab" or "2h"."""
+    if len(unit) == 1 and unit.isalpha():
+        return ""
     parts = []
     for part in re.split(r"/|\bper\b", unit.strip().lower().replace("-", " ")):
-        words = [word.strip(".,;") for word in part.split()]
-        if not words or len(words) > 5 or _NO_UNITS & set(words) - {"squared", "cubed"}:
+        words = [word.strip(".") for word in part.split()]
+        if not words or len(words) > MAX_WORDS or _NO_UNITS & set(words) - {"squared", "cubed"}:
             return ""
-        power = "".join(_POWERS.get(word, "") for word in words)
         names = [word for word in words if word not in _POWERS]
-        name = names[0] if names else ""
-        power += "".join(c for c in name if c in "²³")
-        known = _singular(name.rstrip("²³")) if len(names) == 1 else ""
-        if not known and (any(len(word) == 1 and word not in "a" for word in names) or unit[0].isalpha()):
+        name = names[0].rstrip("²³") if len(names) == 1 else ""
+        known = _UNITS.get(name) or _UNITS.get(name.removesuffix("s"), "")
+        if not known and (unit[0].isalpha() or any(len(word) == 1 for word in words)):
             return ""
-        parts.append(known + power if known else WORDS)
+        power = [_POWERS[word] for word in words if word in _POWERS] or re.findall("[²³]", part)
+        parts.append(known + "".join(power) if known else WORDS)
     return WORDS if WORDS in parts else "/".join(parts)
-
-
-def _singular(name: str) -> str:
-    return _UNITS.get(name) or _UNITS.get(name.removesuffix("s"), "")
 
 
 def conflict(left: str, right: str) -> bool:
