@@ -78,8 +78,10 @@ class DataConfig(Section):
 
 
 class GradingConfig(Section):
-    grader: str = "dapo_megatron.grading.answers:grade"
-    """package.module:function(text, truth) -> bool that decides whether a response is right."""
+    grader: str | None = None
+    """package.module:function(text, truth) -> bool that decides whether a response is right; null: the built-in one."""
+    thinking: tuple[str, str] | None = None
+    """Opening and closing tag of thoughts ([<think>, </think>]): only what follows the last closing one is graded."""
     workers: int = Field(2, ge=1)
     """Grading processes."""
     timeout_s: float = Field(10.0, gt=0)
@@ -347,6 +349,8 @@ class RunConfig(Section):
             )
         if algo.importance_cap is not None and algo.old_logprobs == "rollout":
             raise ValueError("algorithm.importance_cap needs algorithm.old_logprobs=actor")
+        if self.grading.thinking and not all(self.grading.thinking):
+            raise ValueError("grading.thinking needs two tags that are not empty, such as [<think>, </think>]")
         if self.precision.fp8_param_gather and self.precision.fp8 == "off":
             raise ValueError("precision.fp8_param_gather needs an FP8 recipe: set precision.fp8")
         return self

@@ -5,6 +5,7 @@ of math-verify, which may run for ever on a hostile answer: call `grade` in a wo
 """
 
 import re
+from itertools import islice
 
 from dapo_megatron.grading.markup import MAX_ANSWER_CHARS, last_box, stated_value, strip_markup
 from dapo_megatron.grading.notation import compare
@@ -17,13 +18,21 @@ MAX_MARKERS = 50
 # As the DAPO recipe (verl, utils/reward_score/math_dapo.py), anywhere in a line; but in lower case only where
 # it begins one, because solutions go on with "we check our answer: ...". Opening markup is skipped even over
 # a line break, for answers that are displayed below their `Answer:`.
-_ANSWER = re.compile(
-    r"(?:(?i:^[ \t>#*_]*(?:the )?(?:final )?answer)|\bA(?:nswer|NSWER))[\s*_]*[:：](?:[\s*_`$]|\\[\[(])*",
-    re.MULTILINE,
-)
-_ANSWER_IS = re.compile(r"\b(?:final )?answer (?:is|equals|=)\b[: *_]*", re.IGNORECASE)
+_MARKER = re.compile(r"[\s*_]*[:：](?:[\s*_`$]|\\[\[(])*")
+_WORDS = [re.compile(word) for word in ("Answer", "answer", "ANSWER")]  # literals: patterns would take milliseconds
+_LINE_BEGIN = re.compile(r"(?:^|\n)[ \t>#*_]*(?:the )?(?:final )?$", re.IGNORECASE)
+_LINE_BEGIN_CHARS = 40
+# Without any of those: "the answer is 34", "Answer $34$", and a heading "Final Answer" over the value.
+_PHRASE = re.compile(r" (?:is|equals|should be|=)(?![a-z])[: *_]*|[*_]*\s*(?=\$|\\[(\[])|[ \t*_]*\n\s*", re.IGNORECASE)
 _SPECIAL_TOKEN = re.compile(r"<\|\w{1,40}\|>|</s>")
 _NESTING = re.compile(r"\\[{}]|(?P<open>\\begin\b|\\\[|\{)|(?P<close>\\end\b|\\\]|\})|(?P<line>\n)")
+
+
+def without_thought(text: str, thinking: tuple[str, str]) -> str | None:
+    """What follows the last closing tag; None while a thought is unfinished. The prompt may have opened the first."""
+    opening, closing = thinking
+    _, closed, said = text.rpartition(closing)
+    return said if closed and opening not in said else None
 
 
 def extract_answer(text: str, boxed_only: bool = False) -> str | None:
@@ -37,18 +46,34 @@ def extract_answer(text: str, boxed_only: bool = False) -> str | None:
     """
     text = _SPECIAL_TOKEN.sub("", text[-MAX_TEXT_CHARS:])
     box = last_box(text)
-    box_begin = box[0] if box else -1
     if not boxed_only:
-        for match in reversed(list(_ANSWER.finditer(text))[-MAX_MARKERS:]):
-            if match.end() <= box_begin:
+        words = sorted((match for word in _WORDS for match in word.finditer(text)), key=re.Match.start, reverse=True)
+        for begin in islice(filter(None, (_after_marker(text, word) for word in words)), MAX_MARKERS):
+            if box and begin <= box[0]:
                 break
-            answer = stated_value(_displayed(text, match.end()))
+            answer = stated_value(_displayed(text, begin))
             if answer:
                 return answer
         if box is None:
-            phrases = list(_ANSWER_IS.finditer(text))
-            return stated_value(_displayed(text, phrases[-1].end())) or None if phrases else None
+            begin = next(filter(None, (_after_phrase(text, word) for word in words)), None)
+            return begin and stated_value(_displayed(text, begin)) or None
     return strip_markup(box[1]) or None if box else None
+
+
+def _after_marker(text: str, word: re.Match[str]) -> int | None:
+    """Where the value behind `Answer:` begins; None if that word is no marker."""
+    before = text[max(0, word.start() - _LINE_BEGIN_CHARS) : word.start()]
+    if word[0] != "answer" and not (before[-1:].isalnum() or before[-1:] == "_"):
+        begins = True
+    else:
+        begins = (len(before) < _LINE_BEGIN_CHARS or "\n" in before) and _LINE_BEGIN.search(before) is not None
+    marker = _MARKER.match(text, word.end()) if begins else None
+    return marker.end() if marker else None
+
+
+def _after_phrase(text: str, word: re.Match[str]) -> int | None:
+    phrase = _PHRASE.match(text, word.end())
+    return phrase.end() if phrase else None
 
 
 def _displayed(text: str, begin: int) -> str:

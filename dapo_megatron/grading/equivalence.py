@@ -4,7 +4,7 @@ import re
 
 from latex2sympy2_extended import NormalizationConfig
 from math_verify import LatexExtractionConfig, parse, verify
-from sympy import Basic, Equality, Expr, FiniteSet, Float, Interval, MatrixBase, N, Tuple
+from sympy import Basic, Equality, Expr, FiniteSet, Float, Interval, MatrixBase, N, Tuple, solve
 
 from dapo_megatron.grading.latex import to_latex
 from dapo_megatron.grading.markup import last_box, stated_value
@@ -22,6 +22,8 @@ _WHOLE = [
 ]
 
 _DECIMALS, _DIGITS = 1e-6, 1e-14
+
+Value = Basic | MatrixBase | str
 
 
 def equivalent(answer: str, truth: str) -> bool:
@@ -67,10 +69,18 @@ def _same(answer: str, truth: str) -> bool:
         return False  # of 35 = 34, the library would take the right side
     if _is_float(gold[0], left, right) or _is_float(target[0], left, right):
         return _close(left, right)
-    return verify(gold, target, timeout_seconds=None) and (len(left) != len(right) or _close(left, right))
+    if not verify(gold, target, timeout_seconds=None):
+        return False
+    if _is_equation(gold[0]) and _is_equation(target[0]) and gold[0] != target[0] and solve(gold[0]) == []:
+        return False  # to the library, all equations without a solution are equal
+    return len(left) != len(right) or _close(left, right)
 
 
-def _numbers(value: Basic | MatrixBase | str) -> list[Float]:
+def _is_equation(value: Value) -> bool:
+    return isinstance(value, Equality) and bool(value.free_symbols)
+
+
+def _numbers(value: Value) -> list[Float]:
     """The real numbers that a value is, or is a set, tuple, interval or matrix of, in order of size."""
     if isinstance(value, MatrixBase):
         parts = value.flat()
@@ -79,7 +89,7 @@ def _numbers(value: Basic | MatrixBase | str) -> list[Float]:
     return sorted(N(part, 30) for part in parts if isinstance(part, Expr) and part.is_comparable and part.is_finite)
 
 
-def _is_float(value: Basic | MatrixBase | str, *numbers: list[Float]) -> bool:
+def _is_float(value: Value, *numbers: list[Float]) -> bool:
     return isinstance(value, Expr) and value.has(Float) and [len(each) for each in numbers] == [1, 1]
 
 

@@ -9,6 +9,7 @@ _BRACE = re.compile(
     r"\\[{}]|\\(?:boxed|fbox)(?![A-Za-z]{2})\s*(?:(?P<boxed>\{)|(?P<bare>[-+]?[0-9][0-9.,/]*|[A-Z]\b))"
     r"|(?P<open>\{)|(?P<close>\})"
 )
+_BOX = re.compile(r"\\(?:boxed|fbox)")
 _BETWEEN_BOXES = re.compile(r"\\[,;:! ()\[\]]|\\q?quad|\\text|[\s$~{}.&\\]")
 _JOINED = {",", ";", "and", "or", ",and", ",or"}
 _WRAPPERS = (("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"))
@@ -63,9 +64,12 @@ def boxes(text: str) -> list[tuple[int, int, str]]:
 
     Also \boxed 7, which boxes a number or a capital. One pass: unclosed ones are passed over.
     """
+    first = _BOX.search(text)
+    if first is None:
+        return []
     found: list[tuple[int, int, str]] = []
     opened: list[tuple[int, int] | None] = []  # begin of a \boxed{ and of its inside, None for other braces
-    for token in _BRACE.finditer(text):
+    for token in _BRACE.finditer(text, first.start()):
         if token["boxed"]:
             opened.append((token.start(), token.end()))
         elif token["bare"]:

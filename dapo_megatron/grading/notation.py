@@ -27,7 +27,8 @@ _NUMBER = re.compile(
 _DECIMAL_COMMA = re.compile(r"[-+]?[0-9]+,[0-9]+")
 _PERCENT = re.compile(r"\s*(?:\\?%|\b(?:percent|percentage|pct)\b\.?)$")
 _BASED = re.compile(
-    r"\(?(?P<digits>[0-9A-F]+)\)?\s*(?:_\s*\{?\s*(?P<below>[0-9]+|[a-z]+)\s*\}?|(?:in )?base[ -]?(?P<word>[0-9]+|[a-z]+))"
+    r"\(?(?P<digits>[0-9A-F]+)\)?\s*"
+    r"(?:_\s*\{?\s*(?P<below>[0-9]+|[a-z]+)\s*\}?|(?:in )?base[ -]?(?P<word>[0-9]+|[a-z]+))"
 )
 _BASE_NAMES = ["two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
 _WORDS = re.compile(r"[A-Za-z][A-Za-z .'’\-]*")
@@ -153,6 +154,8 @@ def _words(text: str) -> str:
 
 def _compare_choices(answer: str, truth: str) -> bool | None:
     """Letters of choices: "C", "(C)", "C: twelve apples" are the same choice; two different texts of it are not."""
+    if len(answer) == len(truth) == 1 and (answer + truth).isalpha():
+        return answer == truth or (truth in "ABCDEFGHIJ" and answer.upper() == truth)
     left, right = _choice(answer), _choice(truth)
     if left is None or right is None:
         return None

@@ -47,10 +47,10 @@ _UNITS = {
 _POWERS = {"square": "²", "sq": "²", "squared": "²", "cubic": "³", "cu": "³", "cubed": "³"}
 # They change the value before them.
 _NO_UNITS = frozenset(
-    "or and not nor but except minus plus less more over under than times divided squared cubed factorial dozen hundred "
-    "thousand million billion trillion half halves third thirds fourth fourths fifth fifths quarter quarters tenth tenths "
-    "hundredths mod modulo base pi sqrt sin cos tan sec csc cot log ln exp gcd lcm if when where with for maybe perhaps "
-    "possibly either to through until remainder choose is are was be".split()
+    "or and not nor but except minus plus less more over under than times divided squared cubed factorial dozen "
+    "hundred thousand million billion trillion half halves third thirds fourth fourths fifth fifths quarter "
+    "quarters tenth tenths hundredths mod modulo base pi sqrt sin cos tan sec csc cot log ln exp gcd lcm if when "
+    "where with for maybe perhaps possibly either to through until remainder choose is are was be".split()
 )
 _VALUE = re.compile(
     r"(?P<value>.*(?:[0-9]\.?|[})\]!π]|\\pi|\\infty))(?P<unit>(?: *[A-Za-z°¢$€£¥][A-Za-z°¢$€£¥²³./ \-]*)?)"

@@ -1,30 +1,38 @@
-"""What runs inside a grading worker: load the grader, set the limits, grade."""
+"""What runs inside a grading worker: load the grader, set the limits, grade, check what the grader returns."""
 
+import asyncio
 import contextlib
 import functools
 import importlib
+import inspect
 import logging
 import math
 import multiprocessing
+import numbers
 import os
+import reprlib
 import resource
 import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from multiprocessing.connection import wait
+from typing import Literal
 
 from dapo_megatron.errors import DapoError
 
-Grader = Callable[[str, str], bool]
+Grader = Callable[[str, str], object]
+"""(text, truth) -> a verdict, or an awaitable of one: checked, because it is a user's."""
+Outcome = tuple[Literal["right", "wrong", "raised", "refused"], str]
+"""With the exception that was raised, or what is wrong with the grader's verdict, in one line."""
 
 
 def load_grader(reference: str) -> Grader:
-    """The function `grade(text, truth) -> bool` that "package.module:function" names.
+    """The function `grade(text, truth) -> bool` that "package.module:function" names; it may be `async def`.
 
     Raises:
-        DapoError: not of that form, not importable, or not a function.
+        DapoError: not of that form, not importable, not a function, or none of two positional arguments.
     """
     module_name, colon, function_name = reference.partition(":")
     if not (module_name and colon and function_name):
@@ -40,6 +48,15 @@ def load_grader(reference: str) -> Grader:
     if not callable(grader):
         names = sorted(name for name, value in vars(module).items() if callable(value) and name[0] != "_")
         raise DapoError(f"grader {reference!r}: {module_name} has no function {function_name}, only {names}")
+    try:
+        inspect.signature(grader).bind("text", "truth")
+    except TypeError:
+        raise DapoError(
+            f"grader {reference!r}: {function_name}{inspect.signature(grader)} cannot be called with two positional "
+            "arguments: write grade(text, truth) -> bool"
+        ) from None
+    except ValueError:  # one written in C may have no signature to read
+        pass
     return grader
 
 
@@ -67,15 +84,37 @@ def check_grader(reference: str, memory_mb: int) -> None:
     _limited_grader(reference, memory_mb)
 
 
-def grade_in_worker(reference: str, memory_mb: int, cpu_s: float, text: str, truth: str) -> str:
-    """ "right", "wrong", or in one line the exception that the grader raised."""
-    try:
-        grader = _limited_grader(reference, memory_mb)
-        _limit(resource.RLIMIT_CPU, math.ceil(time.process_time() + cpu_s) + 1)
-        return "right" if grader(text, truth) else "wrong"
-    except BaseException as error:
-        # Told as text: sent as an exception, sys.exit() or one that does not unpickle would harm the caller.
-        return traceback.format_exception_only(error)[-1].strip()[:500]
+def grade_in_worker(reference: str, memory_mb: int, cpu_s: float, text: str, truths: tuple[str, ...]) -> Outcome:
+    """Verdict on one text: right if one of the truths makes it so, else raised if the grader raised on one of them."""
+    raised = ""
+    for truth in truths:
+        try:
+            grader = _limited_grader(reference, memory_mb)
+            _limit(resource.RLIMIT_CPU, math.ceil(time.process_time() + cpu_s) + 1)
+            verdict = grader(text, truth)
+            if inspect.isawaitable(verdict):
+                verdict = asyncio.run(_finish(verdict))
+        except BaseException as error:
+            # Told as text: sent as an exception, sys.exit() or one that does not unpickle would harm the caller.
+            raised = " ".join(traceback.format_exception_only(error)[-1].split())[:500]
+            continue
+        if not _is_verdict(verdict):
+            shown = " ".join(reprlib.repr(verdict).split())
+            kind = f"{type(verdict).__module__}.{type(verdict).__qualname__}".removeprefix("builtins.")
+            return "refused", f"grader {reference!r} returned {shown} ({kind}): return True or False"
+        if verdict:
+            return "right", ""
+    return ("raised", raised) if raised else ("wrong", "")
+
+
+async def _finish(awaitable: Awaitable[object]) -> object:
+    return await awaitable
+
+
+def _is_verdict(value: object) -> bool:
+    """True, False, 1 or 0, of Python or numpy (which is not imported for that). A score of -1.0 or "no" is none."""
+    numpy_bool = type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_")
+    return numpy_bool or (isinstance(value, numbers.Integral) and value in (0, 1))
 
 
 @functools.cache

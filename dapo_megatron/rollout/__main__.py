@@ -33,7 +33,14 @@ async def _serve(config_path: str, address: str, engines: list[str]) -> None:
     g, r = config.grading, config.rollout
     link = LinkServer(address)
     async with (
-        GradingPool(g.grader, g.workers, g.timeout_s, g.memory_mb) as grading,
+        GradingPool(
+            g.grader,
+            g.workers,
+            g.timeout_s,
+            g.memory_mb,
+            thinking=g.thinking,
+            boxed_only=config.data.template == "boxed",
+        ) as grading,
         EngineClient(engines, concurrency=r.concurrency, timeout_s=r.request_timeout_s) as client,
     ):
         controller = Controller(config, client, grading)
