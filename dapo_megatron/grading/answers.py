@@ -23,7 +23,11 @@ _WORDS = [re.compile(word) for word in ("Answer", "answer", "ANSWER")]  # litera
 _LINE_BEGIN = re.compile(r"(?:^|\n)[ \t>#*_]*(?:the )?(?:final )?$", re.IGNORECASE)
 _LINE_BEGIN_CHARS = 40
 # Without any of those: "the answer is 34", "Answer $34$", and a heading "Final Answer" over the value.
-_PHRASE = re.compile(r" (?:is|equals|should be|=)(?![a-z])[: *_]*|[*_]*\s*(?=\$|\\[(\[])|[ \t*_]*\n\s*", re.IGNORECASE)
+_PHRASE = re.compile(
+    r"(?: (?:is|equals|should be|=)(?: (?:therefore|thus|then|hence|simply|just))?(?![a-z])|[*_]*[ \t]*\n"
+    r"|(?=[*_]*\s*(?:\$|\\[(\[])))[\s*_`:]*(?:(?:\$\$|\\\[)\s*)?(?:[ *_`$]|\\\()*",
+    re.IGNORECASE,
+)
 _SPECIAL_TOKEN = re.compile(r"<\|\w{1,40}\|>|</s>")
 _NESTING = re.compile(r"\\[{}]|(?P<open>\\begin\b|\\\[|\{)|(?P<close>\\end\b|\\\]|\})|(?P<line>\n)")
 

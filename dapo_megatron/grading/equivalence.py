@@ -6,8 +6,9 @@ from latex2sympy2_extended import NormalizationConfig
 from math_verify import LatexExtractionConfig, parse, verify
 from sympy import Basic, Equality, Expr, FiniteSet, Float, Interval, MatrixBase, N, Tuple, solve
 
+from dapo_megatron.grading.answers import extract_answer
 from dapo_megatron.grading.latex import to_latex
-from dapo_megatron.grading.markup import last_box, stated_value
+from dapo_megatron.grading.markup import stated_value
 from dapo_megatron.grading.notation import compare, plain, without_label
 from dapo_megatron.grading.units import conflict, split_unit
 
@@ -29,10 +30,12 @@ Value = Basic | MatrixBase | str
 def equivalent(answer: str, truth: str) -> bool:
     r"""Whether an answer equals the truth: \frac{1}{2} and 0.5, 10 cm and 10, {1, 2} and 2, 1.
 
+    Either may stand in a sentence or in a whole solution, as in `answers.extract_answer`.
+
     May need unbounded time and memory; math-verify's own time limits are off, because they need the main
     thread, and the limits of the worker also hold for what does not return to Python.
     """
-    answer, truth = stated_value(_boxed(answer)), stated_value(_boxed(truth))
+    answer, truth = (extract_answer(side) or stated_value(side) for side in (answer, truth))
     verdict = compare(answer, truth)
     if verdict is not None:
         return verdict
@@ -50,11 +53,6 @@ def _split(text: str) -> tuple[str, str]:
     """Without its unit, if it has one; the value keeps its font commands where there is none."""
     value, unit = split_unit(plain(text))
     return (value, unit) if unit else (text, "")
-
-
-def _boxed(text: str) -> str:
-    box = last_box(text)
-    return text if box is None else box[1]
 
 
 def _same(answer: str, truth: str) -> bool:

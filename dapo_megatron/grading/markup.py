@@ -17,8 +17,17 @@ _BOLD = re.compile(r"(?<!\S)\*\*(?=[^\s*])([^*]*[^\s*])\*\*(?![\w*])")
 _BOLD_END = re.compile(r"(?<=[\w}$])\*\*(?=\s+[A-Za-z]|[.,]|$)")
 
 # A sentence around a value: "The largest value is 34", "Hence $x \geq 5$ is the solution", "34. I hope it is correct".
-_MATH = re.compile(r"\$\$([^$]+)\$\$|(?<![\\$])\$([^$\n]+)\$|\\\(([^\n]+?)\\\)|\\\[((?:[^\\]|\\(?!\]))+)\\\]")
-_COPULA = re.compile(r"\b(?:is|are|be|equals?|it's|becomes)\b(?: equal to\b)?:?\s*", re.IGNORECASE)
+_MATH = re.compile(
+    r"\$\$([^$]+)\$\$|(?<![\\$])\$((?:[^$\n\\]|\\[^\n])+)\$|\\\(((?:[^\n\\]|\\(?![()\n]))+)\\\)"
+    r"|\\\[((?:[^\\]|\\(?![\[\]]))+)\\\]"
+)
+_COPULA = re.compile(
+    r"\b(?:is|are|be|equals?|it's|becomes|gives|yields|we (?:have|get|obtain|find))\b(?: equal to\b)?"
+    r"(?: (?:therefore|thus|then|hence|simply|just|indeed|exactly)\b)?:?\s*",
+    re.IGNORECASE,
+)
+_REMARK = re.compile(r"\$?[,;]\s+(?=[a-z]{2})")
+_SUBJECT = re.compile(r"(?:the|our|my) ", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"(?<=[^\s.])[.。]\**\s+(?=[A-Z])")
 _COMMAND = re.compile(r"\\[A-Za-z]+(?:\s*\{[A-Za-z ]*\})?")
 _WORD = re.compile(r"[A-Za-z]{2,}")
@@ -50,12 +59,12 @@ def strip_markup(answer: str) -> str:
             # Each half by itself: the opening one may be skipped already, the closing one on the next line. But the
             # closing one of a formula inside of a sentence stays with it.
             begun = answer.removeprefix(opening)
-            if begun != answer or answer.count(opening) == (opening == closing):
+            if begun != answer or opening not in (answer.rstrip("$") if closing == "$" else answer):
                 answer = begun if begun.endswith("\\" + closing) else begun.removesuffix(closing)
-        if answer.startswith(("\\boxed", "\\fbox")) and answer.endswith("}"):
-            inside = boxes(answer)
-            if inside and inside[-1][:2] == (0, len(answer)):
-                answer = inside[-1][2]
+        if answer.startswith(("\\boxed", "\\fbox")):
+            outer = answer
+            for begin, end, inside in reversed(boxes(outer)):  # a box in a box in a box, in one pass
+                answer = inside if outer[begin:end] == answer else answer
     return answer
 
 
@@ -120,7 +129,10 @@ def stated_value(sentence: str) -> str:
     if copulas and not (len(copulas) > 1 and _LINK.search(first)) and not _MAY.search(first[: copulas[-1].start()]):
         said = strip_markup(first[copulas[-1].end() :])
         if _VALUE_BEGINS.match(said) and not _NOT.search(said):
-            return said
+            return strip_markup(_REMARK.split(said, maxsplit=1)[0])
+        subject = first[: copulas[0].start()].strip()
+        if len(copulas) == 1 and _SUBJECT.match(said) and not _has_words(subject) and not _NOT.search(said):
+            return strip_markup(subject)
     if _has_words(before) and not _NOT.search(first):
         return strip_markup(formula)
     if _FEW_WORDS.fullmatch(said) and not _NO_VALUE.match(said) and not _NOT.search(said):

@@ -24,11 +24,12 @@ _NUMBER = re.compile(
     r"(?:(?P<groups>[1-9][0-9]{0,2}(?:,[0-9]{3})+|[1-9][0-9]{0,2}(?: [0-9]{3})+|[0-9]+)(?:\.(?P<part>[0-9]*))?"
     r"|\.(?P<only>[0-9]+))"
 )
+_DIGITS = re.compile(r"[-+]?[0-9]+")
 _DECIMAL_COMMA = re.compile(r"[-+]?[0-9]+,[0-9]+")
-_PERCENT = re.compile(r"\s*(?:\\?%|\b(?:percent|percentage|pct)\b\.?)$")
+_PERCENT = re.compile(r"\s*(?:\\?%|\b(?:percent|per cent|percentage|pct)\b\.?)$")
 _BASED = re.compile(
     r"\(?(?P<digits>[0-9A-F]+)\)?\s*"
-    r"(?:_\s*\{?\s*(?P<below>[0-9]+|[a-z]+)\s*\}?|(?:in )?base[ -]?(?P<word>[0-9]+|[a-z]+))"
+    r"(?:_\s*\{?\s*\(?(?P<below>[0-9]+|[a-z]+)\)?\s*\}?|(?:in )?base[ -]?(?P<word>[0-9]+|[a-z]+))"
 )
 _BASE_NAMES = ["two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
 _WORDS = re.compile(r"[A-Za-z][A-Za-z .'’\-]*")
@@ -56,7 +57,7 @@ def compare(answer: str, truth: str) -> bool | None:
     if answer == truth:
         return True
     if len(answer) > MAX_CHARS or len(truth) > MAX_CHARS:
-        return _compare_numbers(answer, truth)
+        return _compare_numbers(answer, truth) if _DIGITS.fullmatch(answer) and _DIGITS.fullmatch(truth) else None
     answer, truth = plain(answer), plain(truth)
     answer = without_label(answer, truth)
     if answer == truth:
@@ -105,8 +106,8 @@ def _compare_numbers(answer: str, truth: str) -> bool | None:
 
 def _compare_decimal_commas(answer: str, truth: str) -> bool | None:
     """1000,99 is 1000.99 where the other side has a decimal point: alone it may be a list of two."""
-    for comma, point in ((answer, truth), (truth, answer)):
-        if _DECIMAL_COMMA.fullmatch(comma) and "." in point:
+    for comma, point, digits in ((answer, truth, 1), (truth, answer, 2)):  # a truth such as 2,3 is a list
+        if _DECIMAL_COMMA.fullmatch(comma) and len(comma.partition(",")[2]) >= digits and "." in point:
             left, right = quantity(comma.replace(",", ".")), quantity(point)
             return left is not None and right is not None and left.digits == right.digits or None
     return None
@@ -115,23 +116,25 @@ def _compare_decimal_commas(answer: str, truth: str) -> bool | None:
 def _compare_bases(answer: str, truth: str) -> bool | None:
     """204_5 is neither 204_7 nor 204; decimal numbers may say so: 54_{10} is 54."""
     left, right = _based(answer), _based(truth)
-    if left == right:
-        return True if left else None
     if left and right:
-        return False
-    digits, base = left or right or ("", 0)
-    other = quantity(truth if left else answer)
-    return None if other is None else base == 10 and digits == other.digits
+        return left == right
+    based = left or right
+    other = quantity(truth if left else answer) if based else None
+    return None if based is None or other is None else based == (other.digits, "10")
 
 
-def _based(text: str) -> tuple[str, int] | None:
+def _based(text: str) -> tuple[str, str] | None:
+    """Digits and base of a number with its base; None for others, such as the variable A_2."""
     match = _BASED.fullmatch(text)
     if match is None:
         return None
-    name = match["below"] or match["word"]
-    base = int(name[:4]) if name.isdigit() else 2 + _BASE_NAMES.index(name) if name in _BASE_NAMES else 0
+    base = match["below"] or match["word"]
+    if base in _BASE_NAMES:
+        base = str(2 + _BASE_NAMES.index(base))
     digits = match["digits"].lstrip("0") or "0"
-    return (digits, base) if 2 <= base <= 36 and all(int(digit, 36) < base for digit in digits) else None
+    if base.isdigit() and not all(int(digit, 36) < int(base[:9]) for digit in digits):
+        return None
+    return digits, base
 
 
 def _compare_words(answer: str, truth: str) -> bool | None:

@@ -41,13 +41,18 @@ _UNITS = {
         "rad": "rad radian",
         "°c": "°c celsius",
         "°f": "°f fahrenheit",
+        "newton": "N newton",
+        "joule": "J joule",
+        "watt": "W watt",
+        "volt": "V volt",
+        WORDS: "st nd rd th",
     }.items()
     for name in names.split()
 }
 _POWERS = {"square": "²", "sq": "²", "squared": "²", "cubic": "³", "cu": "³", "cubed": "³"}
 # They change the value before them.
 _NO_UNITS = frozenset(
-    "or and not nor but except minus plus less more over under than times divided squared cubed factorial dozen "
+    "or and not nor but except minus plus less more over under than times divided factorial dozen "
     "hundred thousand million billion trillion half halves third thirds fourth fourths fifth fifths quarter "
     "quarters tenth tenths hundredths mod modulo base pi sqrt sin cos tan sec csc cot log ln exp gcd lcm if when "
     "where with for maybe perhaps possibly either to through until remainder choose is are was be".split()
@@ -55,6 +60,7 @@ _NO_UNITS = frozenset(
 _VALUE = re.compile(
     r"(?P<value>.*(?:[0-9]\.?|[})\]!π]|\\pi|\\infty))(?P<unit>(?: *[A-Za-z°¢$€£¥][A-Za-z°¢$€£¥²³./ \-]*)?)"
 )
+_CURRENCY = re.compile(r"(?:[$€£¥₹]|Rs\.?|USD|EUR)\s*(?=\S)")
 _POWER = re.compile(r"(?<=[A-Za-z.])\s*\^\s*\{?([23])\}?\s*$")
 _DEGREE = re.compile(r"\s*(?:\^\s*(?:\{\s*\\circ\s*\}|\\circ)|\\degree|\\deg)(?![A-Za-z])\s*")
 
@@ -66,8 +72,9 @@ def split_unit(text: str) -> tuple[str, str]:
         text: without font commands: "15 cm^2", not "15\text{ cm}^2".
     """
     text = _POWER.sub(lambda power: {"2": "²", "3": "³"}[power[1]], _DEGREE.sub("°", text)).strip()
-    if text[:1] in "$€£¥₹" and text[1:]:
-        return text[1:].strip(), _UNITS.get(text[0], WORDS)
+    currency = _CURRENCY.match(text)
+    if currency:
+        return text[currency.end() :], _UNITS.get(currency[0].strip(), WORDS)
     match = _VALUE.fullmatch(text)
     if match is None or not match["unit"]:
         return text, ""
@@ -80,16 +87,18 @@ def _canonical(unit: str) -> str:
     if len(unit) == 1 and unit.isalpha():
         return ""
     parts = []
-    for part in re.split(r"/|\bper\b", unit.strip().lower().replace("-", " ")):
+    for part in re.split(r"/|\bper\b", unit.replace("-", " ")):
         words = [word.strip(".") for word in part.split()]
-        if not words or len(words) > MAX_WORDS or _NO_UNITS & set(words) - {"squared", "cubed"}:
+        if len(words) > MAX_WORDS or not _NO_UNITS.isdisjoint(map(str.lower, words)):
             return ""
-        names = [word for word in words if word not in _POWERS]
+        names = [word for word in words if word.lower() not in _POWERS]
         name = names[0].rstrip("²³") if len(names) == 1 else ""
-        known = _UNITS.get(name) or _UNITS.get(name.removesuffix("s"), "")
-        if not known and (unit[0].isalpha() or any(len(word) == 1 for word in words)):
+        known = _UNITS.get(name) or _UNITS.get(name.lower()) or _UNITS.get(name.lower().removesuffix("s"), "")
+        if not known and (
+            unit[0].isalpha() or any(len(word) == 1 for word in names) or words[-1:] in (["squared"], ["cubed"])
+        ):
             return ""
-        power = [_POWERS[word] for word in words if word in _POWERS] or re.findall("[²³]", part)
+        power = [_POWERS[word.lower()] for word in words if word.lower() in _POWERS] or re.findall("[²³]", part)
         parts.append(known + "".join(power) if known else WORDS)
     return WORDS if WORDS in parts else "/".join(parts)
 
