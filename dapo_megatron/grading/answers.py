@@ -50,28 +50,30 @@ def extract_answer(text: str, boxed_only: bool = False) -> str | None:
     """
     text = _SPECIAL_TOKEN.sub("", text[-MAX_TEXT_CHARS:])
     box = last_box(text)
+    words: list[re.Match[str]] = []
     if not boxed_only:
         words = sorted((match for word in _WORDS for match in word.finditer(text)), key=re.Match.start, reverse=True)
-        for begin in islice(filter(None, (_after_marker(text, word) for word in words)), MAX_MARKERS):
-            if box and begin <= box[0]:
-                break
-            answer = stated_value(_displayed(text, begin))
-            if answer:
-                return answer
-        if box is None:
-            begin = next(filter(None, (_after_phrase(text, word) for word in words)), None)
-            return begin and stated_value(_displayed(text, begin)) or None
-    return strip_markup(box[1]) or None if box else None
+    for begin in islice(filter(None, (_after_marker(text, word) for word in words)), MAX_MARKERS):
+        if box and begin <= box[0]:
+            break
+        answer = stated_value(_displayed(text, begin))
+        if answer:
+            return answer
+    if box:
+        return strip_markup(box[1]) or None
+    for begin in islice(filter(None, (_after_phrase(text, word) for word in words)), 1):
+        return stated_value(_displayed(text, begin)) or None
+    return None
 
 
 def _after_marker(text: str, word: re.Match[str]) -> int | None:
     """Where the value behind `Answer:` begins; None if that word is no marker."""
     before = text[max(0, word.start() - _LINE_BEGIN_CHARS) : word.start()]
-    if word[0] != "answer" and not (before[-1:].isalnum() or before[-1:] == "_"):
-        begins = True
-    else:
-        begins = (len(before) < _LINE_BEGIN_CHARS or "\n" in before) and _LINE_BEGIN.search(before) is not None
-    marker = _MARKER.match(text, word.end()) if begins else None
+    whole_word = not (before[-1:].isalnum() or before[-1:] == "_")
+    begins_line = (len(before) < _LINE_BEGIN_CHARS or "\n" in before) and _LINE_BEGIN.search(before) is not None
+    if not begins_line and not (whole_word and word[0] != "answer"):
+        return None
+    marker = _MARKER.match(text, word.end())
     return marker.end() if marker else None
 
 

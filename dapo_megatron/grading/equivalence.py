@@ -1,6 +1,7 @@
 """Mathematical equality of two answers, as math-verify sees it. Imports sympy: for workers only."""
 
 import re
+from typing import TypeAlias
 
 from latex2sympy2_extended import NormalizationConfig
 from math_verify import LatexExtractionConfig, parse, verify
@@ -21,10 +22,9 @@ _WHOLE = [
         normalization_config=NormalizationConfig(units=False, malformed_operators=True, nits=True, boxed="last"),
     )
 ]
+_ABSOLUTE, _RELATIVE = 1e-6, 1e-14
 
-_DECIMALS, _DIGITS = 1e-6, 1e-14
-
-Value = Basic | MatrixBase | str
+Value: TypeAlias = Basic | MatrixBase | str
 
 
 def equivalent(answer: str, truth: str) -> bool:
@@ -65,13 +65,15 @@ def _same(answer: str, truth: str) -> bool:
     left, right = _numbers(gold[0]), _numbers(target[0])
     if isinstance(target[0], Equality) and not target[0].free_symbols and not _close(*map(_numbers, target[0].args)):
         return False  # of 35 = 34, the library would take the right side
-    if _is_float(gold[0], left, right) or _is_float(target[0], left, right):
+    if len(left) == len(right) == 1 and any(
+        isinstance(side, Expr) and side.has(Float) for side in (gold[0], target[0])
+    ):
         return _close(left, right)
     if not verify(gold, target, timeout_seconds=None):
         return False
     if _is_equation(gold[0]) and _is_equation(target[0]) and gold[0] != target[0] and solve(gold[0]) == []:
         return False  # to the library, all equations without a solution are equal
-    return len(left) != len(right) or _close(left, right)
+    return len(left) != len(right) or _close(left, right)  # other lengths: other notations of the same
 
 
 def _is_equation(value: Value) -> bool:
@@ -87,14 +89,12 @@ def _numbers(value: Value) -> list[Float]:
     return sorted(N(part, 30) for part in parts if isinstance(part, Expr) and part.is_comparable and part.is_finite)
 
 
-def _is_float(value: Value, *numbers: list[Float]) -> bool:
-    return isinstance(value, Expr) and value.has(Float) and [len(each) for each in numbers] == [1, 1]
-
-
 def _close(left: list[Float], right: list[Float]) -> bool:
     """Whether numbers agree to 6 decimals, below 0.1 to 5 digits, and as floats can where they are huge.
 
     The library compares 6 decimals: 2e-19, 1.6e-19 and 0 are the same to it, 6.02e23 and its digits are not.
     """
+    if len(left) != len(right):
+        return False
     pairs = [(a, b, max(abs(a), abs(b))) for a, b in zip(left, right, strict=True)]
-    return all(abs(a - b) <= max(_DECIMALS * min(1, 10 * size), _DIGITS * size) for a, b, size in pairs)
+    return all(abs(a - b) <= max(_ABSOLUTE * min(1, 10 * size), _RELATIVE * size) for a, b, size in pairs)

@@ -94,9 +94,8 @@ def _canonical(unit: str) -> str:
         names = [word for word in words if word.lower() not in _POWERS]
         name = names[0].rstrip("²³") if len(names) == 1 else ""
         known = _UNITS.get(name) or _UNITS.get(name.lower()) or _UNITS.get(name.lower().removesuffix("s"), "")
-        if not known and (
-            unit[0].isalpha() or any(len(word) == 1 for word in names) or words[-1:] in (["squared"], ["cubed"])
-        ):
+        changes_value = any(len(word) == 1 for word in names) or words[-1:] in (["squared"], ["cubed"])
+        if not known and (changes_value or unit[0].isalpha()):
             return ""
         power = [_POWERS[word.lower()] for word in words if word.lower() in _POWERS] or re.findall("[²³]", part)
         parts.append(known + "".join(power) if known else WORDS)
