@@ -92,11 +92,14 @@ def test_boxed_only_makes_the_box_the_rule():
     assert grade_all([(text, "34") for text in texts])[0] == ["wrong", "right", "right"]
 
 
-def test_naming_the_built_in_grader_is_the_built_in_grader():
-    assert GradingConfig().grader is None
-    verdicts, _, seconds = grade_all([(f"Answer: {n}", "34") for n in range(1000)], grader=DEFAULT_GRADER)
-    assert verdicts.count("right") == 1 and seconds < 1.0
-    assert load_grader(DEFAULT_GRADER) is grade
+@pytest.mark.parametrize("grader", [None, DEFAULT_GRADER])
+def test_the_built_in_grader_is_quick_by_either_name(grader, monkeypatch):
+    async def no_worker(*_):
+        raise AssertionError("a worker was asked")
+
+    monkeypatch.setattr(GradingPool, "_ask_worker", no_worker)
+    assert grade_all([("Answer: 34", "34"), ("Answer: 35", "34")], grader)[0] == ["right", "wrong"]
+    assert GradingConfig().grader is None and load_grader(DEFAULT_GRADER) is grade
 
 
 def test_hostile_answers_are_never_right_and_do_not_stop_the_others():
