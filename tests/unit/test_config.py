@@ -50,6 +50,7 @@ def test_every_option_is_documented_and_readable():
         ("trainer.mini_batch_prompts=33", "must divide rollout.prompts_per_step=512"),
         ("actor.virtual_pipeline_model_parallel_size=2", "needs actor.pipeline_model_parallel_size of at least 2"),
         ("actor.expert_model_parallel_size=2", "must divide the 1 ranks"),
+        ("grading.thinking=[<think>, '']", "grading.thinking needs two tags that are not empty"),
         ("optimizer.lr=fast", "optimizer.lr"),
         ("optimizer.lr", "section.key=value"),
         ("model.path.x=1", "'path' is a value"),
