@@ -19,7 +19,7 @@ class DataConfig(Section):
     answer_pattern: str | None = None
     """Regular expression with one group that cuts the ground truth out of the field (GSM8K: '#### (.+)')."""
     template: str = "dapo"
-    """Name of a ready template (dapo, boxed, plain) or a string with {prompt}."""
+    """Name of a ready template (dapo, boxed, plain) or a string with {prompt}; with boxed, only a box is an answer."""
     chat: bool = True
     """Wrap the prompt in the tokenizer's chat template."""
     max_prompt_tokens: int = Field(2048, ge=1)

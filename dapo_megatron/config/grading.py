@@ -1,6 +1,6 @@
 """Who decides whether a response is right, and under which limits."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -8,8 +8,10 @@ from dapo_megatron.config.base import Section
 
 
 class GradingConfig(Section):
-    grader: str = "dapo_megatron.grading.answers:grade"
-    """package.module:function(text, truth) -> bool that decides whether a response is right."""
+    grader: str | None = None
+    """package.module:function(text, truth) -> bool that decides whether a response is right; null: the built-in one."""
+    thinking: list[Annotated[str, Field(min_length=1)]] | None = Field(None, min_length=2, max_length=2)
+    """Opening and closing tag of thoughts ([<think>, </think>]): only what follows the last closing one is graded."""
     workers: int = Field(2, ge=1)
     """Grading processes."""
     timeout_s: float = Field(10.0, gt=0)

@@ -1,101 +1,106 @@
-r"""The default grader: the last `Answer:` line, otherwise the last \boxed{}, against the ground truth.
+r"""The default grader: the last box or `Answer:` of a response against the ground truth.
 
-Extraction and the comparison of integers take microseconds and need no library; everything else is asked of
-math-verify, which may run for ever on a hostile answer: call `grade` in a worker (see `pool`).
+Extraction and the comparison of numbers and words take microseconds and need no library; everything else is asked
+of math-verify, which may run for ever on a hostile answer: call `grade` in a worker (see `pool`).
 """
 
 import re
+from itertools import islice
+
+from dapo_megatron.grading.markup import MAX_ANSWER_CHARS, last_box, stated_value, strip_markup
+from dapo_megatron.grading.notation import compare
 
 MAX_TEXT_CHARS = 200_000
 """Only the end of a longer response is read: the last answer is there, and the work is bounded."""
-MAX_ANSWER_CHARS = 10_000
-"""What is longer is no final answer."""
+MAX_MARKERS = 50
+"""So many `Answer:` without anything behind them are passed over, from the end."""
 
 # As the DAPO recipe (verl, utils/reward_score/math_dapo.py), anywhere in a line; but in lower case only where
 # it begins one, because solutions go on with "we check our answer: ...". Opening markup is skipped even over
 # a line break, for answers that are displayed below their `Answer:`.
-_ANSWER = re.compile(
-    r"(?:(?i:^[ \t>#*_]*(?:the )?(?:final )?answer)|\bA(?:nswer|NSWER))[\s*_]*[:：](?:[\s*_`$]|\\[\[(])*",
-    re.MULTILINE,
+_MARKER = re.compile(r"[\s*_]*[:：](?:[\s*_`$]|\\[\[(])*")
+_WORDS = [re.compile(word) for word in ("Answer", "answer", "ANSWER")]  # literals: patterns would take milliseconds
+_LINE_BEGIN = re.compile(r"(?:^|\n)[ \t>#*_]*(?:the )?(?:final )?$", re.IGNORECASE)
+_LINE_BEGIN_CHARS = 40
+# Without any of those: "the answer is 34", "Answer $34$", and a heading "Final Answer" over the value.
+_PHRASE = re.compile(
+    r"(?: (?:is|equals|should be|=)(?: (?:therefore|thus|then|hence|simply|just))?(?![a-z])|[*_]*[ \t]*\n"
+    r"|(?=[*_]*\s*(?:\$|\\[(\[])))[\s*_`:]*(?:(?:\$\$|\\\[)\s*)?(?:[ *_`$]|\\\()*",
+    re.IGNORECASE,
 )
-_BRACE = re.compile(r"\\[{}]|(?P<boxed>\\boxed\s*\{)|(?P<open>\{)|(?P<close>\})")
-_INTEGER = re.compile(r"(?P<sign>[+-]?)(?:\\?\$)?(?P<digits>[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.0*)?")
-_WRAPPERS = (("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"))
+_SPECIAL_TOKEN = re.compile(r"<\|\w{1,40}\|>|</s>")
+_NESTING = re.compile(r"\\[{}]|(?P<open>\\begin\b|\\\[|\{)|(?P<close>\\end\b|\\\]|\})|(?P<line>\n)")
 
 
-def extract_answer(text: str) -> str | None:
+def without_thought(text: str, thinking: tuple[str, str]) -> str | None:
+    """What follows the last closing tag; None while a thought is unfinished. The prompt may have opened the first."""
+    opening, closing = thinking
+    _, closed, said = text.rpartition(closing)
+    return said if closed and opening not in said else None
+
+
+def extract_answer(text: str, boxed_only: bool = False) -> str | None:
     r"""The final answer of a response without its markup, or None if it gives none.
 
-    The last `Answer:` that is followed by something counts, and within its line the last \boxed{}; without
-    one, the last balanced \boxed{} of the text. Linear in the length of the text.
+    What comes last counts: the last \boxed{} (with those it is joined to by "and", "or" or commas), or the last
+    `Answer:` that is followed by something; without both, the last "the answer is". Linear in the length of the text.
+
+    Args:
+        boxed_only: only a box counts.
     """
-    text = text[-MAX_TEXT_CHARS:]
-    for match in reversed(list(_ANSWER.finditer(text))):
-        line_end = text.find("\n", match.end())
-        line = text[match.end() : line_end if line_end >= 0 else len(text)]
-        answer = strip_markup(_last_boxed(line) or line)
+    text = _SPECIAL_TOKEN.sub("", text[-MAX_TEXT_CHARS:])
+    box = last_box(text)
+    words: list[re.Match[str]] = []
+    if not boxed_only:
+        words = sorted((match for word in _WORDS for match in word.finditer(text)), key=re.Match.start, reverse=True)
+    for begin in islice(filter(None, (_after_marker(text, word) for word in words)), MAX_MARKERS):
+        if box and begin <= box[0]:
+            break
+        answer = stated_value(_displayed(text, begin))
         if answer:
             return answer
-    return strip_markup(_last_boxed(text) or "") or None
+    if box:
+        return strip_markup(box[1]) or None
+    for begin in islice(filter(None, (_after_phrase(text, word) for word in words)), 1):
+        return stated_value(_displayed(text, begin)) or None
+    return None
 
 
-def strip_markup(answer: str) -> str:
-    r"""The answer without surrounding Markdown, quotes, $, \( \), \[ \], \boxed{} and final period.
-
-    Empty if nothing is left, or if it is longer than `MAX_ANSWER_CHARS`.
-    """
-    if len(answer) > MAX_ANSWER_CHARS:
-        return ""
-    stripped = None
-    while stripped != answer:
-        stripped = answer
-        answer = answer.strip().strip("*_`\"'“”").removesuffix(".").strip()
-        for opening, closing in _WRAPPERS:
-            # Each half by itself: the opening one may be skipped already, the closing one on the next line.
-            answer = answer.removeprefix(opening).removesuffix(closing)
-        if answer.startswith(r"\boxed") and answer.endswith("}"):
-            inside = _last_boxed(answer)
-            answer = inside if inside is not None and answer.endswith(f"{{{inside}}}") else answer
-    return answer
+def _after_marker(text: str, word: re.Match[str]) -> int | None:
+    """Where the value behind `Answer:` begins; None if that word is no marker."""
+    before = text[max(0, word.start() - _LINE_BEGIN_CHARS) : word.start()]
+    whole_word = not (before[-1:].isalnum() or before[-1:] == "_")
+    begins_line = (len(before) < _LINE_BEGIN_CHARS or "\n" in before) and _LINE_BEGIN.search(before) is not None
+    if not begins_line and not (whole_word and word[0] != "answer"):
+        return None
+    marker = _MARKER.match(text, word.end())
+    return marker.end() if marker else None
 
 
-def _last_boxed(text: str) -> str | None:
-    r"""Inside of the balanced \boxed{} that ends last, in one pass: unclosed ones are passed over."""
-    last = None
-    open_braces: list[int | None] = []  # where the inside of a \boxed{ begins, None for other braces
-    for token in _BRACE.finditer(text):
-        if token["boxed"]:
-            open_braces.append(token.end())
-        elif token["open"]:
-            open_braces.append(None)
-        elif token["close"] and open_braces:
-            begin = open_braces.pop()
-            if begin is not None:
-                last = (begin, token.start())
-    return text[slice(*last)] if last else None
+def _after_phrase(text: str, word: re.Match[str]) -> int | None:
+    phrase = _PHRASE.match(text, word.end())
+    return phrase.end() if phrase else None
+
+
+def _displayed(text: str, begin: int) -> str:
+    """The line that begins there; with further ones while braces or environments (matrices) are open."""
+    depth = 0
+    for token in _NESTING.finditer(text, begin, begin + MAX_ANSWER_CHARS + 1):
+        if token["open"]:
+            depth += 1
+        elif token["close"]:
+            depth -= 1
+        elif token["line"] and depth <= 0:
+            return text[begin : token.start()]
+    line_end = text.find("\n", begin)
+    if depth <= 0 or line_end < 0 or len(text) - begin <= MAX_ANSWER_CHARS:
+        return text[begin:]
+    return text[begin:line_end]
 
 
 def compare_quickly(answer: str, truth: str) -> bool | None:
-    """Verdict where it is cheap: the same text, or two integers. None: ask
-    `equivalence.equivalent`."""
-    truth = strip_markup(truth)
-    return True if answer == truth else grade_integers(answer, truth)
-
-
-def grade_integers(answer: str, truth: str) -> bool | None:
-    """Whether two integers (34, +34, 34.0, $34$, 1,234) are equal; None unless both are integers."""
-    left, right = _integer(answer), _integer(truth)
-    return None if left is None or right is None else left == right
-
-
-def _integer(answer: str) -> str | None:
-    """Canonical decimal digits. Not an int: a million digits would take quadratic time (or raise)."""
-    plain = strip_markup(answer).replace("{,}", ",").replace(r"\!", "").replace("−", "-")
-    match = _INTEGER.fullmatch(plain)
-    if match is None:
-        return None
-    digits = match["digits"].replace(",", "").lstrip("0") or "0"
-    return f"-{digits}" if match["sign"] == "-" and digits != "0" else digits
+    """Verdict where it is cheap, by notation alone. None: ask `equivalence.equivalent`."""
+    return compare(answer, stated_value(truth))
 
 
 def grade(text: str, truth: str) -> bool:
@@ -106,7 +111,7 @@ def grade(text: str, truth: str) -> bool:
     quick = compare_quickly(answer, truth)
     if quick is not None:
         return quick
-    # Imported here: the caller of the workers, who only extracts and compares integers, does without sympy.
+    # Imported here: the caller of the workers, who only extracts and compares notation, does without sympy.
     from dapo_megatron.grading.equivalence import equivalent
 
-    return equivalent(answer, strip_markup(truth))
+    return equivalent(answer, truth)

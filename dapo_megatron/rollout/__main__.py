@@ -33,16 +33,16 @@ async def _serve(reporter: "Reporter", config_path: Path, address: str, urls: li
     from dapo_megatron.config import load_config
     from dapo_megatron.engines.client import EngineClient
     from dapo_megatron.engines.coalescing import CoalescingClient
-    from dapo_megatron.grading.pool import GradingPool
+    from dapo_megatron.grading.pool import grading_pool
     from dapo_megatron.keys import read_keys
     from dapo_megatron.rollout.controller import Controller
     from dapo_megatron.rpc import RpcServer
 
     config, keys = load_config(config_path), read_keys(reporter.folder)
-    g, r = config.grading, config.rollout
+    r = config.rollout
     link = RpcServer(address, keys)
     async with (
-        GradingPool(g.grader, g.workers, g.timeout_s, g.memory_mib) as grading,
+        grading_pool(config) as grading,
         EngineClient(
             urls, concurrency=r.concurrency, timeout_s=r.request_timeout_s, api_key=keys.engine_api_key
         ) as client,

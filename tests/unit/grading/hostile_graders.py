@@ -1,5 +1,6 @@
 """Graders as a user might write them, good and bad; imported by worker processes."""
 
+import asyncio
 import os
 import sys
 import time
@@ -51,3 +52,49 @@ def reports_its_modules(text: str, truth: str) -> bool:
 
 
 not_callable = 3
+
+
+def returns(text: str, truth: str) -> object:
+    return eval(text)  # the test says what
+
+
+async def grades_later(text: str, truth: str) -> bool:
+    await asyncio.sleep(0.01)
+    return text == truth
+
+
+async def scores_later(text: str, truth: str) -> float:
+    return -1.0
+
+
+async def hangs_later(text: str, truth: str) -> bool:
+    await asyncio.sleep(3600)
+    return True
+
+
+def raises_on_one_truth(text: str, truth: str) -> bool:
+    return {"34": True, "35": False}[truth]
+
+
+def takes_one(text: str) -> bool:
+    return True
+
+
+def takes_three(text: str, truth: str, prompt: str) -> bool:
+    return True
+
+
+def takes_names_only(*, text: str, truth: str) -> bool:
+    return True
+
+
+def takes_two_of_three(text: str, truth: str, tolerance: float = 1e-6) -> bool:
+    return text == truth
+
+
+class CallableGrader:
+    def __call__(self, text: str, truth: str) -> bool:
+        return text == truth
+
+
+an_object = CallableGrader()

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dapo_megatron.grading.answers import MAX_ANSWER_CHARS, extract_answer, grade, grade_integers
+from dapo_megatron.grading.answers import compare_quickly, extract_answer, grade, without_thought
+from dapo_megatron.grading.markup import MAX_ANSWER_CHARS
 
 DATA = Path(__file__).parents[3].parent / "shared" / "data"
 
@@ -56,6 +57,20 @@ def read_jsonl(name):
         "\\boxed{\\boxed{34}}",
         "\\boxed {34} and then \\boxed{cut off",
         "{ \\{ \\boxed{34}",
+        "\\fbox{34}",
+        "$\\boxed 34$",
+        "\\boxed34.",
+        "\\[\n\\boxed{\n34\n}\n\\]",
+        "Answer: Let us set up the equation.\nx + 3 = 37\n\\boxed{34}",
+        "Answer: 33\n\\boxed{34}",
+        "\\boxed{34}, and the empty \\boxed{}",
+        "Final Answer: The largest value is 34.",
+        "Final Answer: The final answer is $34$. I hope it is correct.",
+        "Answer: Hence $34$ follows.",
+        "Answer: 34<|im_end|>",
+        "The answer is $34$.",
+        "the answer is: 34",
+        "**Final Answer**\n\n34",
     ],
 )
 def test_extracts_34(text):
@@ -66,7 +81,15 @@ def test_extracts_34(text):
     "text, answer",
     [
         ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}"),
-        ("Answer: \\boxed{1} or \\boxed{2}", "2"),
+        ("Answer: \\boxed{1} or \\boxed{2}", "1, 2"),
+        ("$\\boxed{1}$, $\\boxed{2}$ and $\\boxed{3}$", "1, 2, 3"),
+        ("\\boxed{1} is wrong. \\boxed{2}", "2"),
+        ("Answer: \\boxed{f'}", "f'"),
+        ("Answer: It is 34 or 35.", "It is 34 or 35"),
+        (
+            "Answer:\n\\begin{cases}\nx = 1 \\\\\ny = 2\n\\end{cases}\nDone.",
+            "\\begin{cases}\nx = 1 \\\\\ny = 2\n\\end{cases}",
+        ),
         ("Answer: -7", "-7"),
         ("Answer: 0.5.", "0.5"),
         ("\\boxed{\\{1, 2\\}}", "\\{1, 2\\}"),
@@ -110,14 +133,14 @@ def test_extracts(text, answer):
     ],
 )
 def test_integers(answer, truth, verdict):
-    assert grade_integers(answer, truth) is verdict
+    assert compare_quickly(answer, truth) is verdict
 
 
 @given(st.integers(), st.integers())
 def test_integers_in_every_notation(left, right):
     for written in (f"{left}", f"{left:,}", f"${left}$", f"{left}.0", f"{left}.", f" {left:,}.00 "):
-        assert grade_integers(written, str(right)) is (left == right)
-        assert grade_integers(written, str(left)) is True
+        assert compare_quickly(written, str(right)) is (left == right)
+        assert compare_quickly(written, str(left)) is True
 
 
 @settings(deadline=None)
@@ -145,6 +168,16 @@ def test_extraction_takes_any_text(text):
         "a",
         "Answer: $",
         "1,",
+        "\\(",
+        "\\[",
+        "Answer: \\(",
+        "answer is ",
+        "**a ",
+        "Answer: it is ",
+        "\\begin{",
+        "Answer: \\boxed{1} or ",
+        "<|a|>",
+        " ",
     ],
 )
 def test_a_megabyte_is_read_in_linear_time(unit):
@@ -174,6 +207,65 @@ def test_mathematical_equality(answer, truth, right):
     assert grade(f"Some words.\nAnswer: {answer}", truth) is right
 
 
+@pytest.mark.parametrize(
+    "inside",
+    [
+        "\\boxed{" * 1200 + "34" + "}" * 1200,
+        "1" + " " * 9000 + "1",
+        "\\(" * 4900,
+        "$" * 9900,
+        "'" * 9900,
+        "a ^ " * 2400,
+    ],
+)
+def test_an_answer_of_many_characters_takes_little_time(inside):
+    start = time.perf_counter()
+    answer = extract_answer(f"Answer: {inside}")
+    assert answer is None or compare_quickly(answer, "34") in (None, True, False)
+    assert time.perf_counter() - start < 1.0
+
+
+def read_cases(name):
+    with open(Path(__file__).parent / name, encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+@pytest.mark.parametrize("kind", sorted({case["kind"] for case in read_cases("cases.jsonl")}))
+def test_responses_are_graded_as_a_teacher_would(kind):
+    cases = [case for case in read_cases("cases.jsonl") if case["kind"] == kind]
+    assert {case["right"] for case in cases} == {True, False}
+    assert [case for case in cases if grade(case["text"], case["truth"]) is not case["right"]] == []
+
+
+@pytest.mark.parametrize("form", ["Answer: {}", "Answer:\n{}"])
+def test_equivalence_of_the_public_graders_test_suites(form):
+    """Facts of the tests of Math-Verify, NeMo-Skills, hendrycks MATH, miles and tinker-cookbook."""
+    cases = read_cases("equivalence.jsonl")
+    assert [c for c in cases if grade(form.format(c["answer"]), c["truth"]) is not c["right"]] == []
+
+
+def test_boxed_only_makes_the_box_the_rule():
+    assert extract_answer("\\boxed{34}\nAnswer: 35", boxed_only=True) == "34"
+    assert extract_answer("Answer: 34", boxed_only=True) is None
+    assert extract_answer("The answer is 34.", boxed_only=True) is None
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("<think>Answer: 12</think>Answer: 34", "Answer: 34"),
+        ("Answer: 12</think>Answer: 34", "Answer: 34"),
+        ("<think>a</think>b<think>c</think>d", "d"),
+        ("<think>Answer: 34", None),
+        ("Answer: 34", None),
+        ("<think>a</think>Answer: 34<think>but", None),
+        ("<think></think>", ""),
+    ],
+)
+def test_only_what_follows_the_last_thought_counts(text, said):
+    assert without_thought(text, ("<think>", "</think>")) == said
+
+
 def test_a_missing_answer_is_wrong():
     assert grade("I do not know.", "34") is False
 
@@ -182,6 +274,18 @@ def test_reference_solutions_of_math500_are_right():
     rows = read_jsonl("math/math500.jsonl")
     wrong = [row["unique_id"] for row in rows if not grade(row["solution"], row["answer"])]
     assert wrong == []
+
+
+FORMS = ("Answer: {}", "\\boxed{{{}}}", "The answer is ${}$.")
+
+
+@pytest.mark.parametrize(
+    "name, field",
+    [("math/math500.jsonl", "answer"), ("dapo/dapo_math_17k_dedup.jsonl", "answer"), ("aime/aime24.jsonl", "answer")],
+)
+def test_every_truth_equals_itself(name, field):
+    truths = {row[field] for row in read_jsonl(name)}
+    assert [t for t in truths for form in FORMS if not grade(form.format(t), t)] == []
 
 
 def test_other_rows_answers_of_math500_are_wrong():
@@ -194,5 +298,5 @@ def test_other_rows_answers_of_math500_are_wrong():
 def test_gsm8k_answers_take_the_fast_path():
     for row in read_jsonl("gsm8k/test.jsonl"):
         truth = row["answer"].rpartition("#### ")[2]
-        assert grade_integers(f"{truth}.0", truth) is True
-        assert grade_integers(str(int(truth.replace(",", "")) + 1), truth) is False
+        assert compare_quickly(f"{truth}.0", truth) is True
+        assert compare_quickly(str(int(truth.replace(",", "")) + 1), truth) is False

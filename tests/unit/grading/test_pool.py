@@ -11,9 +11,11 @@ from pathlib import Path
 import psutil
 import pytest
 
+from dapo_megatron.config import GradingConfig
 from dapo_megatron.errors import DapoError
+from dapo_megatron.grading.answers import grade
 from dapo_megatron.grading.pool import DEFAULT_GRADER, GradingPool
-from dapo_megatron.grading.worker import load_grader
+from dapo_megatron.user_code import load_function
 
 
 @pytest.fixture(autouse=True)
@@ -21,13 +23,17 @@ def graders_can_be_imported(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
 
 
-def grade_all(pairs, grader=DEFAULT_GRADER, workers=2, timeout_s=2.0, memory_mb=256):
-    """Verdicts on (text, truth) pairs graded at once, the unknowns by reason, and the seconds it took."""
+def load(reference):
+    return load_function(reference, "grading.grader", "text", "truth")
+
+
+def grade_all(cases, grader=None, workers=2, timeout_s=2.0, memory_mib=256, **options):
+    """Verdicts on (text, *truths) graded at once, the unknowns by reason, and the seconds it took."""
 
     async def run():
-        async with GradingPool(grader, workers, timeout_s, memory_mb) as pool:
+        async with GradingPool(grader, workers, timeout_s, memory_mib, **options) as pool:
             start = time.perf_counter()
-            verdicts = await asyncio.gather(*(pool.grade(text, truth) for text, truth in pairs))
+            verdicts = await asyncio.gather(*(pool.grade(*case) for case in cases))
             return verdicts, dict(pool.unknown), time.perf_counter() - start
 
     result = asyncio.run(asyncio.wait_for(run(), 120))
@@ -53,6 +59,51 @@ def grade_all(pairs, grader=DEFAULT_GRADER, workers=2, timeout_s=2.0, memory_mb=
 )
 def test_verdicts_of_the_default_grader(text, truth, verdict):
     assert grade_all([(text, truth)])[0] == [verdict]
+
+
+def test_several_truths_are_right_if_one_is():
+    cases = [
+        ("Answer: 34", "33", "34"),
+        ("Answer: 34", "34", "33"),
+        ("Answer: 34", "33", "35"),
+        ("Answer: \\frac{1}{2}", "2", "0.5"),
+        ("Answer: \\frac{1}{2}", "x", "0.25", "2^{-2}"),
+    ]
+    assert grade_all(cases)[0] == ["right", "right", "wrong", "right", "wrong"]
+    user = [("34", "33", "34"), ("34", "33", "35")]
+    assert grade_all(user, grader="hostile_graders:takes_two_of_three")[0] == ["right", "wrong"]
+
+
+def test_a_grader_that_raises_on_one_truth_may_still_find_another_right():
+    cases = [("", "33", "34"), ("", "34", "33"), ("", "35", "33"), ("", "35")]
+    verdicts, unknown, _ = grade_all(cases, grader="hostile_graders:raises_on_one_truth")
+    assert verdicts == ["right", "right", "unknown", "wrong"] and unknown == {"raised": 1}
+
+
+@pytest.mark.parametrize("grader", [None, "hostile_graders:takes_two_of_three"])
+def test_only_what_follows_the_thought_is_graded(grader):
+    answer = "34" if grader else "Answer: 34"
+    texts = [f"<think>Answer: 12</think>{answer}", f"Answer: 12</think>{answer}", f"<think>{answer}", answer]
+    texts.append(f"<think>a</think><think>{answer}")
+    verdicts = grade_all([(text, "34") for text in texts], grader, thinking=("<think>", "</think>"))[0]
+    assert verdicts == ["right", "right", "wrong", "wrong", "wrong"]
+    assert grade_all([("<think>Answer: 34", "34")])[0] == ["right"]
+
+
+def test_boxed_only_makes_the_box_the_rule():
+    texts = ["\\boxed{34}\nAnswer: 35", "Answer: 34", "The answer is 34."]
+    assert grade_all([(text, "34") for text in texts], boxed_only=True)[0] == ["right", "wrong", "wrong"]
+    assert grade_all([(text, "34") for text in texts])[0] == ["wrong", "right", "right"]
+
+
+@pytest.mark.parametrize("grader", [None, DEFAULT_GRADER])
+def test_the_built_in_grader_is_quick_by_either_name(grader, monkeypatch):
+    async def no_worker(*_):
+        raise AssertionError("a worker was asked")
+
+    monkeypatch.setattr(GradingPool, "_ask_worker", no_worker)
+    assert grade_all([("Answer: 34", "34"), ("Answer: 35", "34")], grader)[0] == ["right", "wrong"]
+    assert GradingConfig().grader is None and load(DEFAULT_GRADER) is grade
 
 
 def test_hostile_answers_are_never_right_and_do_not_stop_the_others():
@@ -123,6 +174,88 @@ def test_a_bad_grader_gives_unknown(grader, bad, reason):
     assert seconds < 8, "a worker that is deep in C is killed at once, not after a grace period"
 
 
+@pytest.mark.parametrize(
+    "grader, bad, line",
+    [
+        ("raises", "any", "3 answers without verdict: 3 raised, the last: hostile_graders.Unpicklable: broken"),
+        ("hangs", "hang", "3 answers without verdict: 3 timeout, the last: no verdict within 0.5 s"),
+    ],
+)
+def test_the_pool_says_in_a_line_why_there_was_no_verdict(grader, bad, line):
+    async def run():
+        async with GradingPool(f"hostile_graders:{grader}", workers=2, timeout_s=0.5, memory_mib=256) as pool:
+            assert pool.trouble is None
+            await asyncio.gather(*(pool.grade(bad, "34") for _ in range(3)))
+            assert pool.trouble == line
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
+@pytest.mark.parametrize(
+    "value, verdict",
+    [
+        ("True", "right"),
+        ("False", "wrong"),
+        ("1", "right"),
+        ("0", "wrong"),
+        ("__import__('numpy').bool_(True)", "right"),
+        ("__import__('numpy').bool_(False)", "wrong"),
+        ("__import__('numpy').int64(1)", "right"),
+    ],
+)
+def test_verdicts_of_a_user_grader(value, verdict):
+    assert grade_all([(value, "34")], grader="hostile_graders:returns")[0] == [verdict]
+
+
+@pytest.mark.parametrize(
+    "value, shown",
+    [
+        ("-1.0", "-1.0 (float)"),
+        ("1.0", "1.0 (float)"),
+        ("0.0", "0.0 (float)"),
+        ("float('nan')", "nan (float)"),
+        ("None", "None (NoneType)"),
+        ("2", "2 (int)"),
+        ("-1", "-1 (int)"),
+        ("'no'", "'no' (str)"),
+        ("(False, 'reason')", "(False, 'reason') (tuple)"),
+        ("{'score': 0}", "{'score': 0} (dict)"),
+        ("[]", "[] (list)"),
+        ("'two\\nlines'", "'two\\nlines' (str)"),
+        ("__import__('numpy').float64(1)", "np.float64(1.0) (numpy.float64)"),
+        ("__import__('numpy').array([True])", "array([ True]) (numpy.ndarray)"),
+        ("(x for x in 'ab')", None),
+    ],
+)
+def test_what_is_no_verdict_ends_the_run_in_one_line(value, shown):
+    with pytest.raises(
+        DapoError, match="^grading.grader=hostile_graders:returns returned .*: return True or False$"
+    ) as e:
+        grade_all([(value, "34")], grader="hostile_graders:returns")
+    assert shown is None or f"returned {shown}:" in str(e.value)
+    assert "\n" not in str(e.value) and len(str(e.value)) < 200
+
+
+def test_an_async_grader_is_run_to_its_end():
+    cases = [("34", "34"), ("35", "34")]
+    assert grade_all(cases, grader="hostile_graders:grades_later")[0] == ["right", "wrong"]
+    assert grade_all([("34", "34")], grader="hostile_graders:hangs_later", timeout_s=0.5)[0] == ["unknown"]
+    with pytest.raises(DapoError, match=r"scores_later returned -1.0 \(float\)"):
+        grade_all(cases, grader="hostile_graders:scores_later")
+
+
+@pytest.mark.parametrize("grader", ["takes_one", "takes_three", "takes_names_only"])
+def test_a_grader_of_other_arguments_is_refused_at_the_start(grader):
+    with pytest.raises(DapoError, match=f"{grader} cannot be called as {grader}.text, truth.") as caught:
+        grade_all([], grader=f"hostile_graders:{grader}")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("grader", ["takes_two_of_three", "an_object"])
+def test_a_grader_may_take_more_or_be_an_object(grader):
+    assert grade_all([("34", "34"), ("35", "34")], grader=f"hostile_graders:{grader}")[0] == ["right", "wrong"]
+
+
 @pytest.mark.parametrize("grader, bad", [("hangs", "hang"), ("exits", "exit"), ("eats_memory", "eat")])
 def test_other_answers_are_graded_beside_a_bad_one(grader, bad):
     pairs = [("34", "34"), (bad, "34"), ("35", "34")] + [("34", "34")] * 20 + [(bad, "34"), ("34", "34")]
@@ -134,7 +267,7 @@ def test_other_answers_are_graded_beside_a_bad_one(grader, bad):
 
 def test_good_answers_do_not_wait_for_a_hanging_one():
     async def run():
-        async with GradingPool("hostile_graders:hangs", workers=2, timeout_s=20.0, memory_mb=256) as pool:
+        async with GradingPool("hostile_graders:hangs", workers=2, timeout_s=20.0, memory_mib=256) as pool:
             hanging = asyncio.create_task(pool.grade("hang", "34"))
             verdicts = await asyncio.wait_for(asyncio.gather(*(pool.grade("34", "34") for _ in range(50))), 10)
             assert verdicts == ["right"] * 50 and not hanging.done()
@@ -145,7 +278,7 @@ def test_good_answers_do_not_wait_for_a_hanging_one():
 
 def test_killed_workers_are_replaced():
     async def run():
-        async with GradingPool("hostile_graders:hangs", workers=2, timeout_s=5.0, memory_mb=256) as pool:
+        async with GradingPool("hostile_graders:hangs", workers=2, timeout_s=5.0, memory_mib=256) as pool:
             assert await pool.grade("34", "34") == "right"
             for worker in multiprocessing.active_children():
                 os.kill(worker.pid, 9)
@@ -201,7 +334,7 @@ def _runs(pid):
 )
 def test_a_bad_reference_is_one_clear_line(reference, message):
     with pytest.raises(DapoError, match=message) as caught:
-        load_grader(reference)
+        load(reference)
     assert "\n" not in str(caught.value)
     with pytest.raises(DapoError, match=message):
         grade_all([("34", "34")], grader=reference)
