@@ -94,23 +94,21 @@ def check_inputs(config: RunConfig) -> None:
     """Check what a run reads before anything is started.
 
     Raises:
-        DapoError: a file is missing, the model does not fit the layout, or this machine cannot train in FP8.
+        DapoError: a file is missing, the model is not supported or does not fit the layout, or this machine cannot
+            train in FP8.
     """
-    import transformers
-
     from dapo_megatron.actor.fit import check_fit
     from dapo_megatron.actor.precision import require_precision
-    from dapo_megatron.weights.families import model_shape
+    from dapo_megatron.weights.hf_config import read_model
+    from dapo_megatron.weights.hf_folder import HfFolder, check_weights
 
-    folder = Path(config.model.path)
-    if not (folder / "config.json").exists():
-        raise DapoError(f"model.path={folder} has no config.json: give a Hugging Face checkpoint folder")
     for name, path in (("data.train", config.data.train), ("data.eval", config.data.eval)):
         if path is not None and not Path(path).exists():
             raise DapoError(f"{name}={path} does not exist")
-    shape = model_shape(transformers.AutoConfig.from_pretrained(folder))
+    shape = read_model(config.model.path)
     check_fit(config, shape)
     require_precision(config, shape)
+    check_weights(HfFolder(config.model.path), shape)
 
 
 def _print_plan(config: RunConfig) -> None:

@@ -29,6 +29,11 @@ def check_fit(config: RunConfig, shape: ModelShape) -> None:
             f"engine.context_length={config.engine.context_length} exceeds the model's "
             f"max_position_embeddings={shape.max_positions}"
         )
+    if shape.window is not None and config.engine.context_length > shape.window:
+        raise DapoError(
+            f"engine.context_length={config.engine.context_length} exceeds the model's "
+            f"sliding_window={shape.window}: the trainer's attention has no window"
+        )
 
 
 def _divisions(config: RunConfig, shape: ModelShape) -> list[tuple[int, str, str, int]]:

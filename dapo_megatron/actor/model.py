@@ -3,6 +3,7 @@
 With an interleaved pipeline (VPP) a rank holds several pieces of the model; everywhere else the list has one.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from dapo_megatron.actor.layer_spec import layer_spec
 from dapo_megatron.actor.precision import ddp_arguments, model_arguments
 from dapo_megatron.config import ActorConfig, PrecisionConfig, RunConfig
 from dapo_megatron.weights.families import ModelShape
+from dapo_megatron.weights.rotary import scaled_frequencies
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -40,6 +42,7 @@ def transformer_config(
         add_bias_linear=False,
         add_qkv_bias=shape.family.qkv_bias,
         qk_layernorm=shape.family.qk_norm,
+        softmax_scale=_softmax_scale(shape),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=tp,
@@ -73,6 +76,14 @@ def transformer_config(
         recompute_num_layers=1 if actor.recompute else None,
         **model_arguments(precision),
     )
+
+
+def _softmax_scale(shape: ModelShape) -> float | None:
+    """None is 1 / sqrt(head size)."""
+    if shape.rope_scaling is None:
+        return None
+    # A factor of cosine and sine is one of queries and of keys, so its square is one of their products.
+    return scaled_frequencies(shape)[1] ** 2 / math.sqrt(shape.head_dim)
 
 
 def _expert_options(shape: ModelShape, *, fp8: bool) -> dict[str, Any]:
@@ -122,7 +133,7 @@ def build_model(config: RunConfig, shape: ModelShape) -> list[DistributedDataPar
 
 
 def _piece(config: RunConfig, shape: ModelShape, mcore: TransformerConfig, vp_stage: int | None) -> PolicyModel:
-    return PolicyModel(
+    module = PolicyModel(
         mcore,
         layer_spec(mcore, config.actor.layer_spec, vp_stage),
         vocab_size=shape.vocab,
@@ -133,7 +144,9 @@ def _piece(config: RunConfig, shape: ModelShape, mcore: TransformerConfig, vp_st
         share_embeddings_and_output_weights=shape.tied,
         position_embedding_type="rope",
         rotary_base=shape.rope_theta,
-        rope_scaling=shape.rope_scaling_factor is not None,
-        rope_scaling_factor=shape.rope_scaling_factor or 1.0,
         vp_stage=vp_stage,
     )
+    if shape.rope_scaling is not None:
+        # megatron-core's own scaling is Llama 3.1's, with its constants built in.
+        module.rotary_pos_emb.inv_freq = scaled_frequencies(shape)[0]
+    return module

@@ -37,6 +37,7 @@ from dapo_megatron.rollout.evaluation import evaluate
 from dapo_megatron.rollout.function import RolloutFunction, load_rollout
 from dapo_megatron.rollout.ledger import Ledger
 from dapo_megatron.rollout.scoring import score_group
+from dapo_megatron.weights.hf_config import read_json
 
 log = logging.getLogger(__name__)
 
@@ -169,12 +170,19 @@ class Controller:
 
 
 def stop_token_ids(model_path: str, tokenizer) -> list[int]:
-    """End tokens of the tokenizer and of generation_config.json (chat models have several)."""
+    """End tokens of the tokenizer and of generation_config.json (chat models have several).
+
+    Raises:
+        DapoError: there is none, or generation_config.json names something else than token ids.
+    """
     ids = {tokenizer.eos_token_id} - {None}
     path = Path(model_path) / "generation_config.json"
     if path.exists():
-        eos = json.loads(path.read_text()).get("eos_token_id") or []
-        ids |= {eos} if isinstance(eos, int) else set(eos)
+        eos = read_json(path, "").get("eos_token_id")
+        listed = [] if eos is None else eos if isinstance(eos, list) else [eos]
+        if not all(type(token) is int and token >= 0 for token in listed):
+            raise DapoError(f"{path}: eos_token_id must be a token id or a list of them, it is {json.dumps(eos)}")
+        ids |= set(listed)
     if not ids:
         raise DapoError(f"{model_path}: neither tokenizer nor generation_config.json names an end token")
     return sorted(ids)

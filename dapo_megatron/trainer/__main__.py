@@ -13,8 +13,6 @@ from dapo_megatron.compat import prepare_trainer
 
 prepare_trainer()
 
-import transformers
-
 from dapo_megatron.actor.actor import Actor
 from dapo_megatron.actor.fit import check_fit
 from dapo_megatron.actor.parallel import init_parallel
@@ -25,7 +23,7 @@ from dapo_megatron.errors import exit_code
 from dapo_megatron.resharding.push import Pusher
 from dapo_megatron.trainer.loop import train
 from dapo_megatron.trainer.run_link import RunLink
-from dapo_megatron.weights.families import model_shape
+from dapo_megatron.weights.hf_config import read_model
 
 
 def main() -> int:
@@ -44,7 +42,7 @@ def main() -> int:
 
 def _train(args: argparse.Namespace) -> None:
     config = load_config(args.config)
-    shape = model_shape(transformers.AutoConfig.from_pretrained(config.model.path))
+    shape = read_model(config.model.path)
     check_fit(config, shape)
     require_precision(config, shape)
     if torch.cuda.is_available():
