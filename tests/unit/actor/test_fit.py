@@ -30,6 +30,7 @@ TP, PP, EP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "expe
         (replace(MOE, experts=Experts(6, 1, 32, True)), {}, "one expert per token"),
         (MOE, {TP: 2, "sequence_parallel": False}, "needs actor.sequence_parallel=true"),
         (replace(SHAPE, max_positions=256), {}, "max_position_embeddings=256"),
+        (replace(SHAPE, window=511), {}, "engine.context_length=512 exceeds the model's sliding_window=511"),
     ],
 )
 def test_misfits(shape, actor, says):
@@ -40,4 +41,5 @@ def test_misfits(shape, actor, says):
 
 @pytest.mark.parametrize("actor", [{TP: 4}, {TP: 2, EP: 2}, {PP: 3, "virtual_pipeline_model_parallel_size": 2}])
 def test_fits(actor):
-    check_fit(run_config(Path("m"), actor=actor), MOE if EP in actor else SHAPE)
+    shape = replace(MOE if EP in actor else SHAPE, window=512)
+    check_fit(run_config(Path("m"), actor=actor), shape)

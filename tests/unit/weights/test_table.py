@@ -66,6 +66,33 @@ def test_names_and_shapes_are_those_that_transformers_writes(tmp_path, kind, tie
     assert ours == real
 
 
+def test_slices_of_two_ranks_by_hand():
+    """8 heads in 4 groups, head size 3 (hidden / heads is 2), 2 ranks: every row, as attention takes it apart.
+
+    Rank 0 holds groups 0 and 1, and of each its 2 query heads, its key head and its value head, 3 rows a head.
+    """
+    shape = shape_of(heads=8, kv_heads=4, head_dim=3, hidden=16)
+    table, p = rules(shape), "decoder.layers.0."
+    q, k, v = torch.arange(24), torch.arange(12) + 100, torch.arange(12) + 200
+    expected = [
+        [0, 1, 2, 3, 4, 5, 100, 101, 102, 200, 201, 202, 6, 7, 8, 9, 10, 11, 103, 104, 105, 203, 204, 205],
+        [12, 13, 14, 15, 16, 17, 106, 107, 108, 206, 207, 208, 18, 19, 20, 21, 22, 23, 109, 110, 111, 209, 210, 211],
+    ]
+    wide = [t[:, None].expand(-1, 16) for t in (q, k, v)]
+    for rank in (0, 1):
+        assert (
+            to_shard(table[p + "self_attention.linear_qkv.bias"], shape, [q, k, v], 2, rank).tolist() == expected[rank]
+        )
+        weight = to_shard(table[p + "self_attention.linear_qkv.weight"], shape, wide, 2, rank)
+        assert weight[:, 5].tolist() == expected[rank] and weight.shape == (24, 16)
+    # The output projection's columns follow the query heads: rank 1 has heads 4 to 7.
+    proj = torch.arange(24).expand(16, -1)
+    assert to_shard(table[p + "self_attention.linear_proj.weight"], shape, [proj], 2, 1)[3].tolist() == [*range(12, 24)]
+    gate, up = torch.arange(24)[:, None].expand(-1, 16), torch.arange(24)[:, None].expand(-1, 16) + 100
+    fc1 = to_shard(table[p + "mlp.linear_fc1.weight"], shape, [gate, up], 2, 1)
+    assert fc1[:, 0].tolist() == [*range(12, 24), *range(112, 124)]
+
+
 def test_missing_and_extra_tensors_are_named():
     shape = shape_of()
     names = hf_names(shape)
