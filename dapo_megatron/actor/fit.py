@@ -15,6 +15,9 @@ def check_fit(config: RunConfig, shape: ModelShape) -> None:
     for size, option, what, count in _divisions(config, shape):
         if count % size:
             raise DapoError(f"{option}={size} does not divide the model's {what} {count}")
+    tp = actor.tensor_model_parallel_size
+    if shape.vocab <= shape.padded_vocab(tp) // tp * (tp - 1):
+        raise DapoError(f"actor.tensor_model_parallel_size={tp} leaves a rank without one of the {shape.vocab} tokens")
     if actor.expert_model_parallel_size > 1 and shape.experts is None:
         raise DapoError(
             f"actor.expert_model_parallel_size={actor.expert_model_parallel_size}, but {shape.family.architecture} "
@@ -44,7 +47,6 @@ def _divisions(config: RunConfig, shape: ModelShape) -> list[tuple[int, str, str
     if a.virtual_pipeline_model_parallel_size > 1:
         stage_option += " x virtual_pipeline_model_parallel_size"
     widths = [("number of attention heads", shape.heads), ("number of key-value heads", shape.kv_heads)]
-    widths.append(("vocabulary size", shape.vocab))
     rows = [(stages, stage_option, "number of layers", shape.layers)]
     if shape.experts is None:
         widths.append(("intermediate size", shape.ffn))

@@ -136,7 +136,7 @@ def _piece(config: RunConfig, shape: ModelShape, mcore: TransformerConfig, vp_st
     module = PolicyModel(
         mcore,
         layer_spec(mcore, config.actor.layer_spec, vp_stage),
-        vocab_size=shape.vocab,
+        vocab_size=shape.padded_vocab(config.actor.tensor_model_parallel_size),
         max_sequence_length=shape.max_positions,
         pre_process=mpu.is_pipeline_first_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage),
         post_process=mpu.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage),

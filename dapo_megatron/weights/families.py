@@ -73,3 +73,7 @@ class ModelShape:
     experts: Experts | None = None
     window: int | None = None
     """Tokens that attention sees; None is all. Sequences must not be longer: the layers have no window."""
+
+    def padded_vocab(self, tp_size: int) -> int:
+        """Rows of the embedding and of the output layer over all tensor-parallel ranks: each holds the same number."""
+        return -(-self.vocab // tp_size) * tp_size

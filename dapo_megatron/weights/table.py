@@ -138,13 +138,16 @@ def hf_shapes(rule: Rule, shape: ModelShape) -> list[tuple[int, ...]]:
 
 
 def to_shard(rule: Rule, shape: ModelShape, tensors: list[torch.Tensor], tp_size: int, tp_rank: int) -> torch.Tensor:
-    """One rank's slice of a Megatron parameter from its whole Hugging Face tensors."""
+    """One rank's slice of a Megatron parameter from its whole Hugging Face tensors; zeros pad the vocabulary."""
     if rule.kind == "whole":
         return tensors[0]
     if rule.kind == "columns":
         return tensors[0].chunk(tp_size, dim=1)[tp_rank]
     if rule.kind == "rows":
-        return tensors[0].chunk(tp_size, dim=0)[tp_rank]
+        tensor, padding = tensors[0], shape.padded_vocab(tp_size) - shape.vocab
+        if padding:
+            tensor = torch.nn.functional.pad(tensor, (0, 0, 0, padding))
+        return tensor.chunk(tp_size, dim=0)[tp_rank]
     if rule.kind == "gate_up":
         return torch.cat([t.chunk(tp_size, dim=0)[tp_rank] for t in tensors])
     tail = tensors[0].shape[1:]
@@ -160,7 +163,7 @@ def from_shards(rule: Rule, shape: ModelShape, shards: list[torch.Tensor]) -> li
     if rule.kind == "columns":
         return [torch.cat(shards, dim=1)]
     if rule.kind == "rows":
-        return [torch.cat(shards, dim=0)]
+        return [torch.cat(shards, dim=0)[: shape.vocab]]
     if rule.kind == "gate_up":
         halves = [s.chunk(2, dim=0) for s in shards]
         return [torch.cat([h[0] for h in halves]), torch.cat([h[1] for h in halves])]

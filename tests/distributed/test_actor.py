@@ -57,6 +57,7 @@ CASES = (
     + [("qwen3_moe", False, UNLIKE)]
     + [("llama", True, UNLIKE | {"rope_parameters": rope}) for rope in ROPES.values()]
     + [("qwen3", False, {"rope_parameters": ROPES["yarn"]}), ("mistral", True, {"sliding_window": 512})]
+    + [("qwen3", True, {"vocab_size": 65}), ("llama", False, UNLIKE | {"vocab_size": 67})]
 )
 
 
@@ -130,6 +131,8 @@ def exported(config):
         ("mistral", True, 64, "tp2"),
         ("qwen2", True, 64, "tp2_sp"),
         ("qwen3_moe", False, 64, "tp2_sp"),
+        ("qwen3", True, 67, "tp2_sp"),
+        ("llama", False, 67, "tp2"),
     ],
 )
 def test_the_weights_come_back_bit_for_bit(tmp_path, kind, tied, vocab, name):
@@ -142,9 +145,9 @@ def test_the_weights_come_back_bit_for_bit(tmp_path, kind, tied, vocab, name):
         np.testing.assert_array_equal(got[n], tensor, err_msg=n)
 
 
-@pytest.mark.parametrize(("kind", "tied"), [("qwen2", True), ("qwen3", False)])
-def test_every_layout_makes_the_same_update(tmp_path, kind, tied):
-    path = hf_folder(tmp_path, kind, tied)
+@pytest.mark.parametrize(("kind", "tied", "vocab"), [("qwen2", True, 64), ("qwen3", False, 64), ("qwen3", True, 67)])
+def test_every_layout_makes_the_same_update(tmp_path, kind, tied, vocab):
+    path = hf_folder(tmp_path, kind, tied, vocab=vocab)
     reference = merged(run_ranks(1, one_step, run_config(path), 1000))
     for name, actor in list(LAYOUTS.items())[1:]:
         for budget in (24, 1000):

@@ -20,7 +20,7 @@ TP, PP, EP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "expe
     [
         (SHAPE, {TP: 3}, "attention heads 8"),
         (SHAPE, {TP: 8}, "key-value heads 4"),
-        (replace(SHAPE, vocab=101), {TP: 2}, "vocabulary size 101"),
+        (replace(SHAPE, vocab=6), {TP: 4}, "tensor_model_parallel_size=4 leaves a rank without one of the 6 tokens"),
         (replace(SHAPE, ffn=63), {TP: 2}, "intermediate size 63"),
         (SHAPE, {PP: 4}, "layers 6"),
         (SHAPE, {PP: 2, "virtual_pipeline_model_parallel_size": 2}, "virtual_pipeline_model_parallel_size=4"),
@@ -41,5 +41,5 @@ def test_misfits(shape, actor, says):
 
 @pytest.mark.parametrize("actor", [{TP: 4}, {TP: 2, EP: 2}, {PP: 3, "virtual_pipeline_model_parallel_size": 2}])
 def test_fits(actor):
-    shape = replace(MOE if EP in actor else SHAPE, window=512)
+    shape = replace(MOE if EP in actor else SHAPE, window=512, vocab=101)
     check_fit(run_config(Path("m"), actor=actor), shape)

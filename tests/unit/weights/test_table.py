@@ -29,10 +29,11 @@ def shape_of(
     kv_per_rank=st.integers(1, 2),
     q_per_kv=st.integers(1, 3),
     head_dim=st.sampled_from([2, 6]),
+    vocab=st.sampled_from([32, 33, 35]),
 )
-def test_shards_are_an_exact_inverse(family, tp, kv_per_rank, q_per_kv, head_dim):
+def test_shards_are_an_exact_inverse(family, tp, kv_per_rank, q_per_kv, head_dim, vocab):
     kv = tp * kv_per_rank
-    shape = shape_of(family, heads=kv * q_per_kv, kv_heads=kv, head_dim=head_dim)
+    shape = shape_of(family, heads=kv * q_per_kv, kv_heads=kv, head_dim=head_dim, vocab=vocab)
     for rule in rules(shape).values():
         tensors = [torch.randn(s) for s in hf_shapes(rule, shape)]
         shards = [to_shard(rule, shape, tensors, tp, rank) for rank in range(tp)]
@@ -91,6 +92,16 @@ def test_slices_of_two_ranks_by_hand():
     gate, up = torch.arange(24)[:, None].expand(-1, 16), torch.arange(24)[:, None].expand(-1, 16) + 100
     fc1 = to_shard(table[p + "mlp.linear_fc1.weight"], shape, [gate, up], 2, 1)
     assert fc1[:, 0].tolist() == [*range(12, 24), *range(112, 124)]
+
+
+def test_a_vocabulary_that_the_ranks_do_not_divide_is_padded_by_zeros():
+    """By hand: 5 entries over 2 ranks of 3 rows."""
+    shape = shape_of(vocab=5, hidden=1)
+    rule = rules(shape)["output_layer.weight"]
+    slices = [to_shard(rule, shape, [torch.arange(1.0, 6)[:, None]], 2, rank) for rank in (0, 1)]
+    assert [s[:, 0].tolist() for s in slices] == [[1, 2, 3], [4, 5, 0]]
+    assert from_shards(rule, shape, slices)[0][:, 0].tolist() == [1, 2, 3, 4, 5]
+    assert hf_shapes(rule, shape) == [(5, 1)]
 
 
 def test_missing_and_extra_tensors_are_named():
