@@ -1,5 +1,7 @@
-"""The command line: dapo-megatron run | config | report | demo."""
+"""The command line: dapo-megatron run | config | check | report | demo."""
 
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -70,6 +72,17 @@ def config(
             table.add_row(name, str(value_of(checked, name)), doc)
         console.print(table)
     _print_derived(checked, console)
+
+
+@app.command(epilog="Example:  dapo-megatron check models/smollm2")
+def check(model: Annotated[Path, typer.Argument(help="Hugging Face checkpoint folder.")]) -> None:
+    """Compare a model's log-probs in the trainer with transformers' (CPU, float32); exit code 1 where they differ."""
+    command = [sys.executable, "-W", "ignore", "-m", "dapo_megatron.trainer.check_model", str(model)]
+    # Hidden from the process: with a GPU in sight, torch and megatron-core would compute there.
+    with _stopped_by_hand("nothing was changed"):
+        code = subprocess.run(command, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, check=False).returncode
+    if code:
+        raise typer.Exit(code)
 
 
 @app.command(epilog="Example:  dapo-megatron report runs/demo")

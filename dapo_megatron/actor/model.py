@@ -129,10 +129,11 @@ def build_model(config: RunConfig, shape: ModelShape) -> list[DistributedDataPar
     )
     pieces = config.actor.virtual_pipeline_model_parallel_size
     stages = range(pieces) if pieces > 1 else [None]
-    return [DistributedDataParallel(mcore, ddp, _piece(config, shape, mcore, stage)) for stage in stages]
+    return [DistributedDataParallel(mcore, ddp, policy_module(config, shape, mcore, stage)) for stage in stages]
 
 
-def _piece(config: RunConfig, shape: ModelShape, mcore: TransformerConfig, vp_stage: int | None) -> PolicyModel:
+def policy_module(config: RunConfig, shape: ModelShape, mcore: TransformerConfig, vp_stage: int | None) -> PolicyModel:
+    """One bare piece of the model on this rank, its only one for vp_stage None; weights are not set."""
     module = PolicyModel(
         mcore,
         layer_spec(mcore, config.actor.layer_spec, vp_stage),
