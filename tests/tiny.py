@@ -11,6 +11,7 @@ from dapo_megatron.records import Group, Prompt, Response, VersionSpan
 KINDS = {
     "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
     "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
+    "olmo2": (transformers.Olmo2Config, transformers.Olmo2ForCausalLM),
     "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
     "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
     "qwen3_moe": (transformers.Qwen3MoeConfig, transformers.Qwen3MoeForCausalLM),
@@ -31,7 +32,7 @@ def hf_folder(
 ) -> Path:
     """A random Hugging Face checkpoint whose norms and biases are not trivial; `options` are its config's."""
     config_class, model_class = KINDS[kind]
-    extra = {} if kind == "qwen2" else {"head_dim": 16}
+    extra = {} if kind in ("qwen2", "olmo2") else {"head_dim": 16}
     if kind.startswith("qwen3_moe"):
         extra |= EXPERTS | {"norm_topk_prob": kind == "qwen3_moe"}
     if kind == "mistral":

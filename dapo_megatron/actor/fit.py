@@ -27,6 +27,10 @@ def check_fit(config: RunConfig, shape: ModelShape) -> None:
         raise DapoError("a mixture of experts under tensor parallelism needs actor.sequence_parallel=true")
     if shape.experts is not None and shape.experts.per_token == 1 and shape.experts.renormalise:
         raise DapoError("config.json: one expert per token with norm_topk_prob=true is not supported by megatron-core")
+    if shape.family.post_norm and (actor.layer_spec == "transformer_engine" or config.precision.fp8 != "off"):
+        raise DapoError(
+            f"{shape.family.architecture} has torch's layers only: leave actor.layer_spec at auto and precision.fp8 off"
+        )
     if config.engine.context_length > shape.max_positions:
         raise DapoError(
             f"engine.context_length={config.engine.context_length} exceeds the model's "

@@ -14,6 +14,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
 
 from dapo_megatron.actor.layer_spec import layer_spec
+from dapo_megatron.actor.post_norm import post_norm_block_spec
 from dapo_megatron.actor.precision import ddp_arguments, model_arguments
 from dapo_megatron.config import ActorConfig, PrecisionConfig, RunConfig
 from dapo_megatron.weights.families import ModelShape
@@ -41,7 +42,8 @@ def transformer_config(
         activation_func=F.silu,
         add_bias_linear=False,
         add_qkv_bias=shape.family.qkv_bias,
-        qk_layernorm=shape.family.qk_norm,
+        # With it, megatron-core sums these gradients over TP: right for replicated weights, not for slices of them.
+        qk_layernorm=shape.family.qk_norm and not shape.family.post_norm,
         softmax_scale=_softmax_scale(shape),
         hidden_dropout=0.0,
         attention_dropout=0.0,
@@ -109,7 +111,7 @@ def _expert_options(shape: ModelShape, *, fp8: bool) -> dict[str, Any]:
 class PolicyModel(GPTModel):
     """GPTModel that ends in hidden states [s, 1, h]: actor.token_loss makes the logits, a chunk at a time."""
 
-    def _postprocess(self, hidden_states, *_, **__):
+    def _postprocess(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         return hidden_states
 
     @property
@@ -134,9 +136,13 @@ def build_model(config: RunConfig, shape: ModelShape) -> list[DistributedDataPar
 
 def policy_module(config: RunConfig, shape: ModelShape, mcore: TransformerConfig, vp_stage: int | None) -> PolicyModel:
     """One bare piece of the model on this rank, its only one for vp_stage None; weights are not set."""
+    if shape.family.post_norm:
+        spec = post_norm_block_spec(mcore, vp_stage)
+    else:
+        spec = layer_spec(mcore, config.actor.layer_spec, vp_stage)
     module = PolicyModel(
         mcore,
-        layer_spec(mcore, config.actor.layer_spec, vp_stage),
+        spec,
         vocab_size=shape.padded_vocab(config.actor.tensor_model_parallel_size),
         max_sequence_length=shape.max_positions,
         pre_process=mpu.is_pipeline_first_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage),

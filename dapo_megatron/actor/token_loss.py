@@ -14,6 +14,7 @@ Chunks of tokens in backward would read and write the whole weight gradient, in 
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -52,7 +53,16 @@ def token_logprobs(
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, labels, temperature, chunk_tokens, group, vocab):
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        labels: torch.Tensor,
+        temperature: float,
+        chunk_tokens: int,
+        group: dist.ProcessGroup,
+        vocab: int | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """(log-probs [n], entropies [n]) of this rank's rows; keeps [n] and [TP, n] numbers for backward."""
         tp, n = dist.get_world_size(group), hidden.size(0)
         first = dist.get_rank(group) * weight.size(0)
@@ -85,7 +95,7 @@ class _TokenLogprobs(torch.autograd.Function):
         return target - total.log(), entropy
 
     @staticmethod
-    def backward(ctx, grad, _):
+    def backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
         """Gradients of hidden [n, h] and weight [vocab / TP, h] from the log-probs' gradient [n]."""
         hidden, weight, labels, log_total = ctx.saved_tensors
         group, n = ctx.group, hidden.size(0)

@@ -13,6 +13,8 @@ class Family:
     """Names the class that reads config.json; with any other, transformers builds another model of the same tensors."""
     qkv_bias: bool = False
     qk_norm: bool = False
+    post_norm: bool = False
+    """Norms follow attention and MLP, and those of queries and keys are over all heads together: actor.post_norm."""
     mixture: bool = False
     """The feed-forward part of every layer is a mixture of experts."""
     window: Literal["none", "switched", "always"] = "none"
@@ -26,6 +28,7 @@ FAMILIES = {
         Family("MistralForCausalLM", "mistral", window="always"),
         Family("Qwen2ForCausalLM", "qwen2", qkv_bias=True, window="switched"),
         Family("Qwen3ForCausalLM", "qwen3", qk_norm=True, window="switched"),
+        Family("Olmo2ForCausalLM", "olmo2", qk_norm=True, post_norm=True),
         Family("Qwen3MoeForCausalLM", "qwen3_moe", qk_norm=True, mixture=True, window="switched"),
     )
 }

@@ -54,7 +54,7 @@ ROPES = {
 CASES = (
     [(*model, {}) for model in MODELS]
     + [(kind, tied, UNLIKE) for kind, tied in [("llama", False), ("mistral", False), ("qwen2", True), ("qwen3", False)]]
-    + [("qwen3_moe", False, UNLIKE)]
+    + [("qwen3_moe", False, UNLIKE), ("olmo2", False, {}), ("olmo2", True, UNLIKE)]
     + [("llama", True, UNLIKE | {"rope_parameters": rope}) for rope in ROPES.values()]
     + [("qwen3", False, {"rope_parameters": ROPES["yarn"]}), ("mistral", True, {"sliding_window": 512})]
     + [("qwen3", True, {"vocab_size": 65}), ("llama", False, UNLIKE | {"vocab_size": 67})]
@@ -131,6 +131,7 @@ def exported(config):
         ("mistral", True, 64, "tp2"),
         ("qwen2", True, 64, "tp2_sp"),
         ("qwen3_moe", False, 64, "tp2_sp"),
+        ("olmo2", False, 64, "tp2_sp"),
         ("qwen3", True, 67, "tp2_sp"),
         ("llama", False, 67, "tp2"),
     ],

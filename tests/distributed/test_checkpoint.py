@@ -91,10 +91,17 @@ def test_resume_in_any_layout_continues(tmp_path, dtype):
     assert (store.latest(tmp_path / "run") / "controller.msgpack").read_bytes() == b"controller state"
 
 
-@pytest.mark.parametrize(("tied", "layouts"), [(True, ("tp2_sp", "one", "pp2")), (False, ("one", "tp2_sp", "pp2"))])
-def test_a_padded_vocabulary_resumes_elsewhere(tmp_path, tied, layouts):
+@pytest.mark.parametrize(
+    ("kind", "tied", "layouts"),
+    [
+        ("qwen3", True, ("tp2_sp", "one", "pp2")),
+        ("qwen3", False, ("one", "tp2_sp", "pp2")),
+        ("olmo2", False, ("tp2_sp", "one", "pp2")),
+    ],
+)
+def test_a_padded_vocabulary_and_post_norms_resume_elsewhere(tmp_path, kind, tied, layouts):
     """67 entries: 68 rows under tensor parallelism, in the weights and in the optimizer's moments."""
-    path = hf_folder(tmp_path / "hf", "qwen3", tied, vocab=67)
+    path = hf_folder(tmp_path / "hf", kind, tied, vocab=67)
     config = config_for(tmp_path, path, layouts[0])
     expected = run_ranks(config.world_size, two_steps_and_save, config)[0]
     for layout in layouts:

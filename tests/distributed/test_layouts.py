@@ -74,6 +74,7 @@ MODELS = {
     "qwen3 tied": ("qwen3", True),
     "qwen3 untied": ("qwen3", False),
     "llama": ("llama", False),
+    "olmo2": ("olmo2", False),
     "qwen3 moe": ("qwen3_moe", False),
     "qwen3 moe, weights that do not sum to 1": ("qwen3_moe_raw", True),
 }

@@ -12,6 +12,7 @@ from tests.tiny import run_config
 
 SHAPE = ModelShape(FAMILIES["Qwen3ForCausalLM"], 6, 32, 64, 8, 4, 8, 100, False, 1e-6, 1e4, None, 40960)
 MOE = replace(SHAPE, family=FAMILIES["Qwen3MoeForCausalLM"], experts=Experts(6, 2, 30, True))
+OLMO2 = replace(SHAPE, family=FAMILIES["Olmo2ForCausalLM"])
 TP, PP, EP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size"
 
 
@@ -30,6 +31,7 @@ TP, PP, EP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "expe
         (replace(MOE, experts=Experts(6, 1, 32, True)), {}, "one expert per token"),
         (MOE, {TP: 2, "sequence_parallel": False}, "needs actor.sequence_parallel=true"),
         (replace(SHAPE, max_positions=256), {}, "max_position_embeddings=256"),
+        (OLMO2, {"layer_spec": "transformer_engine"}, "Olmo2ForCausalLM has torch's layers only"),
         (replace(SHAPE, window=511), {}, "engine.context_length=512 exceeds the model's sliding_window=511"),
     ],
 )

@@ -157,6 +157,17 @@ CONFIGS = {
         sliding_window=None,
         tie_word_embeddings=False,
     ),
+    "allenai/OLMo-2-1124-7B": _config(
+        "Olmo2ForCausalLM",
+        "olmo2",
+        **_sizes(4096, 11008, 32, 32, 32, 100352, 4096),
+        attention_bias=False,
+        eos_token_id=100257,
+        pad_token_id=100277,
+        rope_scaling=None,
+        rope_theta=500000,
+        tie_word_embeddings=False,
+    ),
     "mistralai/Mistral-7B-v0.3": _config(
         "MistralForCausalLM",
         "mistral",
