@@ -50,20 +50,18 @@ class _Mixture(_Fields):
     norm_topk_prob: bool | None = None
 
 
-_HARMLESS = (
-    frozenset(transformers.GenerationConfig().to_dict())
-    | frozenset(transformers.PretrainedConfig().to_dict())
-    | frozenset(
-        """
-        architectures model_type tokenizer_class torch_dtype
-        initializer_range attention_dropout router_aux_loss_coef output_router_logits
-        use_cache pretraining_tp max_window_layers is_decoder torchscript use_bfloat16 tf_legacy_loss
-        sep_token_id unk_token_id prefix finetuning_task task_specific_params num_labels cross_attention_hidden_size
-        _commit_hash _attn_implementation attn_implementation _attn_implementation_autoset _flash_attn_2_enabled
-        _experts_implementation is_llama_config transformers.js_config unsloth_version unsloth_fixed
-        """.split()
-    )
-) - {"is_encoder_decoder"}
+_HARMLESS = frozenset(transformers.GenerationConfig().to_dict()) | frozenset(
+    """
+    architectures model_type tokenizer_class dtype torch_dtype transformers_version _name_or_path name_or_path
+    initializer_range attention_dropout router_aux_loss_coef output_router_logits output_attentions output_hidden_states
+    return_dict chunk_size_feed_forward problem_type id2label label2id num_labels finetuning_task task_specific_params
+    use_cache pretraining_tp max_window_layers is_decoder torchscript use_bfloat16 tf_legacy_loss prefix
+    sep_token_id unk_token_id penalty_alpha num_beam_groups cross_attention_hidden_size
+    _commit_hash _attn_implementation attn_implementation _attn_implementation_autoset _flash_attn_2_enabled
+    _experts_implementation is_llama_config transformers.js_config unsloth_version unsloth_fixed
+    """.split()
+)
+"""Names, how to generate, how to train in transformers, how to compute the same, and marks of tools."""
 
 _NEUTRAL: dict[str, Any] = {
     "hidden_act": "silu",
@@ -80,6 +78,7 @@ _NEUTRAL: dict[str, Any] = {
     "decoder_sparse_step": 1,
     "mlp_only_layers": [],
 }
+"""Keys with the one value that is supported."""
 
 
 def read_model(folder: str | Path) -> ModelShape:
@@ -90,8 +89,8 @@ def read_model(folder: str | Path) -> ModelShape:
     """
     path = Path(folder) / "config.json"
     raw = read_json(path, f"{folder} has no config.json: give a Hugging Face checkpoint folder")
+    _refuse_remote_code(Path(folder))
     try:
-        _refuse_remote_code(Path(folder), raw)
         family = _family(raw)
         given = _check_keys(raw, family)
         return _shape(given, family)
@@ -116,13 +115,14 @@ def read_json(path: Path, absent: str) -> dict[str, Any]:
     return tree
 
 
-def _refuse_remote_code(folder: Path, raw: Mapping[str, Any]) -> None:
+def _refuse_remote_code(folder: Path) -> None:
     # transformers would ask on the terminal whether to run the folder's code.
-    tokenizer = folder / "tokenizer_config.json"
-    for path, tree in ((None, raw), (tokenizer, read_json(tokenizer, "") if tokenizer.exists() else {})):
-        if tree.get("auto_map"):
-            where = f"{path.name} names" if path else "auto_map names"
-            raise Refusal(f"{where} code of the folder (auto_map), which is never run: use the model's plain version")
+    for path in (folder / "config.json", folder / "tokenizer_config.json"):
+        if path.exists() and read_json(path, "").get("auto_map"):
+            raise DapoError(
+                f"{path} asks for code of the folder (auto_map), which is never run: use a model without it, or remove "
+                "auto_map if transformers' own class reads this one"
+            )
 
 
 def _family(raw: Mapping[str, Any]) -> Family:
