@@ -8,11 +8,11 @@ part of the rotary scaling), cannot change the model's outputs (_HARMLESS), has 
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
 from transformers import CONFIG_MAPPING
 
 from dapo_megatron.errors import DapoError
@@ -20,33 +20,36 @@ from dapo_megatron.weights.families import FAMILIES, Experts, Family, ModelShape
 from dapo_megatron.weights.hf_rope import ROPE_OPTIONS, Refusal, read_rope, show
 
 
+_Size = Annotated[int, Field(gt=0, lt=2**31)]
+
+
 class _Fields(BaseModel):
     """Types of the keys that are honoured; absent keys get transformers' defaults."""
 
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 
-    vocab_size: PositiveInt
-    hidden_size: PositiveInt
-    intermediate_size: PositiveInt
-    num_hidden_layers: PositiveInt
-    num_attention_heads: PositiveInt
-    num_key_value_heads: PositiveInt | None = None
-    head_dim: PositiveInt | None = None
+    vocab_size: _Size
+    hidden_size: _Size
+    intermediate_size: _Size
+    num_hidden_layers: _Size
+    num_attention_heads: _Size
+    num_key_value_heads: _Size | None = None
+    head_dim: _Size | None = None
     rms_norm_eps: PositiveFloat | None = None
-    max_position_embeddings: PositiveInt | None = None
+    max_position_embeddings: _Size | None = None
     tie_word_embeddings: bool | None = None
     rope_theta: PositiveFloat | None = None
     rope_scaling: dict[str, Any] | None = None
     rope_parameters: dict[str, Any] | None = None
-    original_max_position_embeddings: PositiveInt | None = None
-    sliding_window: PositiveInt | None = None
+    original_max_position_embeddings: _Size | None = None
+    sliding_window: _Size | None = None
 
 
 class _Mixture(_Fields):
-    num_experts: PositiveInt | None = None
-    num_local_experts: PositiveInt | None = None
-    num_experts_per_tok: PositiveInt
-    moe_intermediate_size: PositiveInt
+    num_experts: _Size | None = None
+    num_local_experts: _Size | None = None
+    num_experts_per_tok: _Size
+    moe_intermediate_size: _Size
     norm_topk_prob: bool | None = None
 
 

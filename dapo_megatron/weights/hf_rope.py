@@ -63,6 +63,8 @@ def _rope(tree: Mapping[str, Any] | None) -> dict[str, Any]:
                 raise Refusal(f"rotary option truncate is {show(value)}: give true or false")
         elif isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
             raise Refusal(f"rotary option {name} is {show(value)}: give a number above 0")
+        elif name == "factor" and value < 1:
+            raise Refusal(f"rotary option factor is {show(value)}: give a number of at least 1")
     if missing := [name for name in required if name not in rope]:
         raise Refusal(f"rotary scaling {kind} needs {missing[0]}")
     if {"attention_factor", "attn_factor"} <= rope.keys():

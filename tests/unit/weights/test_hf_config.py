@@ -159,6 +159,8 @@ def test_a_mixture_saved_by_either_name(tmp_path):
         ({"rope_scaling": {"rope_type": ["yarn"]}}, "rotary scaling"),
         ({"rope_scaling": LLAMA3 | {"factor": "32"}}, 'factor is "32"'),
         ({"rope_scaling": LLAMA3 | {"factor": 0}}, "factor is 0"),
+        ({"rope_scaling": LLAMA3 | {"factor": 0.5}}, "factor is 0.5: give a number of at least 1"),
+        ({"max_position_embeddings": 10**30}, "max_position_embeddings is 1000"),
         ({"rope_scaling": LLAMA3 | {"factor": True}}, "factor is true"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "llama3 needs low_freq_factor"),
         ({"rope_scaling": LLAMA3 | {"beta_fast": 3}}, "beta_fast=3 is not supported with rope_type llama3"),
