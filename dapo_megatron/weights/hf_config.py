@@ -19,7 +19,6 @@ from dapo_megatron.errors import DapoError
 from dapo_megatron.weights.families import FAMILIES, Experts, Family, ModelShape, RopeScaling
 from dapo_megatron.weights.hf_rope import ROPE_OPTIONS, Refusal, read_rope, show
 
-
 _Size = Annotated[int, Field(gt=0, lt=2**31)]
 
 
