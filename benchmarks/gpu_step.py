@@ -45,7 +45,7 @@ QWEN3_1_7B = ModelShape(
     tied=True,
     norm_eps=1e-6,
     rope_theta=1e6,
-    rope_scaling_factor=None,
+    rope_scaling=None,
     max_positions=40960,
 )
 

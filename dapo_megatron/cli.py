@@ -1,5 +1,7 @@
-"""The command line: dapo-megatron run | config | report | demo."""
+"""The command line: dapo-megatron run | config | check | report | demo."""
 
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -75,6 +77,17 @@ def config(
     _print_derived(checked, console)
 
 
+@app.command(epilog="Example:  dapo-megatron check models/smollm2")
+def check(model: Annotated[Path, typer.Argument(help="Hugging Face checkpoint folder.")]) -> None:
+    """Compare a model's log-probs in the trainer with transformers' (CPU, float32); exit code 1 where they differ."""
+    command = [sys.executable, "-W", "ignore", "-m", "dapo_megatron.trainer.check_model", str(model)]
+    # Hidden from the process: with a GPU in sight, torch and megatron-core would compute there.
+    with _stopped_by_hand("nothing was changed"):
+        code = subprocess.run(command, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, check=False).returncode
+    if code:
+        raise typer.Exit(code)
+
+
 @app.command(epilog="Example:  dapo-megatron report runs/demo")
 def report(run_dir: Annotated[Path, typer.Argument(help="Folder of a run.")]) -> None:
     """Write report.html from a run folder."""
@@ -108,23 +121,21 @@ def check_inputs(config: RunConfig) -> None:
     """Check what a run reads before anything is started.
 
     Raises:
-        DapoError: a file is missing, the model does not fit the layout, or this machine cannot train in FP8.
+        DapoError: a file is missing, the model is not supported or does not fit the layout, or this machine cannot
+            train in FP8.
     """
-    import transformers
-
     from dapo_megatron.actor.layout_check import check_layout
     from dapo_megatron.actor.precision import require_precision
-    from dapo_megatron.weights.families import model_shape
+    from dapo_megatron.weights.hf_config import read_model
+    from dapo_megatron.weights.hf_folder import HfFolder, check_weights
 
-    folder = Path(config.model.path)
-    if not (folder / "config.json").exists():
-        raise ConfigError(f"model.path={folder} has no config.json: give a Hugging Face checkpoint folder")
     for name, path in (("data.train", config.data.train), ("data.eval", config.data.eval)):
         if path is not None and not Path(path).exists():
             raise ConfigError(f"{name}={path} does not exist")
-    shape = model_shape(transformers.AutoConfig.from_pretrained(folder))
+    shape = read_model(config.model.path)
     check_layout(config, shape)
     require_precision(config, shape)
+    check_weights(HfFolder(config.model.path), shape)
 
 
 def _print_plan(config: RunConfig) -> None:

@@ -10,11 +10,20 @@ from dapo_megatron.records import Group, Prompt, Response, VersionSpan
 
 KINDS = {
     "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+    "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
+    "olmo2": (transformers.Olmo2Config, transformers.Olmo2ForCausalLM),
     "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
     "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
     "qwen3_moe": (transformers.Qwen3MoeConfig, transformers.Qwen3MoeForCausalLM),
 }
 KINDS["qwen3_moe_raw"] = KINDS["qwen3_moe"]
+UNLIKE = {
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 24,
+    "rms_norm_eps": 1e-5,
+}
+"""Options by which no number stands for another: 2 heads a group, a head size that hidden / heads is not."""
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
 
 
@@ -23,23 +32,25 @@ def hf_folder(
 ) -> Path:
     """A random Hugging Face checkpoint whose norms and biases are not trivial; `options` are its config's."""
     config_class, model_class = KINDS[kind]
-    extra = {} if kind == "qwen2" else {"head_dim": 16}
+    extra = {} if kind in ("qwen2", "olmo2") else {"head_dim": 16}
     if kind.startswith("qwen3_moe"):
         extra |= EXPERTS | {"norm_topk_prob": kind == "qwen3_moe"}
-    extra |= {"max_position_embeddings": 512} | options
-    config = config_class(
-        vocab_size=vocab,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=tied,
-        eos_token_id=1,
-        bos_token_id=0,
-        pad_token_id=0,
-        **extra,
-    )
+    if kind == "mistral":
+        extra |= {"sliding_window": None}
+    sizes = {
+        "vocab_size": vocab,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": tied,
+        "eos_token_id": 1,
+        "bos_token_id": 0,
+        "pad_token_id": 0,
+    }
+    config = config_class(**(sizes | extra | options))
     torch.manual_seed(seed)
     model = model_class(config).float()
     with torch.no_grad():

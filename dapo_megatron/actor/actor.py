@@ -180,6 +180,7 @@ class Actor:
             temperature,
             self.config.actor.loss_chunk_tokens,
             group,
+            self.shape.vocab,
         )
         real = torch.from_numpy(rows.real).to(self.device)
         return logprobs[real], entropy[real], rows.positions[rows.real]

@@ -22,6 +22,9 @@ def check_layout(config: RunConfig, shape: ModelShape) -> None:
     for size, option, what, count in _divisions(config, shape):
         if count % size:
             raise DapoError(f"{option}={size} does not divide the model's {what} {count}")
+    tp = actor.tensor_model_parallel_size
+    if shape.vocab <= shape.padded_vocab(tp) // tp * (tp - 1):
+        raise DapoError(f"actor.tensor_model_parallel_size={tp} leaves a rank without one of the {shape.vocab} tokens")
     if actor.expert_model_parallel_size > 1 and shape.experts is None:
         raise DapoError(
             f"actor.expert_model_parallel_size={actor.expert_model_parallel_size}, but {shape.family.architecture} "
@@ -31,10 +34,19 @@ def check_layout(config: RunConfig, shape: ModelShape) -> None:
         raise DapoError("a mixture of experts under tensor parallelism needs actor.sequence_parallel=true")
     if shape.experts is not None and shape.experts.per_token == 1 and shape.experts.renormalise:
         raise DapoError("config.json: one expert per token with norm_topk_prob=true is not supported by megatron-core")
+    if shape.family.post_norm and (actor.layer_spec == "transformer_engine" or config.precision.fp8 != "off"):
+        raise DapoError(
+            f"{shape.family.architecture} has torch's layers only: leave actor.layer_spec at auto and precision.fp8 off"
+        )
     if config.engine.context_length > shape.max_positions:
         raise DapoError(
             f"engine.context_length={config.engine.context_length} exceeds the model's "
             f"max_position_embeddings={shape.max_positions}"
+        )
+    if shape.window is not None and config.engine.context_length > shape.window:
+        raise DapoError(
+            f"engine.context_length={config.engine.context_length} exceeds the model's "
+            f"sliding_window={shape.window}: the trainer's attention has no window"
         )
 
 
@@ -46,7 +58,6 @@ def _divisions(config: RunConfig, shape: ModelShape) -> list[tuple[int, str, str
     if a.virtual_pipeline_model_parallel_size > 1:
         stage_option += " x virtual_pipeline_model_parallel_size"
     widths = [("number of attention heads", shape.heads), ("number of key-value heads", shape.kv_heads)]
-    widths.append(("vocabulary size", shape.vocab))
     rows = [(stages, stage_option, "number of layers", shape.layers)]
     if shape.experts is None:
         widths.append(("intermediate size", shape.ffn))

@@ -3,6 +3,7 @@
 With an interleaved pipeline (VPP) a rank holds several model chunks; everywhere else the list has one.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -13,10 +14,12 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
 
 from dapo_megatron.actor.layer_spec import layer_spec
+from dapo_megatron.actor.post_norm import post_norm_block_spec
 from dapo_megatron.actor.precision import ddp_arguments, model_arguments
 from dapo_megatron.config import ActorConfig, PrecisionConfig, RunConfig
 from dapo_megatron.distributed.sizes import expert_tensor_parallel_size
 from dapo_megatron.weights.families import ModelShape
+from dapo_megatron.weights.rotary import scaled_frequencies
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -40,7 +43,9 @@ def transformer_config(
         activation_func=F.silu,
         add_bias_linear=False,
         add_qkv_bias=shape.family.qkv_bias,
-        qk_layernorm=shape.family.qk_norm,
+        # With it, megatron-core sums these gradients over TP: right for replicated weights, not for slices of them.
+        qk_layernorm=shape.family.qk_norm and not shape.family.post_norm,
+        softmax_scale=_softmax_scale(shape),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=tp,
@@ -74,6 +79,14 @@ def transformer_config(
         recompute_num_layers=1 if actor.recompute else None,
         **model_arguments(precision),
     )
+
+
+def _softmax_scale(shape: ModelShape) -> float | None:
+    """None is 1 / sqrt(head size)."""
+    if shape.rope_scaling is None:
+        return None
+    # A factor of cosine and sine is one of queries and of keys, so its square is one of their products.
+    return scaled_frequencies(shape)[1] ** 2 / math.sqrt(shape.head_dim)
 
 
 def _expert_options(shape: ModelShape, *, fp8: bool) -> dict[str, Any]:
@@ -119,14 +132,19 @@ def build_model(config: RunConfig, shape: ModelShape) -> list[DistributedDataPar
     )
     chunks = config.actor.virtual_pipeline_model_parallel_size
     stages = range(chunks) if chunks > 1 else [None]
-    return [DistributedDataParallel(mcore, ddp, _chunk(config, shape, mcore, stage)) for stage in stages]
+    return [DistributedDataParallel(mcore, ddp, policy_module(config, shape, mcore, stage)) for stage in stages]
 
 
-def _chunk(config: RunConfig, shape: ModelShape, mcore: TransformerConfig, vp_stage: int | None) -> PolicyModel:
-    return PolicyModel(
+def policy_module(config: RunConfig, shape: ModelShape, mcore: TransformerConfig, vp_stage: int | None) -> PolicyModel:
+    """One bare model chunk on this rank, its only one for vp_stage None; weights are not set."""
+    if shape.family.post_norm:
+        spec = post_norm_block_spec(mcore, vp_stage)
+    else:
+        spec = layer_spec(mcore, config.actor.layer_spec, vp_stage)
+    module = PolicyModel(
         mcore,
-        layer_spec(mcore, config.actor.layer_spec, vp_stage),
-        vocab_size=shape.vocab,
+        spec,
+        vocab_size=shape.padded_vocab(config.actor.tensor_model_parallel_size),
         max_sequence_length=shape.max_positions,
         pre_process=mpu.is_pipeline_first_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage),
         post_process=mpu.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage),
@@ -134,7 +152,9 @@ def _chunk(config: RunConfig, shape: ModelShape, mcore: TransformerConfig, vp_st
         share_embeddings_and_output_weights=shape.tied,
         position_embedding_type="rope",
         rotary_base=shape.rope_theta,
-        rope_scaling=shape.rope_scaling_factor is not None,
-        rope_scaling_factor=shape.rope_scaling_factor or 1.0,
         vp_stage=vp_stage,
     )
+    if shape.rope_scaling is not None:
+        # megatron-core's own scaling is Llama 3.1's, with its constants built in.
+        module.rotary_pos_emb.inv_freq = scaled_frequencies(shape)[0]
+    return module

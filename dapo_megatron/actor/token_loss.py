@@ -30,6 +30,7 @@ def token_logprobs(
     temperature: float,
     chunk_tokens: int,
     group: dist.ProcessGroup,
+    vocab: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-prob of each label and entropy of each distribution softmax(hidden @ weight.T / temperature).
 
@@ -39,13 +40,15 @@ def token_logprobs(
         labels: [TP * n] int64, token ids of the whole vocabulary for the rows of all ranks, in rank order.
         chunk_tokens: so many rows' logits, over all ranks together, exist at a time.
         group: the tensor-parallel group.
+        vocab: entries of the vocabulary; the rows from there on, on the last rank, pad the weight: they have no
+            probability and a gradient of zero. None is TP * the slice's rows.
 
     Returns:
         (log-probs [n] with gradient to hidden and weight, entropies [n] without), of this rank's rows; float32, or
         float64 for float64 inputs. Sums over the vocabulary are taken in that type; matrix products take and give the
         inputs' type.
     """
-    return _TokenLogprobs.apply(hidden, weight, labels, temperature, chunk_tokens, group)
+    return _TokenLogprobs.apply(hidden, weight, labels, temperature, chunk_tokens, group, vocab)
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -58,11 +61,13 @@ class _TokenLogprobs(torch.autograd.Function):
         temperature: float,
         chunk_tokens: int,
         group: dist.ProcessGroup,
+        vocab: int | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(log-probs [n], entropies [n]) of this rank's rows; keeps [n] and [TP, n] numbers for backward."""
         tp, n = dist.get_world_size(group), hidden.size(0)
         first = dist.get_rank(group) * weight.size(0)
         labels = (labels - first).view(tp, n)
+        padded, weight = weight, weight if vocab is None else weight[: vocab - first]
         kind = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         peak = hidden.new_empty(tp, n, dtype=kind)
         rest = hidden.new_empty(tp, 3, n, dtype=kind)
@@ -83,8 +88,8 @@ class _TokenLogprobs(torch.autograd.Function):
         rest = torch.stack([total * scale, (target + shift) * mine, (weighted + shift * total) * scale], dim=1)
         total, target, weighted = _reduce_scatter(rest, group)[0]
 
-        ctx.save_for_backward(hidden, weight, labels, peak[dist.get_rank(group)] + total.log())
-        ctx.temperature, ctx.chunk_tokens, ctx.group = temperature, chunk_tokens, group
+        ctx.save_for_backward(hidden, padded, labels, peak[dist.get_rank(group)] + total.log())
+        ctx.temperature, ctx.chunk_tokens, ctx.group, ctx.rows = temperature, chunk_tokens, group, weight.size(0)
         entropy = total.log() - weighted / total
         ctx.mark_non_differentiable(entropy)
         return target - total.log(), entropy
@@ -99,13 +104,14 @@ class _TokenLogprobs(torch.autograd.Function):
         rows, (labels, grads, log_totals) = _gather(hidden, group), (x.reshape(-1) for x in (labels, grads, log_totals))
         grad_rows = torch.zeros_like(rows, dtype=log_total.dtype)  # many parts are added up: in float32
         grad_weight = torch.empty_like(weight)
-        size = max(1, ctx.chunk_tokens * weight.size(0) // rows.size(0))
-        for first in range(0, weight.size(0), size):
-            part = slice(first, first + size)
+        grad_weight[ctx.rows :] = 0
+        size = max(1, ctx.chunk_tokens * ctx.rows // rows.size(0))
+        for first in range(0, ctx.rows, size):
+            part = slice(first, min(first + size, ctx.rows))
             columns = (labels - first, log_totals, grads, ctx.temperature)
             _gradients(rows, weight[part], *columns, grad_rows, grad_weight[part])
         grad_hidden = _reduce_scatter(grad_rows.to(hidden.dtype).view(tp, n, -1), group)[0]
-        return grad_hidden, grad_weight, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None
 
 
 def _logits(hidden: torch.Tensor, weight: torch.Tensor, temperature: float, kind: torch.dtype) -> torch.Tensor:

@@ -55,7 +55,7 @@ from dapo_megatron.rollout.metrics import response_metrics
 from dapo_megatron.rollout.producer import Producer, StepGroups
 from dapo_megatron.rollout.scoring import score_group
 from dapo_megatron.rpc import RpcServer
-from dapo_megatron.weights.families import model_shape
+from dapo_megatron.weights.hf_config import read_model
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class Controller:
             temperature=config.rollout.temperature,
             stop_token_ids=stop_token_ids(config.model.path, self.tokenizer),
         )
-        shape = model_shape(transformers.AutoConfig.from_pretrained(config.model.path))
+        shape = read_model(config.model.path)
         self.rollout = GuardedRollout(load_rollout(config.rollout.function), config.rollout, shape.vocab)
         self.prompts = self._load(config.data.train, None)
         self.held_out = self._load(config.data.eval, config.data.eval_limit) if config.data.eval else None

@@ -13,8 +13,6 @@ from dapo_megatron.compat import prepare_trainer
 
 prepare_trainer()
 
-import transformers
-
 from dapo_megatron.actor.actor import Actor
 from dapo_megatron.actor.layout_check import check_layout
 from dapo_megatron.actor.precision import require_precision
@@ -28,7 +26,7 @@ from dapo_megatron.run_folder import RunFolder
 from dapo_megatron.trainer.controller_client import ControllerClient
 from dapo_megatron.trainer.loop import train
 from dapo_megatron.trainer.recorder import Recorder
-from dapo_megatron.weights.families import model_shape
+from dapo_megatron.weights.hf_config import read_model
 
 
 def main() -> int:
@@ -48,7 +46,7 @@ def main() -> int:
 
 def _train(args: argparse.Namespace, reporter: Reporter) -> None:
     folder, config = reporter.folder, load_config(args.config)
-    shape = model_shape(transformers.AutoConfig.from_pretrained(config.model.path))
+    shape = read_model(config.model.path)
     check_layout(config, shape)
     require_precision(config, shape)
     if torch.cuda.is_available():

@@ -31,7 +31,7 @@ from dapo_megatron.distributed.layout import init_parallel
 from dapo_megatron.errors import DapoError, exit_code
 from dapo_megatron.observe import catalog as m
 from dapo_megatron.weights.exporter import export_stage
-from dapo_megatron.weights.families import model_shape
+from dapo_megatron.weights.hf_config import read_model
 
 
 def main() -> int:
@@ -48,7 +48,7 @@ def _warm_up(args: argparse.Namespace) -> None:
     config = load_config(args.config)
     if config.world_size != config.actor.data_parallel_size or config.actor.expert_model_parallel_size > 1:
         raise DapoError("the warm-up runs data-parallel only: leave the other parallel sizes at 1")
-    shape = model_shape(transformers.AutoConfig.from_pretrained(config.model.path))
+    shape = read_model(config.model.path)
     layout = init_parallel(config)
     actor = Actor(config, shape, layout)
     actor.load_hf(config.model.path)

@@ -66,7 +66,7 @@ def _exported(
 
 def _copies(rule: Rule, shape: ModelShape, table: dict[str, Rule]) -> list[Rule]:
     """The rules of the parameters that stand at this one's place on the expert-parallel ranks, in their order."""
-    if rule.expert is None:
+    if rule.expert is None or shape.experts is None:
         return [rule]
     here, each = f".local_experts.{rule.expert}.", local_experts(shape)
     return [

@@ -1,9 +1,7 @@
-"""What the model families have in common and where they differ, read from a Hugging Face config."""
+"""What the model families have in common and where they differ, and the numbers of one model."""
 
 from dataclasses import dataclass
-from typing import Any
-
-from dapo_megatron.errors import DapoError
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -11,19 +9,27 @@ class Family:
     """A decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU, dense or a mixture of experts."""
 
     architecture: str
-    qkv_bias: bool
-    qk_norm: bool
+    model_type: str
+    """Names the class that reads config.json; with any other, transformers builds another model of the same tensors."""
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    post_norm: bool = False
+    """Norms follow attention and MLP, and those of queries and keys are over all heads together: actor.post_norm."""
     mixture: bool = False
     """The feed-forward part of every layer is a mixture of experts."""
+    window: Literal["none", "switched", "always"] = "none"
+    """When config.json's `sliding_window` limits attention: never, with `use_sliding_window`, or always."""
 
 
 FAMILIES = {
     f.architecture: f
     for f in (
-        Family("LlamaForCausalLM", qkv_bias=False, qk_norm=False),
-        Family("Qwen2ForCausalLM", qkv_bias=True, qk_norm=False),
-        Family("Qwen3ForCausalLM", qkv_bias=False, qk_norm=True),
-        Family("Qwen3MoeForCausalLM", qkv_bias=False, qk_norm=True, mixture=True),
+        Family("LlamaForCausalLM", "llama"),
+        Family("MistralForCausalLM", "mistral", window="always"),
+        Family("Qwen2ForCausalLM", "qwen2", qkv_bias=True, window="switched"),
+        Family("Qwen3ForCausalLM", "qwen3", qk_norm=True, window="switched"),
+        Family("Olmo2ForCausalLM", "olmo2", qk_norm=True, post_norm=True),
+        Family("Qwen3MoeForCausalLM", "qwen3_moe", qk_norm=True, mixture=True, window="switched"),
     )
 }
 
@@ -37,6 +43,16 @@ class Experts:
     ffn: int
     renormalise: bool
     """The weights of a token's experts sum to 1."""
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How the rotary frequencies are changed for long contexts, in transformers' words (modeling_rope_utils.py)."""
+
+    kind: str
+    """linear, llama3 or yarn."""
+    options: tuple[tuple[str, float], ...]
+    """(name, value): `factor`, ..., as in config.json's `rope_parameters`."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +70,12 @@ class ModelShape:
     tied: bool
     norm_eps: float
     rope_theta: float
-    rope_scaling_factor: float | None
-    """Llama 3's rotary scaling factor; None is plain rotary positions."""
+    rope_scaling: RopeScaling | None
+    """None is plain rotary positions."""
     max_positions: int
     experts: Experts | None = None
+    window: int | None = None
+    """Tokens that attention sees; None is all. Sequences must not be longer: the layers have no window."""
 
     @property
     def require_experts(self) -> Experts:
@@ -65,59 +83,6 @@ class ModelShape:
         assert self.experts is not None
         return self.experts
 
-
-def model_shape(hf: Any) -> ModelShape:
-    """Read a transformers config.
-
-    Raises:
-        DapoError: an architecture or an option that is not supported, by name.
-    """
-    architecture = (hf.architectures or ["none"])[0]
-    family = FAMILIES.get(architecture)
-    if family is None:
-        raise DapoError(f"architecture {architecture} is not supported: use one of {', '.join(FAMILIES)}")
-    for option, supported in (("attention_bias", False), ("mlp_bias", False), ("use_sliding_window", False)):
-        if getattr(hf, option, supported) not in (supported, None):
-            raise DapoError(f"config.json: {option}={getattr(hf, option)} is not supported for {architecture}")
-    if hf.hidden_act != "silu":
-        raise DapoError(f"config.json: hidden_act={hf.hidden_act} is not supported: only silu")
-    theta, factor = _rope(hf)
-    return ModelShape(
-        family=family,
-        layers=hf.num_hidden_layers,
-        hidden=hf.hidden_size,
-        ffn=hf.intermediate_size,
-        heads=hf.num_attention_heads,
-        kv_heads=getattr(hf, "num_key_value_heads", None) or hf.num_attention_heads,
-        head_dim=getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
-        vocab=hf.vocab_size,
-        tied=hf.tie_word_embeddings,
-        norm_eps=hf.rms_norm_eps,
-        rope_theta=theta,
-        rope_scaling_factor=factor,
-        max_positions=hf.max_position_embeddings,
-        experts=_experts(hf) if family.mixture else None,
-    )
-
-
-def _experts(hf: Any) -> Experts:
-    if hf.decoder_sparse_step != 1 or hf.mlp_only_layers:
-        raise DapoError(
-            f"config.json: decoder_sparse_step={hf.decoder_sparse_step}, mlp_only_layers={hf.mlp_only_layers} is not "
-            "supported: every layer must be a mixture of experts"
-        )
-    return Experts(hf.num_experts, hf.num_experts_per_tok, hf.moe_intermediate_size, hf.norm_topk_prob)
-
-
-_LLAMA3_ROPE = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
-
-
-def _rope(hf: Any) -> tuple[float, float | None]:
-    rope = dict(hf.rope_parameters)
-    kind = rope.get("rope_type", "default")
-    if kind == "default":
-        return rope["rope_theta"], None
-    # megatron-core's rotary embedding has Llama 3's constants built in; only the factor is an argument.
-    if kind == "llama3" and all(rope.get(k) == v for k, v in _LLAMA3_ROPE.items()):
-        return rope["rope_theta"], rope["factor"]
-    raise DapoError(f"config.json: rotary scaling {rope} is not supported: only default and llama3")
+    def padded_vocab(self, tp_size: int) -> int:
+        """Rows of the embedding and of the output layer over all tensor-parallel ranks: each holds the same number."""
+        return -(-self.vocab // tp_size) * tp_size

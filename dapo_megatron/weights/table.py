@@ -15,7 +15,7 @@ import torch
 from dapo_megatron.errors import DapoError
 from dapo_megatron.weights.families import ModelShape
 
-Kind = Literal["whole", "rows", "columns", "qkv", "gate_up"]
+Kind = Literal["whole", "slice", "rows", "columns", "qkv", "gate_up"]
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,14 @@ def _layer_rules(shape: ModelShape, m: str, h: str) -> list[Rule]:
     attention, mlp = h + "self_attn.", h + "mlp."
     qkv = (attention + "q_proj", attention + "k_proj", attention + "v_proj")
     out = [
-        Rule(m + "input_layernorm.weight", (h + "input_layernorm.weight",), "whole"),
         Rule(m + "self_attention.linear_qkv.weight", tuple(n + ".weight" for n in qkv), "qkv"),
         Rule(m + "self_attention.linear_proj.weight", (attention + "o_proj.weight",), "columns"),
-        Rule(m + "pre_mlp_layernorm.weight", (h + "post_attention_layernorm.weight",), "whole"),
     ]
+    if shape.family.post_norm:
+        norms = [("self_attention.linear_proj.norm", "post_attention"), ("mlp.linear_fc2.norm", "post_feedforward")]
+    else:
+        norms = [("input_layernorm", "input"), ("pre_mlp_layernorm", "post_attention")]
+    out += [Rule(f"{m}{ours}.weight", (f"{h}{theirs}_layernorm.weight",), "whole") for ours, theirs in norms]
     if shape.experts is None:
         out += _mlp_rules(m + "mlp.", mlp, None)
     else:
@@ -62,8 +65,9 @@ def _layer_rules(shape: ModelShape, m: str, h: str) -> list[Rule]:
     if shape.family.qkv_bias:
         out.append(Rule(m + "self_attention.linear_qkv.bias", tuple(n + ".bias" for n in qkv), "qkv"))
     if shape.family.qk_norm:
-        out.append(Rule(m + "self_attention.q_layernorm.weight", (attention + "q_norm.weight",), "whole"))
-        out.append(Rule(m + "self_attention.k_layernorm.weight", (attention + "k_norm.weight",), "whole"))
+        kind: Kind = "slice" if shape.family.post_norm else "whole"
+        out.append(Rule(m + "self_attention.q_layernorm.weight", (attention + "q_norm.weight",), kind))
+        out.append(Rule(m + "self_attention.k_layernorm.weight", (attention + "k_norm.weight",), kind))
     return out
 
 
@@ -128,6 +132,8 @@ def hf_shapes(rule: Rule, shape: ModelShape) -> list[tuple[int, ...]]:
         return [(ffn, shape.hidden)] * 2
     if rule.kind == "rows":
         return [(shape.vocab, shape.hidden)]
+    if rule.kind == "slice":
+        return [(q if ".q_layernorm." in rule.megatron else kv,)]
     if rule.kind == "columns":
         return [(shape.hidden, q if "linear_proj" in rule.megatron else ffn)]
     if rule.megatron.endswith("router.weight"):
@@ -138,13 +144,18 @@ def hf_shapes(rule: Rule, shape: ModelShape) -> list[tuple[int, ...]]:
 
 
 def to_shard(rule: Rule, shape: ModelShape, tensors: list[torch.Tensor], tp_size: int, tp_rank: int) -> torch.Tensor:
-    """One rank's slice of a Megatron parameter from its whole Hugging Face tensors."""
+    """One rank's slice of a Megatron parameter from its whole Hugging Face tensors; zeros pad the vocabulary."""
     if rule.kind == "whole":
         return tensors[0]
     if rule.kind == "columns":
         return tensors[0].chunk(tp_size, dim=1)[tp_rank]
+    if rule.kind == "slice":
+        return tensors[0].chunk(tp_size)[tp_rank]
     if rule.kind == "rows":
-        return tensors[0].chunk(tp_size, dim=0)[tp_rank]
+        tensor, padding = tensors[0], shape.padded_vocab(tp_size) - shape.vocab
+        if padding:
+            tensor = torch.nn.functional.pad(tensor, (0, 0, 0, padding))
+        return tensor.chunk(tp_size, dim=0)[tp_rank]
     if rule.kind == "gate_up":
         return torch.cat([t.chunk(tp_size, dim=0)[tp_rank] for t in tensors])
     tail = tensors[0].shape[1:]
@@ -159,8 +170,10 @@ def from_shards(rule: Rule, shape: ModelShape, shards: list[torch.Tensor]) -> li
         return [shards[0]]
     if rule.kind == "columns":
         return [torch.cat(shards, dim=1)]
+    if rule.kind == "slice":
+        return [torch.cat(shards)]
     if rule.kind == "rows":
-        return [torch.cat(shards, dim=0)]
+        return [torch.cat(shards, dim=0)[: shape.vocab]]
     if rule.kind == "gate_up":
         halves = [s.chunk(2, dim=0) for s in shards]
         return [torch.cat([h[0] for h in halves]), torch.cat([h[1] for h in halves])]

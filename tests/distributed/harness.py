@@ -14,12 +14,10 @@ from dapo_megatron.compat import prepare_trainer
 
 prepare_trainer()
 
-import transformers
-
 from dapo_megatron.actor.actor import Actor
 from dapo_megatron.distributed.layout import init_parallel
 from dapo_megatron.config import RunConfig
-from dapo_megatron.weights.families import model_shape
+from dapo_megatron.weights.hf_config import read_model
 from launch.ports import reserved_ports
 
 DEADLINE_S = 120.0
@@ -82,6 +80,6 @@ def _rank(rank, world, port, function, args, answers):
 def actor_on_rank(config: RunConfig) -> Actor:
     """This rank's actor with the weights of config.model.path."""
     layout = init_parallel(config)
-    actor = Actor(config, model_shape(transformers.AutoConfig.from_pretrained(config.model.path)), layout)
+    actor = Actor(config, read_model(config.model.path), layout)
     actor.load_hf(config.model.path)
     return actor

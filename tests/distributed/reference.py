@@ -1,6 +1,6 @@
 """The truth that every layout is held against: float64, one process, plain torch, and nothing of the package.
 
-A decoder of the Llama, Qwen2, Qwen3 or Qwen3-MoE family computed from the tensors of a Hugging Face folder, one
+A decoder of the Llama, Qwen2, Qwen3, Qwen3-MoE or OLMo 2 family computed from the tensors of a Hugging Face folder, one
 sequence at a time, and the DAPO loss as a loop over its formula (arXiv 2503.14476, equations 8 to 12).
 """
 
@@ -39,9 +39,12 @@ def attention(x, w, name, c):
         y = x @ w[f"{name}.{part}_proj.weight"].T
         if f"{name}.{part}_proj.bias" in w:
             y = y + w[f"{name}.{part}_proj.bias"]
+        weight = w.get(f"{name}.{part}_norm.weight")
+        if weight is not None and weight.numel() == heads * d:  # over all heads together
+            y = norm(y, weight, c["rms_norm_eps"])
         y = y.view(n, heads, d).transpose(0, 1)
-        if part != "v" and f"{name}.{part}_norm.weight" in w:
-            y = norm(y, w[f"{name}.{part}_norm.weight"], c["rms_norm_eps"])
+        if weight is not None and weight.numel() == d:
+            y = norm(y, weight, c["rms_norm_eps"])
         return y
 
     heads, kv_heads, theta = c["num_attention_heads"], c["num_key_value_heads"], c["rope_parameters"]["rope_theta"]
@@ -78,6 +81,12 @@ def logits(ids, w, c, margins):
     x = w["model.embed_tokens.weight"][torch.tensor(ids)]
     for i in range(c["num_hidden_layers"]):
         name = f"model.layers.{i}"
+        if f"{name}.post_feedforward_layernorm.weight" in w:  # norms after each part
+            y = attention(x, w, f"{name}.self_attn", c)
+            x = x + norm(y, w[f"{name}.post_attention_layernorm.weight"], c["rms_norm_eps"])
+            y = mlp(x, w, f"{name}.mlp")
+            x = x + norm(y, w[f"{name}.post_feedforward_layernorm.weight"], c["rms_norm_eps"])
+            continue
         y = norm(x, w[f"{name}.input_layernorm.weight"], c["rms_norm_eps"])
         x = x + attention(y, w, f"{name}.self_attn", c)
         y = norm(x, w[f"{name}.post_attention_layernorm.weight"], c["rms_norm_eps"])

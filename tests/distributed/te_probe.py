@@ -30,11 +30,10 @@ FAMILIES = [
 def families() -> dict:
     """{family: its Megatron parameters, layer classes and tensors that a round trip changed}."""
     from safetensors.torch import load_file
-    from transformers import AutoConfig
 
     from dapo_megatron.actor.model import build_model
     from dapo_megatron.weights.exporter import export_stage
-    from dapo_megatron.weights.families import model_shape
+    from dapo_megatron.weights.hf_config import read_model
     from dapo_megatron.weights.importer import load_hf_weights, named_parameters
     from dapo_megatron.weights.table import hf_names, rules
     from tests.tiny import hf_folder, run_config
@@ -43,7 +42,7 @@ def families() -> dict:
     for kind, tied in FAMILIES:
         with tempfile.TemporaryDirectory() as folder:
             path = hf_folder(Path(folder), kind, tied)
-            shape = model_shape(AutoConfig.from_pretrained(path))
+            shape = read_model(path)
             config = run_config(path, model={"dtype": "bfloat16"}, precision={"fp8": "blockwise"})
             modules = [chunk.module for chunk in build_model(config, shape)]
             load_hf_weights(path, modules, shape)
@@ -63,11 +62,10 @@ def recipes() -> dict:
     """{recipe: the object that megatron-core makes of our arguments, and where its autocast is on}."""
     from megatron.core.fp8_utils import get_fp8_context, get_fp8_recipe
     from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
-    from transformers import AutoConfig
 
     from dapo_megatron.actor.model import DTYPES, transformer_config
     from dapo_megatron.actor.precision import RECIPES
-    from dapo_megatron.weights.families import model_shape
+    from dapo_megatron.weights.hf_config import read_model
     from tests.tiny import hf_folder, run_config
 
     def config_of(path, **precision):
@@ -77,7 +75,7 @@ def recipes() -> dict:
     out = {}
     with tempfile.TemporaryDirectory() as folder:
         path = hf_folder(Path(folder), layers=4)
-        shape = model_shape(AutoConfig.from_pretrained(path))
+        shape = read_model(path)
         for name in RECIPES:
             layers = {} if name == "delayed" else {"bf16_layers_at_start": 1, "bf16_layers_at_end": 2}
             mcore = config_of(path, fp8=name, **layers)

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.numpy import load_file
 
 from tests.distributed.harness import actor_on_rank, run_ranks  # first: patches megatron-core on machines without CUDA
-from tests.tiny import groups, hf_folder, run_config
+from tests.tiny import UNLIKE, groups, hf_folder, run_config
 
 from dapo_megatron.actor.training_objective import PolicyObjective
 from dapo_megatron.batching.build import build_step_batch
@@ -24,14 +25,40 @@ LAYOUTS = {
     "dp2": {"data_parallel_size": 2},
 }
 MODELS = [("llama", False), ("qwen2", True), ("qwen2", False), ("qwen3", True), ("qwen3", False)]
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 500_000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 10_000.0, "factor": 32.0, "original_max_position_embeddings": 256}
+# Sequences of 20 tokens see every band of the frequencies: kept, blended, divided.
+ROPES = {
+    "llama3": LLAMA3 | {"low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "llama3, other edges": LLAMA3 | {"low_freq_factor": 2.0, "high_freq_factor": 16.0, "factor": 8.0},
+    "linear": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0},
+    "yarn": {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 64},
+    "yarn, all options": {
+        "rope_type": "yarn",
+        "rope_theta": 500.0,
+        "factor": 16.0,
+        "original_max_position_embeddings": 32,
+        "attention_factor": 1.3,
+        "beta_fast": 8.0,
+        "beta_slow": 2.0,
+        "truncate": False,
+    },
+    "yarn, mscale": {
+        "rope_type": "yarn",
+        "rope_theta": 10_000.0,
+        "factor": 8.0,
+        "original_max_position_embeddings": 64,
+        "mscale": 2.0,
+        "mscale_all_dim": 0.5,
+    },
 }
+CASES = (
+    [(*model, {}) for model in MODELS]
+    + [(kind, tied, UNLIKE) for kind, tied in [("llama", False), ("mistral", False), ("qwen2", True), ("qwen3", False)]]
+    + [("qwen3_moe", False, UNLIKE), ("olmo2", False, {}), ("olmo2", True, UNLIKE)]
+    + [("llama", True, UNLIKE | {"rope_parameters": rope}) for rope in ROPES.values()]
+    + [("qwen3", False, {"rope_parameters": ROPES["yarn"]}), ("mistral", True, {"sliding_window": 512})]
+    + [("qwen3", True, {"vocab_size": 65}), ("llama", False, UNLIKE | {"vocab_size": 67})]
+)
 
 
 def step_batch(config, micro_batch_tokens):
@@ -72,16 +99,14 @@ def merged(results):
     return scored, results[0][1], weights
 
 
-@pytest.mark.parametrize(
-    ("kind", "tied", "options"),
-    [(*model, {}) for model in MODELS]
-    + [("llama", True, {"rope_parameters": LLAMA3_ROPE, "max_position_embeddings": 131072})],
-)
+@pytest.mark.parametrize(("kind", "tied", "options"), CASES)
 def test_logprobs_equal_transformers(tmp_path, kind, tied, options):
     path = hf_folder(tmp_path, kind, tied, **options)
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
-    for name in ("tp2_sp", "pp2"):
-        scored, _, _ = merged(run_ranks(2, one_step, run_config(path, actor=LAYOUTS[name]), 40))
+    eager = {"experts_implementation": "eager"} if "moe" in kind else {}  # its grouped product has no float64
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, **eager)
+    for name in ("one", "tp2_sp", "pp2"):
+        config = run_config(path, actor=LAYOUTS[name])
+        scored, _, _ = merged(run_ranks(config.world_size, one_step, config, 40))
         for group in groups():
             for response in group.responses:
                 ids = torch.tensor([group.prompt.input_ids + response.token_ids])
@@ -93,9 +118,37 @@ def test_logprobs_equal_transformers(tmp_path, kind, tied, options):
         assert not scored
 
 
-@pytest.mark.parametrize(("kind", "tied"), [("qwen2", True), ("qwen3", False)])
-def test_every_layout_makes_the_same_update(tmp_path, kind, tied):
-    path = hf_folder(tmp_path, kind, tied)
+def exported(config):
+    actor = actor_on_rank(config)
+    return {n: t.numpy().copy() for n, t in export_stage(actor.modules, actor.shape)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "tied", "vocab", "name"),
+    [
+        ("llama", False, 64, "tp2"),
+        ("mistral", False, 64, "pp2"),
+        ("mistral", True, 64, "tp2"),
+        ("qwen2", True, 64, "tp2_sp"),
+        ("qwen3_moe", False, 64, "tp2_sp"),
+        ("olmo2", False, 64, "tp2_sp"),
+        ("qwen3", True, 67, "tp2_sp"),
+        ("llama", False, 67, "tp2"),
+    ],
+)
+def test_the_weights_come_back_bit_for_bit(tmp_path, kind, tied, vocab, name):
+    path = hf_folder(tmp_path, kind, tied, vocab=vocab, **UNLIKE)
+    parts = run_ranks(2, exported, run_config(path, actor=LAYOUTS[name]))
+    got = {n: t for part in parts for n, t in part.items()}
+    original = load_file(path / "model.safetensors")
+    assert got.keys() == original.keys()
+    for n, tensor in original.items():
+        np.testing.assert_array_equal(got[n], tensor, err_msg=n)
+
+
+@pytest.mark.parametrize(("kind", "tied", "vocab"), [("qwen2", True, 64), ("qwen3", False, 64), ("qwen3", True, 67)])
+def test_every_layout_makes_the_same_update(tmp_path, kind, tied, vocab):
+    path = hf_folder(tmp_path, kind, tied, vocab=vocab)
     reference = merged(run_ranks(1, one_step, run_config(path), 1000))
     for name, actor in list(LAYOUTS.items())[1:]:
         for budget in (24, 1000):

@@ -95,6 +95,27 @@ def test_resume_in_any_layout_continues(tmp_path, dtype):
     assert (store.latest(RunFolder(tmp_path / "run")) / "controller.msgpack").read_bytes() == b"controller state"
 
 
+@pytest.mark.parametrize(
+    ("kind", "tied", "layouts"),
+    [
+        ("qwen3", True, ("tp2_sp", "one", "pp2")),
+        ("qwen3", False, ("one", "tp2_sp", "pp2")),
+        ("olmo2", False, ("tp2_sp", "one", "pp2")),
+    ],
+)
+def test_a_padded_vocabulary_and_post_norms_resume_elsewhere(tmp_path, kind, tied, layouts):
+    """67 entries: 68 rows under tensor parallelism, in the weights and in the optimizer's moments."""
+    path = hf_folder(tmp_path / "hf", kind, tied, vocab=67)
+    config = config_for(tmp_path, path, layouts[0])
+    expected = run_ranks(config.world_size, two_steps_and_save, config)[0]
+    for layout in layouts:
+        config = config_for(tmp_path, path, layout)
+        _, got = run_ranks(config.world_size, resume, config)[0]
+        for g, e in zip(got, expected, strict=True):
+            for key in ("policy/loss", "optimizer/grad_norm", "optimizer/lr", "policy/entropy"):
+                assert g[key] == pytest.approx(e[key], rel=2e-4, abs=2e-6), (layout, key)
+
+
 def load_of_other_model(config, path):
     actor = actor_on_rank(config)
     try:

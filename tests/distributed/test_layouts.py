@@ -8,7 +8,7 @@ temperature left out; no all-reduce of the peaks; no reduce-scatter in the token
 micro-batch instead of the weights; the token count on every rank; no all-reduce of the metrics; hidden states scattered
 over TP without a gather in backward; norms not summed over TP; zig-zag chunks in ascending order; sequences not padded
 under CP; experts exported in another order; ETP 1 with EP 1; unequal numbers of micro-batches under EP; batch_p2p_comm
-with VPP.
+with VPP; q, k, v blocked instead of interleaved under TP; gradients of OLMo 2's sliced norms summed over TP.
 """
 
 import itertools
@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from tests.distributed.harness import actor_on_rank, run_ranks  # first: patches megatron-core on machines without CUDA
 from tests.distributed import reference
-from tests.tiny import groups, hf_folder, run_config
+from tests.tiny import UNLIKE, groups, hf_folder, run_config
 
 from dapo_megatron.actor.training_objective import PolicyObjective
 from dapo_megatron.batching.build import shard_samples
@@ -75,9 +75,11 @@ MODELS = {
     "qwen3 tied": ("qwen3", True),
     "qwen3 untied": ("qwen3", False),
     "llama": ("llama", False),
+    "olmo2": ("olmo2", False),
     "qwen3 moe": ("qwen3_moe", False),
     "qwen3 moe, weights that do not sum to 1": ("qwen3_moe_raw", True),
 }
+OPTIONS = {"llama": UNLIKE | {"vocab_size": 67}, "olmo2": UNLIKE, "qwen3 tied": {"vocab_size": 67}}
 AGGREGATIONS = ("token", "group_token", "sample")
 TEMPERATURE, EPS_LOW, EPS_HIGH = 0.9, 0.2, 0.28
 
@@ -149,7 +151,7 @@ CASES = PRODUCT if os.environ.get("LAYOUTS") == "all" else covering(PRODUCT, ext
 def folders(tmp_path_factory):
     made = {}
     for name, (kind, tied) in MODELS.items():
-        made[name] = hf_folder(tmp_path_factory.mktemp(kind), kind, tied, layers=4, seed=3)
+        made[name] = hf_folder(tmp_path_factory.mktemp(kind), kind, tied, layers=4, seed=3, **OPTIONS.get(name, {}))
     return made
 
 

@@ -35,10 +35,12 @@ def on_rank(kind, chunk, *size):
     """This rank's log-probs, entropies, and the gradients of its rows and of its slice of the weight."""
     rank, world = dist.get_rank(), dist.get_world_size()
     hidden, weight, labels, grad = problem(kind, *size)
-    rows, slice_ = len(hidden) // world, len(weight) // world
+    vocab, rows, slice_ = len(weight), len(hidden) // world, -(-len(weight) // world)
+    # Rows beyond the vocabulary: whatever they hold must not count.
+    weight = torch.cat([weight, weight.new_full((world * slice_ - vocab, HIDDEN), 50.0)])
     hidden = hidden[rank * rows : (rank + 1) * rows].requires_grad_()
     weight = weight[rank * slice_ : (rank + 1) * slice_].requires_grad_()
-    logprobs, entropy = token_logprobs(hidden, weight, labels, TEMPERATURE, chunk, dist.group.WORLD)
+    logprobs, entropy = token_logprobs(hidden, weight, labels, TEMPERATURE, chunk, dist.group.WORLD, vocab)
     logprobs.backward(grad[rank * rows : (rank + 1) * rows].to(logprobs.dtype))
     return [t.detach().double().numpy() for t in (logprobs, entropy, hidden.grad, weight.grad)]
 
@@ -50,6 +52,17 @@ def test_equals_log_softmax(world, chunk, kind, atol):
     parts = zip(*run_ranks(world, on_rank, kind, chunk), strict=True)
     for got, expected in zip(parts, truth(kind), strict=True):
         torch.testing.assert_close(torch.cat([torch.from_numpy(p) for p in got]), expected, atol=atol, rtol=atol)
+
+
+@pytest.mark.parametrize("chunk", [1, 6, 100])
+def test_rows_beyond_the_vocabulary_have_no_probability_and_no_gradient(chunk):
+    *parts, weights = zip(*run_ranks(2, on_rank, torch.float64, chunk, ROWS, 11), strict=True)
+    *expected, weight = truth(torch.float64, ROWS, 11)
+    for got, want in zip(parts, expected, strict=True):
+        torch.testing.assert_close(torch.from_numpy(np.concatenate(got)), want, atol=1e-12, rtol=1e-12)
+    weights = torch.from_numpy(np.concatenate(weights))
+    torch.testing.assert_close(weights[:11], weight, atol=1e-12, rtol=1e-12)
+    assert weights[11].tolist() == [0.0] * HIDDEN
 
 
 def test_many_parts_of_the_vocabulary_cost_no_accuracy_in_bfloat16():

@@ -16,7 +16,6 @@ from dapo_megatron.compat import prepare_trainer
 prepare_trainer()
 
 import torch
-from transformers import AutoConfig
 
 from dapo_megatron.actor.actor import Actor
 from dapo_megatron.actor.training_objective import SupervisedObjective
@@ -25,7 +24,7 @@ from dapo_megatron.actor.precision import require_precision
 from dapo_megatron.batching.build import build_step_batch
 from dapo_megatron.actor.packing_demands import packing_rules
 from dapo_megatron.weights.exporter import export_stage
-from dapo_megatron.weights.families import model_shape
+from dapo_megatron.weights.hf_config import read_model
 from dapo_megatron.weights.importer import named_parameters
 from launch.ports import reserved_ports
 from tests.tiny import groups, run_config
@@ -34,7 +33,7 @@ from tests.tiny import groups, run_config
 def run(job: dict) -> dict:
     """Loss, log-probs before and after, gradients, the layers that ran in FP8, and the exported weights."""
     config = run_config(Path(job["path"]), **job["sections"])
-    shape = model_shape(AutoConfig.from_pretrained(job["path"]))
+    shape = read_model(job["path"])
     require_precision(config, shape)
     actor = Actor(config, shape, init_parallel(config))
     actor.load_hf(job["path"])

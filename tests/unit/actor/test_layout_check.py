@@ -12,6 +12,7 @@ from tests.tiny import run_config
 
 SHAPE = ModelShape(FAMILIES["Qwen3ForCausalLM"], 6, 32, 64, 8, 4, 8, 100, False, 1e-6, 1e4, None, 40960)
 MOE = replace(SHAPE, family=FAMILIES["Qwen3MoeForCausalLM"], experts=Experts(6, 2, 30, True))
+OLMO2 = replace(SHAPE, family=FAMILIES["Olmo2ForCausalLM"])
 TP, PP, EP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size"
 
 
@@ -20,7 +21,7 @@ TP, PP, EP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "expe
     [
         (SHAPE, {TP: 3}, "attention heads 8"),
         (SHAPE, {TP: 8}, "key-value heads 4"),
-        (replace(SHAPE, vocab=101), {TP: 2}, "vocabulary size 101"),
+        (replace(SHAPE, vocab=6), {TP: 4}, "tensor_model_parallel_size=4 leaves a rank without one of the 6 tokens"),
         (replace(SHAPE, ffn=63), {TP: 2}, "intermediate size 63"),
         (SHAPE, {PP: 4}, "layers 6"),
         (SHAPE, {PP: 2, "virtual_pipeline_model_parallel_size": 2}, "virtual_pipeline_model_parallel_size=4"),
@@ -32,6 +33,8 @@ TP, PP, EP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "expe
         (replace(MOE, experts=Experts(6, 1, 32, True)), {}, "one expert per token"),
         (MOE, {TP: 2, "sequence_parallel": False}, "needs actor.sequence_parallel=true"),
         (replace(SHAPE, max_positions=256), {}, "max_position_embeddings=256"),
+        (OLMO2, {"layer_spec": "transformer_engine"}, "Olmo2ForCausalLM has torch's layers only"),
+        (replace(SHAPE, window=511), {}, "engine.context_length=512 exceeds the model's sliding_window=511"),
     ],
 )
 def test_misfits(shape, actor, says):
@@ -42,4 +45,5 @@ def test_misfits(shape, actor, says):
 
 @pytest.mark.parametrize("actor", [{TP: 4}, {TP: 2, EP: 2}, {PP: 3, "virtual_pipeline_model_parallel_size": 2}])
 def test_fits(actor):
-    check_layout(run_config(Path("m"), actor=actor), MOE if EP in actor else SHAPE)
+    shape = replace(MOE if EP in actor else SHAPE, window=512, vocab=101)
+    check_layout(run_config(Path("m"), actor=actor), shape)

@@ -40,7 +40,7 @@ SHAPE = ModelShape(
     tied=True,
     norm_eps=1e-6,
     rope_theta=1e4,
-    rope_scaling_factor=None,
+    rope_scaling=None,
     max_positions=4096,
 )
 

@@ -1,0 +1,111 @@
+"""The tensors of a Hugging Face checkpoint folder: found as transformers finds them, checked before they are read."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from dapo_megatron.errors import DapoError
+from dapo_megatron.weights.families import ModelShape
+from dapo_megatron.weights.hf_config import read_json
+from dapo_megatron.weights.table import check_names, hf_shapes, rules
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+FLOATS = ("F32", "BF16", "F16", "F64")
+"""safetensors' names of the types that hold weights as they are; any other needs scales."""
+COMPARED_ROWS = 4096
+
+
+class HfFolder:
+    """The tensors of a Hugging Face checkpoint folder, read one at a time.
+
+    `model.safetensors` goes before an index, as in transformers (a folder may hold both, of different ages).
+
+    Raises:
+        DapoError: no safetensors, an unreadable file or index, or a tensor that is not where the index says.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        if (self.path / SINGLE).exists():
+            with self._open(SINGLE) as f:
+                self.files = dict.fromkeys(f.keys(), SINGLE)
+        elif (self.path / INDEX).exists():
+            self.files = self._indexed()
+        else:
+            raise DapoError(f"{self.path}: no {SINGLE} and no index: give a Hugging Face checkpoint folder")
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One whole tensor, on the CPU, in its own type."""
+        with self._open(self.files[name]) as f:
+            return f.get_tensor(name)
+
+    def headers(self) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+        """(name, safetensors' type, shape) of every tensor, without reading any."""
+        for file in sorted(set(self.files.values())):
+            with self._open(file) as f:
+                for name in f.keys():
+                    part = f.get_slice(name)
+                    yield name, part.get_dtype(), tuple(part.get_shape())
+
+    def equal(self, a: str, b: str) -> bool:
+        """Whether two tensors of one shape hold the same values; some rows of each are in memory at a time."""
+        with self._open(self.files[a]) as f, self._open(self.files[b]) as g:
+            left, right = f.get_slice(a), g.get_slice(b)
+            rows = left.get_shape()[0]
+            return left.get_shape() == right.get_shape() and all(
+                torch.equal(left[i : i + COMPARED_ROWS], right[i : i + COMPARED_ROWS])
+                for i in range(0, rows, COMPARED_ROWS)
+            )
+
+    def _indexed(self) -> dict[str, str]:
+        index = self.path / INDEX
+        files = read_json(index, "").get("weight_map")
+        if not isinstance(files, dict) or not files or not all(isinstance(f, str) for f in files.values()):
+            raise DapoError(f"{index} has no weight_map of tensor and file names: download the checkpoint again")
+        held: dict[str, str] = {}
+        for file in sorted(set(files.values())):
+            if not (self.path / file).is_file():
+                raise DapoError(f"{index} names {file}, which does not exist: download the checkpoint again")
+            with self._open(file) as f:
+                held |= dict.fromkeys(f.keys(), file)
+        for name, file in files.items():
+            if held.get(name) != file:
+                raise DapoError(f"{index} has {name} in {file}, which does not hold it: download the checkpoint again")
+        return held
+
+    @contextmanager
+    def _open(self, file: str) -> Iterator[Any]:
+        try:
+            with safe_open(self.path / file, framework="pt") as f:
+                yield f
+        except (SafetensorError, OSError) as e:
+            reason = str(e).splitlines()[0]
+            raise DapoError(f"{self.path / file} is not a readable safetensors file: {reason}") from None
+
+
+def check_weights(folder: HfFolder, shape: ModelShape) -> None:
+    """Account for every tensor of a checkpoint from the files' headers.
+
+    Raises:
+        DapoError: a tensor is missing, unexpected, of the wrong shape or of a type that needs scales, or a tied model
+            has an output layer of its own.
+    """
+    found = {name: (kind, size) for name, kind, size in folder.headers()}
+    for name, (kind, _) in found.items():
+        if kind not in FLOATS:
+            raise DapoError(f"{folder.path}: {name} has type {kind}: give a checkpoint in bfloat16, float16 or float32")
+    check_names(set(found), shape, str(folder.path))
+    for rule in rules(shape).values():
+        for name, expected in zip(rule.hf, hf_shapes(rule, shape), strict=True):
+            if found[name][1] != expected:
+                raise DapoError(f"{folder.path}: {name} has shape {found[name][1]}, config.json says {expected}")
+    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    if shape.tied and head in found and not folder.equal(embedding, head):
+        raise DapoError(
+            f"{folder.path}: config.json says tie_word_embeddings=true, but {head} differs from {embedding}: readers "
+            "choose differently; set it to false, or remove the tensor"
+        )
