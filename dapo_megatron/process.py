@@ -99,19 +99,29 @@ class Reporter:
             _replace(self.folder.status(self.process), msgspec.json.encode(self._status))
 
 
+EXIT_CODES: dict[Kind, int] = {"crash": 1, "configuration": 3, "data": 4, "engine": 5, "storage": 6, "preempted": 7}
+"""The kind of an error, for a watcher that finds no exit record: the disk it should have been on may be full."""
+
+
 def run_reported(reporter: Reporter, program: Callable[[], object]) -> int:
-    """Run a process's work inside its reporter: 0, or 1 with the reason in the exit record and on stderr."""
+    """Run a process's work inside its reporter.
+
+    Returns:
+        0, or the kind's exit code; the reason is in the exit record and on stderr.
+    """
     try:
         with reporter:
             program()
     except Exception as e:  # whatever it is, the launcher must hear of it; the traceback goes to the log
         line = told(e)
         if line is None:
-            traceback.print_exc()
+            with contextlib.suppress(OSError):
+                traceback.print_exc()
             line = DapoError(" ".join(traceback.format_exception_only(e)[-1].split())[:500])
-        print(f"error: {line}", file=sys.stderr, flush=True)
         reporter.ended(line.kind, str(line))
-        return 1
+        with contextlib.suppress(OSError):  # a log on a full disk
+            print(f"error: {line}", file=sys.stderr, flush=True)
+        return EXIT_CODES[line.kind]
     reporter.ended(None, "")
     return 0
 

@@ -3,8 +3,8 @@
 import signal
 from collections.abc import Sequence
 
-from dapo_megatron.errors import DapoError, EngineError, error_of_kind
-from dapo_megatron.process import Exit, Status, read_exit
+from dapo_megatron.errors import DapoError, EngineError, StorageError, error_of_kind
+from dapo_megatron.process import EXIT_CODES, Exit, Status, read_exit
 from dapo_megatron.run_folder import RunFolder
 from launch.processes import Child
 
@@ -48,6 +48,11 @@ def _by_record(child: Child, record: Exit) -> DapoError:
 
 def _without_a_word(child: Child) -> DapoError:
     code = child.process.returncode
+    if code == EXIT_CODES["storage"]:
+        return StorageError(
+            f"the {child.name} stopped: the disk of {child.log.parent.parent} is full, read-only or gone: make room, "
+            "and go on from the newest checkpoint with --resume"
+        )
     how = f"was killed by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"ended with exit code {code}"
     kind = EngineError if child.name.startswith("engine") else DapoError
     return kind(f"the {child.name} {how}; the end of {child.log}:\n{child.tail()}")

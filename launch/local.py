@@ -1,5 +1,6 @@
 """One machine: start the engines, the controller and the trainer ranks, watch them, and end all of them together."""
 
+import contextlib
 import os
 import sys
 import time
@@ -48,10 +49,11 @@ def run_local(config: RunConfig, *, resume: bool) -> Path:
                 trainer = _start(config, folder, group, ports, resume)
                 with ProgressDisplay(folder, config.trainer.steps) as display:
                     _watch(config, folder, group, trainer, display)
-        finally:
-            if folder.metrics.exists():
+        except BaseException:
+            with contextlib.suppress(OSError, ConfigError):  # what ended the run is what must be told
                 write_report(folder)
-    return folder.report
+            raise
+        return write_report(folder)
 
 
 def _make_folder(folder: RunFolder) -> None:

@@ -135,7 +135,9 @@ def write_report(folder: RunFolder) -> Path:
             }
         ),
     }
-    folder.report.write_text(re.sub(r"\{\{(\w+)\}\}", lambda match: page[match[1]], _template("page.html")), "utf-8")
+    aside = folder.report.with_suffix(".new")
+    aside.write_text(re.sub(r"\{\{(\w+)\}\}", lambda match: page[match[1]], _template("page.html")), "utf-8")
+    aside.replace(folder.report)
     return folder.report
 
 

@@ -2,14 +2,21 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import httpx
+import msgspec
 import psutil
 import pytest
+import zmq
 
 from dapo_megatron.checkpoint.store import latest
+from dapo_megatron.keys import read_keys
+from dapo_megatron.messages import Hello
 from dapo_megatron.observe.metrics import read_metrics
 from dapo_megatron.run_folder import RunFolder
 from tests.launch.conftest import finish, start
@@ -49,11 +56,46 @@ def alive(processes):
     return [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
 
+def option(process, role, name):
+    """The value of an option on the command line of a run's process."""
+    line = command(descendants(process, role)[0])
+    return line[line.index(name) + 1]
+
+
+def nobody_else_is_answered(process):
+    """Who has no key can neither change an engine nor end the controller; nor is a key on a command line."""
+    engine = f"http://127.0.0.1:{option(process, 'engine', '--port')}"
+    for path, body in (
+        ("/update_weight_version", {"new_version": "99", "abort_all_requests": True}),
+        ("/update_weights_from_disk", {"model_path": "/tmp"}),
+        ("/pause_generation", {"mode": "abort"}),
+        ("/begin_weight_update", {}),
+        ("/generate", {"input_ids": [1]}),
+    ):
+        for headers in ({}, {"Authorization": "Bearer guess"}):
+            assert httpx.post(engine + path, json=body, headers=headers, timeout=20).status_code == 401, path
+    port = int(option(process, "controller", "--link").rpartition(":")[2])
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as s:
+        s.sendall(bytes(range(256)) * 40)
+    with zmq.Context() as context, context.socket(zmq.REQ) as s:
+        s.setsockopt(zmq.LINGER, 0)
+        s.connect(f"tcp://127.0.0.1:{port}")
+        s.send(msgspec.msgpack.encode(Hello(None, 0)))
+        assert not s.poll(1000)
+    key = read_keys(RunFolder(Path(option(process, "controller", "--config")).parent)).engine_api_key
+    assert not any(key in part for p in psutil.process_iter() for part in command(p))
+
+
 def test_a_run_is_stopped_dies_resumes_and_ends(job):
     recipe, run_dir = job
     process = start(recipe, "trainer.steps=1000")
     wait_for_steps(run_dir, 3, process)
     everything = psutil.Process(process.pid).children(recursive=True)
+    code, output, _ = finish(start(recipe, "--resume"))
+    assert code == 1 and f"in use by another launcher (pid {process.pid} on " in output
+    nobody_else_is_answered(process)
+    seen = len(read_metrics(RunFolder(run_dir)))
+    wait_for_steps(run_dir, seen + 2, process)
     process.terminate()
     code, output, seconds = finish(process)
     assert code == 130 and "interrupted" in output and seconds < 30

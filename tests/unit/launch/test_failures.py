@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dapo_megatron.errors import ConfigError, DataError, DapoError, EngineError
-from dapo_megatron.process import Reporter, Status, read_exit, read_statuses, run_reported
+from dapo_megatron.errors import ConfigError, DataError, DapoError, EngineError, StorageError
+from dapo_megatron.process import EXIT_CODES, Reporter, Status, read_exit, read_statuses, run_reported
 from dapo_megatron.run_folder import RunFolder
 from launch.failures import failure, hang
 from launch.heartbeats import Heartbeats
@@ -29,6 +29,11 @@ def child(folder, name, how):
     log = folder.path / f"{name}.log"
     log.write_text("first\nlast line\n")
     return Child(name, process, log, True)
+
+
+def test_a_full_disk_is_told_by_the_exit_code_where_no_record_fits(folder):
+    error = failure(folder, [child(folder, "trainer-0", f"sys.exit({EXIT_CODES['storage']})")])
+    assert isinstance(error, StorageError) and "is full, read-only or gone" in str(error) and "\n" not in str(error)
 
 
 def leave_word(folder, name, kind, message):
@@ -72,7 +77,7 @@ def test_an_engine_never_leaves_by_itself(folder):
 def test_every_end_leaves_a_record(folder, how, kind, says):
     code = run_reported(Reporter(folder, "trainer-3"), lambda: exec(how, {"ConfigError": ConfigError}))
     record = read_exit(folder, "trainer-3")
-    assert (code, record.kind) == (0 if kind is None else 1, kind)
+    assert (code, record.kind) == (0 if kind is None else EXIT_CODES[kind], kind)
     assert says in record.message and "\n" not in record.message
 
 
