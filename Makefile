@@ -1,3 +1,4 @@
+# make help   this list
 # make demo   set up, then train a tiny model to add, every part real
 # make test   set up, then all tests (about a quarter of an hour on 2 cores); FAST=1 leaves out the slow ones
 # make test-full   the same, with every combination of layout, model, packing and loss, and with megatron-core 0.19
@@ -17,7 +18,10 @@ NEWER := .venv-megatron-0.19
 TRL_READY := .venv-trl/.ready
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-full lint prove bench-trl setup clean
+.PHONY: help demo test test-full lint prove bench-trl setup clean
+
+help:
+	@sed -n "s/^# \(make .*\)/\1/p" Makefile
 
 demo: $(READY)
 	$(BIN)/dapo-megatron demo $(ARGS)

@@ -1,11 +1,11 @@
 """Log-probs and entropies of tokens from hidden states, with no [tokens, vocabulary] in memory.
 
-Each tensor-parallel rank holds its own rows of hidden states and its slice of the vocabulary. As many logits exist at a
-time as `chunk_tokens` tokens have; they are computed again in backward.
+Each tensor-parallel rank holds its own rows of hidden states and its slice of the vocabulary. Logits exist for
+`chunk_tokens` tokens at a time (the token chunk size of the fused linear cross-entropy); backward computes them again.
 
     forward     a chunk of tokens at a time: all-gather its rows -> logits [chunk, vocab / TP] over the temperature
-                -> peak, sum exp(x - peak), x - peak at the label, sum (x - peak) exp(x - peak)
-                one MAX all-reduce of the peaks, one SUM reduce-scatter of the rest: each rank ends with its own rows
+                -> maximum, sum exp(x - maximum), x - maximum at the label, sum (x - maximum) exp(x - maximum)
+                one MAX all-reduce of the maxima, one SUM reduce-scatter of the rest: each rank ends with its own rows
     backward    one all-gather of hidden rows, one of (gradient, log sum exp); then a part of the vocabulary at a time:
                 the logits of all rows again, their gradient, the output weight's gradient in one product, the hidden
                 states' added up; one reduce-scatter of the latter
@@ -69,26 +69,26 @@ class _TokenLogprobs(torch.autograd.Function):
         labels = (labels - first).view(tp, n)
         padded, weight = weight, weight if vocab is None else weight[: vocab - first]
         kind = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        peak = hidden.new_empty(tp, n, dtype=kind)
+        maximum = hidden.new_empty(tp, n, dtype=kind)
         rest = hidden.new_empty(tp, 3, n, dtype=kind)
         for rows in _chunks(n, tp, chunk_tokens):
             found = _statistics(_gather(hidden[rows], group), weight, labels[:, rows].reshape(-1), temperature, kind)
-            peak[:, rows] = found[0].view(tp, -1)
+            maximum[:, rows] = found[0].view(tp, -1)
             rest[:, :, rows] = found[1:].view(3, tp, -1).transpose(0, 1)
 
-        own = peak
+        own = maximum
         if tp > 1:
-            own = peak.clone()
-            dist.all_reduce(peak, dist.ReduceOp.MAX, group)
-        # Relative to the group's peak instead of this rank's: x - peak = (x - own) + (own - peak).
-        shift = own - peak
+            own = maximum.clone()
+            dist.all_reduce(maximum, dist.ReduceOp.MAX, group)
+        # Relative to the group's maximum instead of this rank's: x - maximum = (x - own) + (own - maximum).
+        shift = own - maximum
         scale = shift.exp()
         total, target, weighted = rest.unbind(1)
         mine = (labels >= 0) & (labels < weight.size(0))
         rest = torch.stack([total * scale, (target + shift) * mine, (weighted + shift * total) * scale], dim=1)
         total, target, weighted = _reduce_scatter(rest, group)[0]
 
-        ctx.save_for_backward(hidden, padded, labels, peak[dist.get_rank(group)] + total.log())
+        ctx.save_for_backward(hidden, padded, labels, maximum[dist.get_rank(group)] + total.log())
         ctx.temperature, ctx.chunk_tokens, ctx.group, ctx.rows = temperature, chunk_tokens, group, weight.size(0)
         entropy = total.log() - weighted / total
         ctx.mark_non_differentiable(entropy)
@@ -130,18 +130,18 @@ def _blocks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
 def _statistics(
     hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, temperature: float, kind: torch.dtype
 ) -> torch.Tensor:
-    """[4, rows] of the logits x: peak; sum exp(x - peak); x - peak at the label (at an end of the slice if it is
-    elsewhere); sum (x - peak) exp(x - peak)."""
+    """[4, rows] of the logits x, with m their maximum: m; sum exp(x - m); x - m at the label (at an end of the slice if
+    it is elsewhere); sum (x - m) exp(x - m)."""
     logits = _logits(hidden, weight, temperature, kind)
     return torch.cat([_row_statistics(*block) for block in _blocks(logits, labels)], dim=1)
 
 
 def _row_statistics(x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    peak = x.amax(dim=-1)
-    x.sub_(peak[:, None])
+    maximum = x.amax(dim=-1)
+    x.sub_(maximum[:, None])
     target = x.gather(1, labels.clamp(0, x.size(1) - 1)[:, None])[:, 0]
     exp = x.exp()
-    return torch.stack([peak, exp.sum(-1), target, x.mul_(exp).sum(-1)])
+    return torch.stack([maximum, exp.sum(-1), target, x.mul_(exp).sum(-1)])
 
 
 def _gradients(

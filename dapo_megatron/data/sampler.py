@@ -8,7 +8,7 @@ from dapo_megatron.errors import DapoError
 
 
 class SamplerState(msgspec.Struct, frozen=True):
-    """Everything the rest of the sequence depends on."""
+    """Data-loader state: where the sampler stands in which epoch's permutation."""
 
     seed: int
     epoch: int

@@ -66,13 +66,13 @@ class Controller:
     def __init__(self, config: RunConfig, reporter: Reporter, sampler: Sampler, grading: GradingPool):
         self.config, self.reporter, self.sampler, self.grading = config, reporter, sampler, grading
         self.folder = reporter.folder
+        shape = read_model(config.model.path)  # first: it refuses folders that bring code of their own
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(config.model.path)
         self.params = SamplingParams(
             max_new_tokens=config.rollout.max_response_tokens,
             temperature=config.rollout.temperature,
             stop_token_ids=stop_token_ids(config.model.path, self.tokenizer),
         )
-        shape = read_model(config.model.path)
         self.rollout = GuardedRollout(load_rollout(config.rollout.function), config.rollout, shape.vocab)
         self.prompts = self._load(config.data.train, None)
         self.held_out = self._load(config.data.eval, config.data.eval_limit) if config.data.eval else None

@@ -10,7 +10,7 @@ from megatron.core.models.gpt import GPTModel
 
 from dapo_megatron.weights.families import ModelShape
 from dapo_megatron.weights.importer import local_experts, named_parameters
-from dapo_megatron.weights.table import Rule, from_shards, hf_shapes, rules
+from dapo_megatron.weights.table import ParameterMapping, from_shards, hf_shapes, parameter_mappings
 
 
 def is_sender() -> bool:
@@ -24,9 +24,9 @@ def export_stage(modules: Sequence[GPTModel], shape: ModelShape) -> Iterator[tup
     Collective over all ranks of the stage. Yields (Hugging Face name, whole tensor) on the sender and nothing on the
     others; the output layer of a tied model is skipped, because the embedding stands for it.
     """
-    table = rules(shape)
-    for rule, parameter in _exported(modules, shape, table):
-        if rule.expert is None:
+    table = parameter_mappings(shape)
+    for mapping, parameter in _exported(modules, shape, table):
+        if mapping.expert is None:
             if mpu.get_data_parallel_rank(with_context_parallel=True) != 0:
                 continue
             group = mpu.get_tensor_model_parallel_group()
@@ -39,7 +39,7 @@ def export_stage(modules: Sequence[GPTModel], shape: ModelShape) -> Iterator[tup
         shards = _gather(data, group)
         if not is_sender():
             continue
-        copies = _copies(rule, shape, table)
+        copies = _copies(mapping, shape, table)
         slices = len(shards) // len(copies)
         for i, copy in enumerate(copies):
             yield from zip(copy.hf, from_shards(copy, shape, shards[i * slices : (i + 1) * slices]), strict=True)
@@ -47,31 +47,31 @@ def export_stage(modules: Sequence[GPTModel], shape: ModelShape) -> Iterator[tup
 
 def export_names(modules: Sequence[GPTModel], shape: ModelShape) -> list[tuple[str, tuple[int, ...]]]:
     """(Hugging Face name, shape) of what export_stage yields on the sender, in the same order."""
-    table = rules(shape)
+    table = parameter_mappings(shape)
     return [
         pair
-        for rule, _ in _exported(modules, shape, table)
-        for copy in _copies(rule, shape, table)
+        for mapping, _ in _exported(modules, shape, table)
+        for copy in _copies(mapping, shape, table)
         for pair in zip(copy.hf, hf_shapes(copy, shape), strict=True)
     ]
 
 
 def _exported(
-    modules: Sequence[GPTModel], shape: ModelShape, table: dict[str, Rule]
-) -> Iterator[tuple[Rule, torch.nn.Parameter]]:
+    modules: Sequence[GPTModel], shape: ModelShape, table: dict[str, ParameterMapping]
+) -> Iterator[tuple[ParameterMapping, torch.nn.Parameter]]:
     for name, parameter in named_parameters(modules, shape).items():
         if not (name == "output_layer.weight" and shape.tied):
             yield table[name], parameter
 
 
-def _copies(rule: Rule, shape: ModelShape, table: dict[str, Rule]) -> list[Rule]:
+def _copies(mapping: ParameterMapping, shape: ModelShape, table: dict[str, ParameterMapping]) -> list[ParameterMapping]:
     """The rules of the parameters that stand at this one's place on the expert-parallel ranks, in their order."""
-    if rule.expert is None or shape.experts is None:
-        return [rule]
-    here, each = f".local_experts.{rule.expert}.", local_experts(shape)
+    if mapping.expert is None or shape.experts is None:
+        return [mapping]
+    here, each = f".local_experts.{mapping.expert}.", local_experts(shape)
     return [
-        table[rule.megatron.replace(here, f".local_experts.{expert}.")]
-        for expert in range(rule.expert % each, shape.require_experts.count, each)
+        table[mapping.megatron.replace(here, f".local_experts.{expert}.")]
+        for expert in range(mapping.expert % each, shape.require_experts.count, each)
     ]
 
 

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from dapo_megatron.errors import DapoError
 from dapo_megatron.weights.families import ModelShape
 from dapo_megatron.weights.hf_config import read_json
-from dapo_megatron.weights.table import check_names, hf_shapes, rules
+from dapo_megatron.weights.table import check_names, hf_shapes, parameter_mappings
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = ("F32", "BF16", "F16", "F64")
@@ -99,8 +99,8 @@ def check_weights(folder: HfFolder, shape: ModelShape) -> None:
         if kind not in FLOATS:
             raise DapoError(f"{folder.path}: {name} has type {kind}: give a checkpoint in bfloat16, float16 or float32")
     check_names(set(found), shape, str(folder.path))
-    for rule in rules(shape).values():
-        for name, expected in zip(rule.hf, hf_shapes(rule, shape), strict=True):
+    for mapping in parameter_mappings(shape).values():
+        for name, expected in zip(mapping.hf, hf_shapes(mapping, shape), strict=True):
             if found[name][1] != expected:
                 raise DapoError(f"{folder.path}: {name} has shape {found[name][1]}, config.json says {expected}")
     embedding, head = "model.embed_tokens.weight", "lm_head.weight"

@@ -11,7 +11,7 @@ from megatron.core.models.gpt import GPTModel
 
 from dapo_megatron.weights.families import ModelShape
 from dapo_megatron.weights.hf_folder import HfFolder, check_weights
-from dapo_megatron.weights.table import Rule, canonical_name, rules, to_shard
+from dapo_megatron.weights.table import ParameterMapping, canonical_name, parameter_mappings, to_shard
 
 
 def named_parameters(modules: Sequence[GPTModel], shape: ModelShape) -> dict[str, torch.nn.Parameter]:
@@ -42,22 +42,22 @@ def load_hf_weights(path: str | Path, modules: Sequence[GPTModel], shape: ModelS
     """
     folder = HfFolder(path)
     check_weights(folder, shape)
-    table = rules(shape)
+    table = parameter_mappings(shape)
     exact: dict[torch.nn.Parameter, torch.Tensor] = {}
     with torch.no_grad():
         for name, parameter in named_parameters(modules, shape).items():
-            rule = table[name]
-            tensors = [folder.tensor(n) for n in rule.hf]
-            group = tensor_parallel_group(rule)
-            shard = to_shard(rule, shape, tensors, group.size(), group.rank())
+            mapping = table[name]
+            tensors = [folder.tensor(n) for n in mapping.hf]
+            group = tensor_parallel_group(mapping)
+            shard = to_shard(mapping, shape, tensors, group.size(), group.rank())
             parameter.copy_(shard)
             if is_float8tensor(parameter):
                 exact[parameter] = shard
     return {name: exact.get(p, p) for name, p in modules[0].named_parameters()} if exact else None
 
 
-def tensor_parallel_group(rule: Rule) -> dist.ProcessGroup:
+def tensor_parallel_group(mapping: ParameterMapping) -> dist.ProcessGroup:
     """The ranks that hold the slices of a parameter."""
-    if rule.expert is None:
+    if mapping.expert is None:
         return mpu.get_tensor_model_parallel_group()
     return mpu.get_expert_tensor_parallel_group()

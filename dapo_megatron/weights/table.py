@@ -1,7 +1,7 @@
 """The one table between Hugging Face tensors and Megatron parameters, and the pure layout changes it names.
 
-Used by import, export and resharding alike. A rule says which Hugging Face tensors make one Megatron parameter and how
-that parameter is split over tensor-parallel ranks. Megatron fuses q, k, v into one matrix, interleaved by key-value
+Used by import, export and resharding alike. A mapping says which Hugging Face tensors make one Megatron parameter and
+how that parameter is split over tensor-parallel ranks. Megatron fuses q, k, v into one matrix, interleaved by key-value
 group (megatron-core attention.py, get_query_key_value_tensors), and gate, up into one, each rank holding its slice of
 both (megatron-core mlp.py, gated_linear_unit).
 """
@@ -19,7 +19,7 @@ Kind = Literal["whole", "slice", "rows", "columns", "qkv", "gate_up"]
 
 
 @dataclass(frozen=True)
-class Rule:
+class ParameterMapping:
     """One Megatron parameter of one layer (or of the model), with its Hugging Face tensors in order."""
 
     megatron: str
@@ -29,52 +29,56 @@ class Rule:
     """Number of the expert it belongs to: split over the expert tensor-parallel ranks, held by one EP rank."""
 
 
-def rules(shape: ModelShape) -> dict[str, Rule]:
+def parameter_mappings(shape: ModelShape) -> dict[str, ParameterMapping]:
     """Every parameter of the model by its Megatron name with the model-wide layer number.
 
     With tied embeddings `output_layer.weight` (it exists on the last pipeline stage) reads the embedding too.
     """
     table = [
-        Rule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "rows"),
-        Rule("decoder.final_layernorm.weight", ("model.norm.weight",), "whole"),
-        Rule("output_layer.weight", ("model.embed_tokens.weight" if shape.tied else "lm_head.weight",), "rows"),
+        ParameterMapping("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "rows"),
+        ParameterMapping("decoder.final_layernorm.weight", ("model.norm.weight",), "whole"),
+        ParameterMapping(
+            "output_layer.weight", ("model.embed_tokens.weight" if shape.tied else "lm_head.weight",), "rows"
+        ),
     ]
     for i in range(shape.layers):
-        table += _layer_rules(shape, f"decoder.layers.{i}.", f"model.layers.{i}.")
-    return {rule.megatron: rule for rule in table}
+        table += _layer_mappings(shape, f"decoder.layers.{i}.", f"model.layers.{i}.")
+    return {mapping.megatron: mapping for mapping in table}
 
 
-def _layer_rules(shape: ModelShape, m: str, h: str) -> list[Rule]:
+def _layer_mappings(shape: ModelShape, m: str, h: str) -> list[ParameterMapping]:
     attention, mlp = h + "self_attn.", h + "mlp."
     qkv = (attention + "q_proj", attention + "k_proj", attention + "v_proj")
     out = [
-        Rule(m + "self_attention.linear_qkv.weight", tuple(n + ".weight" for n in qkv), "qkv"),
-        Rule(m + "self_attention.linear_proj.weight", (attention + "o_proj.weight",), "columns"),
+        ParameterMapping(m + "self_attention.linear_qkv.weight", tuple(n + ".weight" for n in qkv), "qkv"),
+        ParameterMapping(m + "self_attention.linear_proj.weight", (attention + "o_proj.weight",), "columns"),
     ]
     if shape.family.post_norm:
         norms = [("self_attention.linear_proj.norm", "post_attention"), ("mlp.linear_fc2.norm", "post_feedforward")]
     else:
         norms = [("input_layernorm", "input"), ("pre_mlp_layernorm", "post_attention")]
-    out += [Rule(f"{m}{ours}.weight", (f"{h}{theirs}_layernorm.weight",), "whole") for ours, theirs in norms]
+    out += [
+        ParameterMapping(f"{m}{ours}.weight", (f"{h}{theirs}_layernorm.weight",), "whole") for ours, theirs in norms
+    ]
     if shape.experts is None:
-        out += _mlp_rules(m + "mlp.", mlp, None)
+        out += _mlp_mappings(m + "mlp.", mlp, None)
     else:
-        out.append(Rule(m + "mlp.router.weight", (mlp + "gate.weight",), "whole"))
+        out.append(ParameterMapping(m + "mlp.router.weight", (mlp + "gate.weight",), "whole"))
         for e in range(shape.experts.count):
-            out += _mlp_rules(f"{m}mlp.experts.local_experts.{e}.", f"{mlp}experts.{e}.", e)
+            out += _mlp_mappings(f"{m}mlp.experts.local_experts.{e}.", f"{mlp}experts.{e}.", e)
     if shape.family.qkv_bias:
-        out.append(Rule(m + "self_attention.linear_qkv.bias", tuple(n + ".bias" for n in qkv), "qkv"))
+        out.append(ParameterMapping(m + "self_attention.linear_qkv.bias", tuple(n + ".bias" for n in qkv), "qkv"))
     if shape.family.qk_norm:
         kind: Kind = "slice" if shape.family.post_norm else "whole"
-        out.append(Rule(m + "self_attention.q_layernorm.weight", (attention + "q_norm.weight",), kind))
-        out.append(Rule(m + "self_attention.k_layernorm.weight", (attention + "k_norm.weight",), kind))
+        out.append(ParameterMapping(m + "self_attention.q_layernorm.weight", (attention + "q_norm.weight",), kind))
+        out.append(ParameterMapping(m + "self_attention.k_layernorm.weight", (attention + "k_norm.weight",), kind))
     return out
 
 
-def _mlp_rules(m: str, h: str, expert: int | None) -> list[Rule]:
+def _mlp_mappings(m: str, h: str, expert: int | None) -> list[ParameterMapping]:
     return [
-        Rule(m + "linear_fc1.weight", (h + "gate_proj.weight", h + "up_proj.weight"), "gate_up", expert),
-        Rule(m + "linear_fc2.weight", (h + "down_proj.weight",), "columns", expert),
+        ParameterMapping(m + "linear_fc1.weight", (h + "gate_proj.weight", h + "up_proj.weight"), "gate_up", expert),
+        ParameterMapping(m + "linear_fc2.weight", (h + "down_proj.weight",), "columns", expert),
     ]
 
 
@@ -101,7 +105,7 @@ def canonical_name(name: str, first_layer: int, first_expert: int = 0) -> str:
 
 def hf_names(shape: ModelShape) -> set[str]:
     """Every tensor of the Hugging Face checkpoint."""
-    return {name for rule in rules(shape).values() for name in rule.hf}
+    return {name for mapping in parameter_mappings(shape).values() for name in mapping.hf}
 
 
 def check_names(present: set[str], shape: ModelShape, where: str) -> None:
@@ -121,42 +125,48 @@ def check_names(present: set[str], shape: ModelShape, where: str) -> None:
         raise DapoError(f"{where}: {len(extra)} tensors are not part of the model, the first is {extra[0]}")
 
 
-def hf_shapes(rule: Rule, shape: ModelShape) -> list[tuple[int, ...]]:
+def hf_shapes(mapping: ParameterMapping, shape: ModelShape) -> list[tuple[int, ...]]:
     """Shapes of a rule's Hugging Face tensors, in order."""
     q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    ffn = shape.ffn if rule.expert is None else shape.require_experts.ffn
-    if rule.kind == "qkv":
-        tail = (shape.hidden,) if rule.megatron.endswith("weight") else ()
+    ffn = shape.ffn if mapping.expert is None else shape.require_experts.ffn
+    if mapping.kind == "qkv":
+        tail = (shape.hidden,) if mapping.megatron.endswith("weight") else ()
         return [(n, *tail) for n in (q, kv, kv)]
-    if rule.kind == "gate_up":
+    if mapping.kind == "gate_up":
         return [(ffn, shape.hidden)] * 2
-    if rule.kind == "rows":
+    if mapping.kind == "rows":
         return [(shape.vocab, shape.hidden)]
-    if rule.kind == "slice":
-        return [(q if ".q_layernorm." in rule.megatron else kv,)]
-    if rule.kind == "columns":
-        return [(shape.hidden, q if "linear_proj" in rule.megatron else ffn)]
-    if rule.megatron.endswith("router.weight"):
+    if mapping.kind == "slice":
+        return [(q if ".q_layernorm." in mapping.megatron else kv,)]
+    if mapping.kind == "columns":
+        return [(shape.hidden, q if "linear_proj" in mapping.megatron else ffn)]
+    if mapping.megatron.endswith("router.weight"):
         return [(shape.require_experts.count, shape.hidden)]
     return [
-        (shape.head_dim if "_layernorm" in rule.megatron and ".self_attention." in rule.megatron else shape.hidden,)
+        (
+            shape.head_dim
+            if "_layernorm" in mapping.megatron and ".self_attention." in mapping.megatron
+            else shape.hidden,
+        )
     ]
 
 
-def to_shard(rule: Rule, shape: ModelShape, tensors: list[torch.Tensor], tp_size: int, tp_rank: int) -> torch.Tensor:
+def to_shard(
+    mapping: ParameterMapping, shape: ModelShape, tensors: list[torch.Tensor], tp_size: int, tp_rank: int
+) -> torch.Tensor:
     """One rank's slice of a Megatron parameter from its whole Hugging Face tensors; zeros pad the vocabulary."""
-    if rule.kind == "whole":
+    if mapping.kind == "whole":
         return tensors[0]
-    if rule.kind == "columns":
+    if mapping.kind == "columns":
         return tensors[0].chunk(tp_size, dim=1)[tp_rank]
-    if rule.kind == "slice":
+    if mapping.kind == "slice":
         return tensors[0].chunk(tp_size)[tp_rank]
-    if rule.kind == "rows":
+    if mapping.kind == "rows":
         tensor, padding = tensors[0], shape.padded_vocab(tp_size) - shape.vocab
         if padding:
             tensor = torch.nn.functional.pad(tensor, (0, 0, 0, padding))
         return tensor.chunk(tp_size, dim=0)[tp_rank]
-    if rule.kind == "gate_up":
+    if mapping.kind == "gate_up":
         return torch.cat([t.chunk(tp_size, dim=0)[tp_rank] for t in tensors])
     tail = tensors[0].shape[1:]
     groups = [t.reshape(shape.kv_heads, -1, *tail) for t in tensors]  # [kv heads, rows of that head, ...]
@@ -164,17 +174,17 @@ def to_shard(rule: Rule, shape: ModelShape, tensors: list[torch.Tensor], tp_size
     return fused.chunk(tp_size, dim=0)[tp_rank].reshape(-1, *tail)
 
 
-def from_shards(rule: Rule, shape: ModelShape, shards: list[torch.Tensor]) -> list[torch.Tensor]:
+def from_shards(mapping: ParameterMapping, shape: ModelShape, shards: list[torch.Tensor]) -> list[torch.Tensor]:
     """The whole Hugging Face tensors from the slices of all tensor-parallel ranks; inverse of to_shard."""
-    if rule.kind == "whole":
+    if mapping.kind == "whole":
         return [shards[0]]
-    if rule.kind == "columns":
+    if mapping.kind == "columns":
         return [torch.cat(shards, dim=1)]
-    if rule.kind == "slice":
+    if mapping.kind == "slice":
         return [torch.cat(shards)]
-    if rule.kind == "rows":
+    if mapping.kind == "rows":
         return [torch.cat(shards, dim=0)[: shape.vocab]]
-    if rule.kind == "gate_up":
+    if mapping.kind == "gate_up":
         halves = [s.chunk(2, dim=0) for s in shards]
         return [torch.cat([h[0] for h in halves]), torch.cat([h[1] for h in halves])]
     tail = shards[0].shape[1:]

@@ -35,7 +35,7 @@ def families() -> dict:
     from dapo_megatron.weights.exporter import export_stage
     from dapo_megatron.weights.hf_config import read_model
     from dapo_megatron.weights.importer import load_hf_weights, named_parameters
-    from dapo_megatron.weights.table import hf_names, rules
+    from dapo_megatron.weights.table import hf_names, parameter_mappings
     from tests.tiny import hf_folder, run_config
 
     out = {}
@@ -49,7 +49,7 @@ def families() -> dict:
             original, exported = load_file(path / "model.safetensors"), dict(export_stage(modules, shape))
             out[f"{kind} {'tied' if tied else 'untied'}"] = {
                 "parameters": sorted(named_parameters(modules, shape)),
-                "rules": sorted(rules(shape)),
+                "rules": sorted(parameter_mappings(shape)),
                 "hf": sorted(hf_names(shape)),
                 "exported": sorted(exported),
                 "changed": [n for n, t in exported.items() if not t.equal(original[n].bfloat16())],

@@ -9,7 +9,15 @@ from safetensors.torch import load_file
 from dapo_megatron.errors import DapoError
 from dapo_megatron.weights.families import FAMILIES, Experts, ModelShape
 from dapo_megatron.weights.hf_config import read_model
-from dapo_megatron.weights.table import canonical_name, check_names, from_shards, hf_names, hf_shapes, rules, to_shard
+from dapo_megatron.weights.table import (
+    canonical_name,
+    check_names,
+    from_shards,
+    hf_names,
+    hf_shapes,
+    parameter_mappings,
+    to_shard,
+)
 from tests.tiny import KINDS, hf_folder
 
 
@@ -34,27 +42,27 @@ def shape_of(
 def test_shards_are_an_exact_inverse(family, tp, kv_per_rank, q_per_kv, head_dim, vocab):
     kv = tp * kv_per_rank
     shape = shape_of(family, heads=kv * q_per_kv, kv_heads=kv, head_dim=head_dim, vocab=vocab)
-    for rule in rules(shape).values():
-        tensors = [torch.randn(s) for s in hf_shapes(rule, shape)]
-        shards = [to_shard(rule, shape, tensors, tp, rank) for rank in range(tp)]
-        for tensor, back in zip(tensors, from_shards(rule, shape, shards), strict=True):
-            assert torch.equal(tensor, back), rule
+    for mapping in parameter_mappings(shape).values():
+        tensors = [torch.randn(s) for s in hf_shapes(mapping, shape)]
+        shards = [to_shard(mapping, shape, tensors, tp, rank) for rank in range(tp)]
+        for tensor, back in zip(tensors, from_shards(mapping, shape, shards), strict=True):
+            assert torch.equal(tensor, back), mapping
 
 
 def test_qkv_is_interleaved_by_key_value_group():
     """By hand: 2 kv groups of 2 q heads, head_dim 1, hidden 1: rows q0 q1 k0 v0 | q2 q3 k1 v1."""
     shape = shape_of(heads=4, kv_heads=2, head_dim=1, hidden=1)
-    rule = rules(shape)["decoder.layers.0.self_attention.linear_qkv.weight"]
+    mapping = parameter_mappings(shape)["decoder.layers.0.self_attention.linear_qkv.weight"]
     q, k, v = torch.tensor([[0.0], [1], [2], [3]]), torch.tensor([[10.0], [11]]), torch.tensor([[20.0], [21]])
-    assert to_shard(rule, shape, [q, k, v], 1, 0)[:, 0].tolist() == [0, 1, 10, 20, 2, 3, 11, 21]
-    assert to_shard(rule, shape, [q, k, v], 2, 1)[:, 0].tolist() == [2, 3, 11, 21]
+    assert to_shard(mapping, shape, [q, k, v], 1, 0)[:, 0].tolist() == [0, 1, 10, 20, 2, 3, 11, 21]
+    assert to_shard(mapping, shape, [q, k, v], 2, 1)[:, 0].tolist() == [2, 3, 11, 21]
 
 
 def test_gate_and_up_are_split_together():
     shape = shape_of(ffn=4, hidden=1)
-    rule = rules(shape)["decoder.layers.0.mlp.linear_fc1.weight"]
+    mapping = parameter_mappings(shape)["decoder.layers.0.mlp.linear_fc1.weight"]
     gate, up = torch.arange(4.0)[:, None], torch.arange(10.0, 14.0)[:, None]
-    assert to_shard(rule, shape, [gate, up], 2, 1)[:, 0].tolist() == [2, 3, 12, 13]
+    assert to_shard(mapping, shape, [gate, up], 2, 1)[:, 0].tolist() == [2, 3, 12, 13]
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
@@ -63,7 +71,11 @@ def test_names_and_shapes_are_those_that_transformers_writes(tmp_path, kind, tie
     path = hf_folder(tmp_path, kind, tied)
     shape = read_model(path)
     real = {n: tuple(t.shape) for n, t in load_file(path / "model.safetensors").items()}
-    ours = {n: s for rule in rules(shape).values() for n, s in zip(rule.hf, hf_shapes(rule, shape), strict=True)}
+    ours = {
+        n: s
+        for mapping in parameter_mappings(shape).values()
+        for n, s in zip(mapping.hf, hf_shapes(mapping, shape), strict=True)
+    }
     assert ours == real
 
 
@@ -73,7 +85,7 @@ def test_slices_of_two_ranks_by_hand():
     Rank 0 holds groups 0 and 1, and of each its 2 query heads, its key head and its value head, 3 rows a head.
     """
     shape = shape_of(heads=8, kv_heads=4, head_dim=3, hidden=16)
-    table, p = rules(shape), "decoder.layers.0."
+    table, p = parameter_mappings(shape), "decoder.layers.0."
     q, k, v = torch.arange(24), torch.arange(12) + 100, torch.arange(12) + 200
     expected = [
         [0, 1, 2, 3, 4, 5, 100, 101, 102, 200, 201, 202, 6, 7, 8, 9, 10, 11, 103, 104, 105, 203, 204, 205],
@@ -97,11 +109,11 @@ def test_slices_of_two_ranks_by_hand():
 def test_a_vocabulary_that_the_ranks_do_not_divide_is_padded_by_zeros():
     """By hand: 5 entries over 2 ranks of 3 rows."""
     shape = shape_of(vocab=5, hidden=1)
-    rule = rules(shape)["output_layer.weight"]
-    slices = [to_shard(rule, shape, [torch.arange(1.0, 6)[:, None]], 2, rank) for rank in (0, 1)]
+    mapping = parameter_mappings(shape)["output_layer.weight"]
+    slices = [to_shard(mapping, shape, [torch.arange(1.0, 6)[:, None]], 2, rank) for rank in (0, 1)]
     assert [s[:, 0].tolist() for s in slices] == [[1, 2, 3], [4, 5, 0]]
-    assert from_shards(rule, shape, slices)[0][:, 0].tolist() == [1, 2, 3, 4, 5]
-    assert hf_shapes(rule, shape) == [(5, 1)]
+    assert from_shards(mapping, shape, slices)[0][:, 0].tolist() == [1, 2, 3, 4, 5]
+    assert hf_shapes(mapping, shape) == [(5, 1)]
 
 
 def test_missing_and_extra_tensors_are_named():
