@@ -21,7 +21,19 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode=None, help="DAPO on Megatron and SGLang."
 )
 
-Recipe = Annotated[Path, typer.Argument(help="YAML recipe, such as launch/recipes/demo.yaml")]
+
+def _find_recipe(text: str) -> Path:
+    """A path, or the name of a recipe that comes with the project."""
+    from launch.recipes import recipe_path
+
+    path = Path(text)
+    shipped = recipe_path(text) if path.name == text and not path.suffix else path
+    return shipped if shipped.exists() and not path.is_file() else path
+
+
+Recipe = Annotated[
+    Path, typer.Argument(parser=_find_recipe, help="YAML file, or the name of a recipe that comes along, such as demo")
+]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, as many as needed")]
 
 

@@ -41,6 +41,8 @@ def run_local(config: RunConfig, *, resume: bool) -> Path:
         KeyboardInterrupt: Ctrl-C or SIGTERM.
     """
     folder = RunFolder(Path(config.run_dir))
+    if resume:
+        latest(folder)  # nothing is made where there is nothing to go on from
     _make_folder(folder)
     with interruptible(), locked(folder.lock):
         _prepare(config, folder, resume)
@@ -64,9 +66,7 @@ def _make_folder(folder: RunFolder) -> None:
 
 
 def _prepare(config: RunConfig, folder: RunFolder, resume: bool) -> None:
-    if resume:
-        latest(folder)
-    elif folder.metrics.exists():
+    if folder.metrics.exists() and not resume:
         raise ConfigError(f"{folder.path} holds a run already: go on with --resume, or choose another run_dir=...")
     clear(folder)
     folder.config.write_text(yaml.safe_dump(config.model_dump(), sort_keys=False))
