@@ -63,3 +63,10 @@ def test_shuffled_rewards_keep_the_counts(tmp_path):
     r = scored(tmp_path, g, algorithm={"shuffle_rewards": True})
     assert sum(x.verdict == "right" for x in r) == 3
     assert [x.verdict for x in r[:3]] != ["right"] * 3
+
+
+def test_a_reward_of_the_rollouts_own_is_kept(tmp_path):
+    g = group(("right", 5, "stop"), ("wrong", 5, "stop"), ("right", 28, "stop"))
+    g.responses[0].accuracy_reward, g.responses[1].accuracy_reward = 0.25, -3.0
+    r = scored(tmp_path, g)
+    assert [x.reward for x in r] == [0.25, -3.0, 0.5]
