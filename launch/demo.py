@@ -126,12 +126,13 @@ def warm_up(folder: Path, updates: int) -> None:
         "--updates", str(updates), "--batch", str(WARM_UP_BATCH),
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with interruptible(), reserved_ports(1) as (port,), ProcessGroup(folder) as group:
+    with interruptible() as check_interrupt, reserved_ports(1) as (port,), ProcessGroup(folder) as group:
         ranks = start_ranks(
             group, "warm_up", "dapo_megatron.trainer.warm_up", arguments, WARM_UP_RANKS, port, environment
         )
         end = time.monotonic() + WARM_UP_DEADLINE_S
         while any(rank.process.poll() != 0 for rank in ranks):
+            check_interrupt()
             if bad := [rank for rank in ranks if rank.process.poll()]:
                 raise DapoError(f"the supervised warm-up failed; the end of {bad[0].log}:\n{bad[0].tail()}")
             if time.monotonic() > end:

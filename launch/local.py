@@ -4,6 +4,7 @@ import contextlib
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -44,13 +45,13 @@ def run_local(config: RunConfig, *, resume: bool) -> Path:
     if resume:
         latest(folder)  # nothing is made where there is nothing to go on from
     _make_folder(folder)
-    with interruptible(), locked(folder.lock):
+    with interruptible() as check_interrupt, locked(folder.lock):
         _prepare(config, folder, resume)
         try:
             with reserved_ports(config.engine.replicas + 2) as ports, ProcessGroup(folder.logs) as group:
                 trainer = _start(config, folder, group, ports, resume)
                 with ProgressDisplay(folder, config.trainer.steps) as display:
-                    _watch(config, folder, group, trainer, display)
+                    _watch(config, folder, group, trainer, display, check_interrupt)
         except BaseException:
             with contextlib.suppress(OSError, ConfigError):  # what ended the run is what must be told
                 write_report(folder)
@@ -93,7 +94,12 @@ def _start(config: RunConfig, folder: RunFolder, group: ProcessGroup, ports: lis
 
 
 def _watch(
-    config: RunConfig, folder: RunFolder, group: ProcessGroup, trainer: list[Child], display: ProgressDisplay
+    config: RunConfig,
+    folder: RunFolder,
+    group: ProcessGroup,
+    trainer: list[Child],
+    display: ProgressDisplay,
+    check_interrupt: Callable[[], None],
 ) -> None:
     """Until every trainer rank has ended well.
 
@@ -103,6 +109,7 @@ def _watch(
     heartbeats, stopped = Heartbeats(config.heartbeat_timeout_s), Stopped(group, config.heartbeat_timeout_s)
     looked = 0.0
     while any(c.process.poll() != 0 for c in trainer):
+        check_interrupt()
         display.poll()
         # The controller leaves first when the trainer says goodbye.
         if failed(group.children):

@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,17 +91,29 @@ class ProcessGroup:
 
 
 @contextmanager
-def interruptible() -> Iterator[None]:
-    """SIGTERM ends the block as Ctrl-C does, with KeyboardInterrupt."""
+def interruptible() -> Iterator[Callable[[], None]]:
+    """SIGTERM and Ctrl-C end the block with KeyboardInterrupt.
+
+    Yields a check to call in loops: an exception that a signal raises while a child is forked (in a callback of
+    os.register_at_fork) is printed and lost, and the check raises it again.
+    """
+    asked = False
 
     def interrupt(*_: object) -> None:
+        nonlocal asked
+        asked = True
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    def check() -> None:
+        if asked:
+            raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield
+        yield check
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _signal(processes: list[psutil.Process], number: int) -> None:
