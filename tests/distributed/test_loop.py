@@ -1,14 +1,21 @@
 """What the training loop makes of a step's mini-batches: old log-probs before, one record after."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 
 from tests.distributed.harness import actor_on_rank, run_ranks  # first: patches megatron-core on machines without CUDA
 from tests.distributed.test_actor import step_batch
-from tests.tiny import hf_folder, run_config
+from tests.tiny import groups, hf_folder, run_config
 
+from dapo_megatron.actor.training_objective import PolicyObjective
+from dapo_megatron.checkpoint.train_state import TrainState
 from dapo_megatron.observe.catalog import reduce_updates
-from dapo_megatron.trainer.loop import old_logprobs
+from dapo_megatron.trainer.loop import old_logprobs, rollout_step
+from dapo_megatron.weights.exporter import export_stage
 
 
 def old_and_expected(config):
@@ -32,6 +39,49 @@ def old_and_expected(config):
 def test_only_the_first_update_takes_its_own_log_probs(tmp_path, kind, own, same, one):
     config = run_config(hf_folder(tmp_path), algorithm={"old_logprobs": kind})
     assert run_ranks(1, old_and_expected, config) == [(own, same, one)]
+
+
+def sequences_trained(config):
+    """What this rank was given to train in one rollout step, the step's metrics, and the weights after it.
+
+    Only the actor is real: the controller hands out a batch, and there is no engine to push to.
+    """
+    actor, given = actor_on_rank(config), []
+    update = actor.update
+
+    def noted(shard, objective, old):
+        given.append([sequence for micro_batch in shard for sequence in micro_batch.sequences])
+        return update(shard, objective, old)
+
+    actor.update = noted
+    state, metrics, snapshot = rollout_step(
+        config,
+        actor,
+        SimpleNamespace(next_batch=lambda step, version: (step_batch(config, 24), {}, b"state")),
+        SimpleNamespace(push=lambda version: {"sync/bytes": float(version)}),
+        SimpleNamespace(verify=lambda version: version / 8),
+        SimpleNamespace(phase=lambda name: nullcontext()),
+        PolicyObjective(config.algorithm),
+        TrainState(),
+    )
+    assert (state.step, state.version, snapshot) == (1, 1, b"state")
+    assert (metrics["sync/bytes"], metrics["sync/logprob_difference"]) == (1.0, 0.125)
+    return given, metrics, {name: tensor.numpy().copy() for name, tensor in export_stage(actor.modules, actor.shape)}
+
+
+def test_every_sequence_is_trained_once_over_the_data_parallel_ranks(tmp_path):
+    path = hf_folder(tmp_path)
+    two = run_ranks(2, sequences_trained, run_config(path, actor={"data_parallel_size": 2}))
+    every = {(group.prompt.id, response.sample) for group in groups() for response in group.responses}
+    assert len(every) == 16
+    trained = [sequence for given, _, _ in two for update in given for sequence in update]
+    assert len(trained) == 16 and set(trained) == every
+    assert all(len(given) == 2 and all(given) for given, _, _ in two)
+
+    ((_, metrics, weights),) = run_ranks(1, sequences_trained, run_config(path))
+    assert two[0][1] == pytest.approx(metrics, rel=1e-4, abs=1e-6)
+    for name, tensor in two[0][2].items():
+        np.testing.assert_allclose(tensor, weights[name], atol=2e-6, err_msg=name)
 
 
 def test_updates_become_one_record():

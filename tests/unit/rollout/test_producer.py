@@ -26,6 +26,7 @@ class World:
         self.made.append(prompt.id)
         await asyncio.sleep(random.random() * 0.003)
         verdicts = {"mixed": ["right", "wrong"], "all_right": ["right"] * 2, "all_wrong": ["wrong"] * 2}
+        verdicts["ungraded"] = ["right", "unknown"]
         return ScoredGroup(
             order,
             prompt,
@@ -36,11 +37,12 @@ class World:
         )
 
 
-def producer(tmp_path, world, state=None, cut=None, wanted=4, **algorithm):
+def producer(tmp_path, world, state=None, cut=None, wanted=4, unknown="wrong", **algorithm):
     config = run_config(
         tmp_path,
         rollout={"prompts_per_step": wanted, "group_size": 2},
         trainer={"mini_batch_prompts": 1},
+        grading={"unknown": unknown},
         algorithm=algorithm,
     )
     buffer = GroupBuffer(PROMPTS, seed=config.seed, shuffle=config.data.shuffle, state=state)
@@ -121,6 +123,19 @@ def test_without_dynamic_sampling_every_group_is_kept(tmp_path):
     world = World(every_third)
     (collected,) = steps(producer(tmp_path, world, dynamic_sampling=False), world, 1, 1)
     assert [g.order for g in collected.groups] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(("unknown", "trained"), [("wrong", {"mixed", "ungraded"}), ("mask", {"mixed"})])
+def test_a_masked_answer_makes_no_group_mixed(tmp_path, unknown, trained):
+    def outcome(prompt):
+        return ("mixed", "ungraded")[prompt.row % 2]
+
+    world = World(outcome)
+    results = steps(producer(tmp_path, world, wanted=8, unknown=unknown), world, 1, 3)
+    assert {outcome(g.prompt) for c in results for g in c.groups} == trained
+    assert all(len(c.groups) == 8 for c in results)
+    fates = {outcome(PROMPTS[int(e.prompt_id[1:])]): e.fate for e in read_ledger(tmp_path / "ledger.jsonl")}
+    assert (fates["ungraded"] == "all_right") == (unknown == "mask")
 
 
 def test_more_steps_than_prompts_go_on_with_the_next_epoch(tmp_path):

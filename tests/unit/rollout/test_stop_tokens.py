@@ -18,6 +18,7 @@ def stops(folder, tokenizer_eos=None, **generation):
 def test_all_end_tokens_are_taken(tmp_path):
     assert stops(tmp_path, 7) == [7]
     assert stops(tmp_path, 7, eos_token_id=[9, 3, 7]) == [3, 7, 9]
+    assert stops(tmp_path, 2, eos_token_id=[1, 7]) == [1, 2, 7]
     assert stops(tmp_path, None, eos_token_id=0) == [0]
     assert stops(tmp_path, 7, eos_token_id=None) == [7]
 

@@ -1,0 +1,159 @@
+"""How a response is sampled: from the recipe over the controller to what an engine is asked, also for the evaluation.
+
+The controller and its client are real, the engine is an HTTP server that keeps what it is asked.
+"""
+
+import asyncio
+import json
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+import transformers
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+
+from dapo_megatron.batching.wire import decode_step_batch
+from dapo_megatron.engines.client import EngineClient
+from dapo_megatron.engines.coalescing import CoalescingClient
+from dapo_megatron.engines.wire import SamplingParams, generate_request
+from dapo_megatron.messages import Evaluate, Goodbye, Hello, NextBatch
+from dapo_megatron.process import Reporter
+from dapo_megatron.rollout.controller import Controller
+from dapo_megatron.run_folder import RunFolder
+from launch.demo import write_model
+from tests.tiny import run_config
+
+SUMS = {"train": ["1+2=", "3+4=", "5+6="], "eval": ["7+8=", "9+1="]}
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_request_carries_how_to_sample(count):
+    params = SamplingParams(max_new_tokens=9, temperature=0.7, top_p=0.6, stop_token_ids=[1, 7])
+    assert generate_request([5, 6], params, count) == {
+        "input_ids": [5, 6] if count == 1 else [[5, 6]] * 3,
+        "sampling_params": {"max_new_tokens": 9, "temperature": 0.7, "top_p": 0.6, "stop_token_ids": [1, 7]},
+        "return_logprob": True,
+    }
+
+
+def test_only_requests_that_are_sampled_alike_travel_together():
+    sent = []
+
+    class Client:
+        concurrency = 8
+
+        async def generate(self, input_ids, params, count=1):
+            sent.append((input_ids, params, count))
+            return [params.temperature] * count
+
+    async def run():
+        together = CoalescingClient(Client())
+        return await asyncio.gather(*(together.generate([5, 6], params) for params in (warm, cold, warm, short)))
+
+    warm, cold = SamplingParams(max_new_tokens=9, temperature=0.75), SamplingParams(max_new_tokens=9, temperature=0.0)
+    short = SamplingParams(max_new_tokens=4, temperature=0.75)
+    assert asyncio.run(run()) == [0.75, 0.0, 0.75, 0.75]
+    assert sent == [([5, 6], warm, 2), ([5, 6], cold, 1), ([5, 6], short, 1)]
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """A model whose tokenizer ends with token 2 and whose generation_config.json with 1 or 7."""
+    model = tmp_path / "model"
+    write_model(model)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    tokenizer.eos_token = "0"
+    assert tokenizer.eos_token_id == 2
+    tokenizer.save_pretrained(model)
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 7]}))
+    for name, questions in SUMS.items():
+        rows = [json.dumps({"prompt": q, "answer": "3"}) for q in questions]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+    return run_config(
+        model,
+        data={
+            "train": str(tmp_path / "train.jsonl"),
+            "eval": str(tmp_path / "eval.jsonl"),
+            "template": "plain",
+            "chat": False,
+        },
+        rollout={"prompts_per_step": 2, "group_size": 4, "max_response_tokens": 11, "temperature": 0.7},
+        algorithm={"dynamic_sampling": False},
+        evaluation={"samples": 3, "temperature": 0.4, "top_p": 0.6, "greedy": True},
+    )
+
+
+class Engine:
+    """Answers every request with the same two tokens."""
+
+    def __init__(self):
+        self.asked = Counter()
+        """Responses by (prompt, sampling parameters)."""
+
+    async def generate(self, request):
+        body = await request.json()
+        inputs = body["input_ids"]
+        several = isinstance(inputs[0], list)
+        for ids in inputs if several else [inputs]:
+            self.asked[tuple(ids), json.dumps(body["sampling_params"], sort_keys=True)] += 1
+        meta = {
+            "finish_reason": {"type": "stop"},
+            "output_token_logprobs": [[-0.5, 5, None], [-0.25, 7, None]],
+            "weight_version": "0",
+        }
+        return web.json_response([{"meta_info": meta}] * len(inputs) if several else {"meta_info": meta})
+
+
+class Link:
+    """The trainer's side: its requests, and the answers to them."""
+
+    def __init__(self, *requests):
+        self.requests, self.replies = list(requests), []
+
+    async def receive(self):
+        return self.requests.pop(0)
+
+    async def reply(self, message):
+        self.replies.append(message)
+
+
+async def serve(config, folder, link, engine):
+    async def grade(text, truth):
+        return "right"
+
+    app = web.Application()
+    app.router.add_post("/generate", engine.generate)
+    grading = SimpleNamespace(grade=grade, trouble=None, unknown=Counter())
+    with Reporter(RunFolder(folder), "controller") as reporter:
+        async with (
+            TestServer(app) as server,
+            EngineClient([str(server.make_url("")).rstrip("/")], concurrency=8, timeout_s=10) as client,
+        ):
+            await Controller(config, reporter, CoalescingClient(client), grading).serve(link)
+
+
+def test_the_engine_is_asked_for_what_the_recipe_says(tmp_path, recipe):
+    engine, link = Engine(), Link(Hello(None, 0), Evaluate(0, 0), NextBatch(1, 0), Goodbye())
+    asyncio.run(serve(recipe, tmp_path, link, engine))
+
+    encode = transformers.AutoTokenizer.from_pretrained(recipe.model.path)
+    kinds = {}
+    for (prompt, params), count in engine.asked.items():
+        (name,) = [n for n, questions in SUMS.items() if list(prompt) in [encode(q)["input_ids"] for q in questions]]
+        kinds.setdefault((name, params), []).append(count)
+
+    def how(temperature, top_p):
+        params = {"max_new_tokens": 11, "temperature": temperature, "top_p": top_p, "stop_token_ids": [1, 2, 7]}
+        return json.dumps(params, sort_keys=True)
+
+    assert kinds == {
+        ("train", how(0.7, 1.0)): [4, 4],
+        ("eval", how(0.4, 0.6)): [3, 3],
+        ("eval", how(0.0, 1.0)): [1, 1],
+    }
+    _, evaluation, batch, _ = link.replies
+    assert evaluation.metrics["eval/accuracy"] == evaluation.metrics["eval/greedy_accuracy"] == 1.0
+    (mini_batch,) = decode_step_batch(batch.payload).mini_batches
+    labels = [label for shard in mini_batch.shards for m in shard for label in m.labels[m.active].tolist()]
+    assert labels == [5, 7] * 8  # the end token is trained too
