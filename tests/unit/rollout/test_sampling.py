@@ -17,9 +17,13 @@ from dapo_megatron.batching.wire import decode_step_batch
 from dapo_megatron.engines.client import EngineClient
 from dapo_megatron.engines.coalescing import CoalescingClient
 from dapo_megatron.engines.wire import SamplingParams, generate_request
+from dapo_megatron.errors import DapoError, EngineError
 from dapo_megatron.messages import Evaluate, Goodbye, Hello, NextBatch
+from dapo_megatron.observe.samples import read_samples
 from dapo_megatron.process import Reporter
+from dapo_megatron.records import Response
 from dapo_megatron.rollout.controller import Controller
+from dapo_megatron.rollout.ledger import read_ledger
 from dapo_megatron.run_folder import RunFolder
 from launch.demo import write_model
 from tests.tiny import run_config
@@ -87,7 +91,8 @@ def recipe(tmp_path):
 class Engine:
     """Answers every request with the same two tokens."""
 
-    def __init__(self):
+    def __init__(self, version="0"):
+        self.version = version
         self.asked = Counter()
         """Responses by (prompt, sampling parameters)."""
 
@@ -100,7 +105,7 @@ class Engine:
         meta = {
             "finish_reason": {"type": "stop"},
             "output_token_logprobs": [[-0.5, 5, None], [-0.25, 7, None]],
-            "weight_version": "0",
+            "weight_version": self.version,
         }
         return web.json_response([{"meta_info": meta}] * len(inputs) if several else {"meta_info": meta})
 
@@ -157,3 +162,51 @@ def test_the_engine_is_asked_for_what_the_recipe_says(tmp_path, recipe):
     (mini_batch,) = decode_step_batch(batch.payload).mini_batches
     labels = [label for shard in mini_batch.shards for m in shard for label in m.labels[m.active].tolist()]
     assert labels == [5, 7] * 8  # the end token is trained too
+
+
+@pytest.mark.parametrize(("lag", "version", "refused"), [(0, 3, False), (0, 4, True), (1, 4, False), (1, 5, True)])
+def test_a_version_that_the_trainer_did_not_push_ends_the_run(tmp_path, recipe, lag, version, refused):
+    engine, link = Engine(str(version)), Link(Hello(None, 0), NextBatch(1, 3), Goodbye())
+    config = recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update={"max_policy_lag": lag})})
+    if not refused:
+        return asyncio.run(serve(config, tmp_path, link, engine))
+    with pytest.raises(EngineError, match=f"sampled by policy version {version}, the trainer has pushed none after"):
+        asyncio.run(serve(config, tmp_path, link, engine))
+    assert link.replies[-1].kind == "engine"
+
+
+def test_a_second_hello_does_not_empty_the_ledger(tmp_path, recipe):
+    link = Link(Hello(None, 0), NextBatch(1, 0), Hello(None, 0))
+    with pytest.raises(DapoError, match="a controller that serves another one"):
+        asyncio.run(serve(recipe, tmp_path, link, Engine()))
+    assert len(read_ledger(RunFolder(tmp_path).ledger)) == 2
+
+
+async def knows_its_verdict(prompt, engine):
+    completion = await engine.generate(prompt.input_ids)
+    n = len(completion.token_ids)
+    response = Response(
+        prompt.id,
+        engine.sample,
+        completion.token_ids,
+        [True] * n,
+        completion.logprobs,
+        completion.version_spans,
+        "stop",
+        "",
+    )
+    if engine.sample == 0:
+        response.verdict = "wrong"
+    if engine.sample == 1:
+        response.accuracy_reward = -2.5
+    return response
+
+
+def test_a_verdict_or_reward_of_the_rollouts_own_is_kept(tmp_path, recipe):
+    function = {"function": "tests.unit.rollout.test_sampling:knows_its_verdict"}
+    config = recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update=function)})
+    link = Link(Hello(None, 0), NextBatch(1, 0), Goodbye())
+    asyncio.run(serve(config, tmp_path, link, Engine()))  # whoever is graded is right
+    for group in read_samples(RunFolder(tmp_path)):
+        verdicts = [(r["verdict"], r["accuracy_reward"]) for r in group["responses"]]
+        assert verdicts == [("wrong", -1.0), ("wrong", -2.5), ("right", 1.0), ("right", 1.0)]
