@@ -129,9 +129,10 @@ def check_inputs(config: RunConfig) -> None:
     from dapo_megatron.weights.hf_config import read_model
     from dapo_megatron.weights.hf_folder import HfFolder, check_weights
 
-    for name, path in (("data.train", config.data.train), ("data.eval", config.data.eval)):
-        if path is not None and not Path(path).exists():
-            raise ConfigError(f"{name}={path} does not exist")
+    for name, paths in (("data.train", config.data.train), ("data.eval", config.data.eval or [])):
+        for path in paths:
+            if not Path(path).exists():
+                raise ConfigError(f"{name}={path} does not exist")
     shape = read_model(config.model.path)
     check_layout(config, shape)
     require_precision(config, shape)
