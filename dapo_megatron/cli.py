@@ -45,13 +45,15 @@ def run(
     recipe: Recipe,
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint in run_dir.")] = False,
-    dry_run: Annotated[bool, typer.Option(help="Check everything and print what would be started.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Check everything, each row of the data too; start nothing.")] = False,
 ) -> None:
     """Run a job on this machine: engines, controller and trainer ranks."""
     config = load_config(recipe, overrides or [])
     check_inputs(config)
     if dry_run:
         _print_plan(config)
+        _run_module("dapo_megatron.rollout.dry_run", [str(recipe), *(overrides or [])], dict(os.environ))
+        print("dry run: nothing was started")
         return
     from launch.local import run_local
 
@@ -92,12 +94,8 @@ def config(
 @app.command(epilog="Example:  dapo-megatron check models/smollm2")
 def check(model: Annotated[Path, typer.Argument(help="Hugging Face checkpoint folder.")]) -> None:
     """Compare a model's log-probs in the trainer with transformers' (CPU, float32); exit code 1 where they differ."""
-    command = [sys.executable, "-W", "ignore", "-m", "dapo_megatron.trainer.check_model", str(model)]
     # Hidden from the process: with a GPU in sight, torch and megatron-core would compute there.
-    with _stopped_by_hand("nothing was changed"):
-        code = subprocess.run(command, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, check=False).returncode
-    if code:
-        raise typer.Exit(code)
+    _run_module("dapo_megatron.trainer.check_model", [str(model)], os.environ | {"CUDA_VISIBLE_DEVICES": ""})
 
 
 @app.command(epilog="Example:  dapo-megatron report runs/demo")
@@ -117,6 +115,15 @@ def metrics() -> None:
     for metric in CATALOG.values():
         table.add_row(metric.name, metric.unit, metric.over_updates, metric.doc)
     Console().print(table)
+
+
+def _run_module(module: str, arguments: list[str], environment: dict[str, str]) -> None:
+    """Run a module in a process of its own; where it fails, its exit code is ours."""
+    command = [sys.executable, "-W", "ignore", "-m", module, *arguments]
+    with _stopped_by_hand("nothing was changed"):
+        code = subprocess.run(command, env=environment, check=False).returncode
+    if code:
+        raise typer.Exit(code)
 
 
 @contextmanager
@@ -141,9 +148,10 @@ def check_inputs(config: RunConfig) -> None:
     from dapo_megatron.weights.hf_config import read_model
     from dapo_megatron.weights.hf_folder import HfFolder, check_weights
 
-    for name, path in (("data.train", config.data.train), ("data.eval", config.data.eval)):
-        if path is not None and not Path(path).exists():
-            raise ConfigError(f"{name}={path} does not exist")
+    for name, paths in (("data.train", config.data.train), ("data.eval", config.data.eval or [])):
+        for path in paths:
+            if not Path(path).exists():
+                raise ConfigError(f"{name}={path} does not exist")
     shape = read_model(config.model.path)
     check_layout(config, shape)
     require_precision(config, shape)

@@ -24,6 +24,8 @@ class Prompt(msgspec.Struct, frozen=True):
     """The question as a person reads it."""
     row: int
     """Row in the source file, from 0."""
+    alternatives: list[str] = []
+    """Further ground truths that are right too."""
 
 
 class VersionSpan(msgspec.Struct, array_like=True, frozen=True):

@@ -1,86 +1,85 @@
-"""Prompt files -> prompts: the question through template and tokenizer, the ground truth out of its field."""
+"""Prompt files -> prompts: the question through template and tokenizer, the ground truths out of their field."""
 
 import re
+from collections.abc import Callable, Sequence
+from decimal import Decimal
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from dapo_megatron.config import DataConfig
+from dapo_megatron.data.numbers import plain
 from dapo_megatron.data.rows import Row, load_rows
-from dapo_megatron.data.templates import Message, resolve_template
-from dapo_megatron.errors import DapoError
+from dapo_megatron.data.templates import Message, question_in, resolve_template
+from dapo_megatron.errors import ConfigError, DataError
 from dapo_megatron.records import Prompt
 
 
 class LoadedPrompts(NamedTuple):
-    """What a file holds."""
+    """What the files hold."""
 
     prompts: list[Prompt]
     dropped: int
     """Prompts that were too long."""
+    longest: int
+    """Tokens of the longest prompt, dropped ones included."""
 
 
 def load_prompts(
-    path: str | Path,
-    *,
+    paths: str | Path | Sequence[str | Path],
+    data: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
-    prompt_field: str,
-    answer_field: str,
-    template: str,
-    chat: bool = True,
-    answer_pattern: str | None = None,
-    max_prompt_tokens: int,
-    too_long: Literal["drop", "error"],
+    *,
     limit: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> LoadedPrompts:
-    """Prompts of a jsonl or parquet file or a Hugging Face dataset folder, in the order of the file.
+    """Prompts of files and folders (see `rows.load_rows`), in their order.
 
     Args:
-        prompt_field: dotted path of the question: text, or a list of chat messages {role, content}, which
-            goes through the tokenizer's chat template without `template`.
-        answer_field: dotted path of the ground truth, text or a number.
-        template: name of a ready template or a string with {prompt}, see `templates`.
-        chat: wrap questions that are text in the chat template; otherwise the text is tokenised as it is,
-            with the special tokens that the tokenizer adds to plain text.
-        answer_pattern: regular expression with one group that is searched in the ground truth.
-        max_prompt_tokens: longest prompt, in tokens, everything included.
-        too_long: longer prompts are dropped and counted, or are an error.
+        data: fields, template and limits; its own paths are not looked at.
         limit: read only the first rows.
+        progress: called with rows done and rows in all after each row.
 
     Raises:
-        DapoError: a bad file, row, field or pattern, with its place; or nothing is left.
+        DataError: a bad file, row or field, with its place; or nothing is left.
+        ConfigError: a template, variable or pattern that cannot work.
     """
-    wording = resolve_template(template, chat)
-    pattern = _compile(answer_pattern)
-    rows = load_rows(path)[:limit]
+    template = resolve_template(data, tokenizer)
+    pattern = _compile(data.answer_pattern)
+    rows = load_rows(paths, limit)
     prompts: list[Prompt] = []
-    for row in rows:
-        question = _question(row, prompt_field)
-        truth = _ground_truth(row, answer_field, pattern)
-        ids = wording.encode(question, tokenizer)
-        if len(ids) <= max_prompt_tokens:
-            text = question if isinstance(question, str) else question[-1]["content"]
-            prompts.append(Prompt(f"{row.path.name}:{row.number}", ids, truth, text, row.number))
-        elif too_long == "error":
-            raise DapoError(
+    longest = 0
+    for done, row in enumerate(rows, 1):
+        question = _question(row, data.prompt_field)
+        truth, *alternatives = _ground_truths(row, data.answer_field, pattern)
+        try:
+            ids = template.encode(question, tokenizer)
+        except DataError as error:
+            raise DataError(f"{row.place}, field {data.prompt_field!r}: {error}") from None
+        longest = max(longest, len(ids))
+        if len(ids) <= data.max_prompt_tokens:
+            prompts.append(Prompt(row.id, ids, truth, question_in(question), row.number, alternatives))
+        elif data.too_long == "error":
+            raise DataError(
                 f"{row.place}: the prompt has {len(ids)} tokens, more than data.max_prompt_tokens="
-                f"{max_prompt_tokens}; raise it, or set data.too_long=drop"
+                f"{data.max_prompt_tokens}; raise it, or set data.too_long=drop"
             )
+        progress(done, len(rows))
     if not prompts:
-        raise DapoError(
-            f"{path}: each of the {len(rows)} prompts is longer than data.max_prompt_tokens="
-            f"{max_prompt_tokens}; raise it"
+        raise DataError(
+            f"{rows[0].path}: each of the {len(rows)} prompts is longer than data.max_prompt_tokens="
+            f"{data.max_prompt_tokens}; raise it"
         )
-    return LoadedPrompts(prompts, len(rows) - len(prompts))
+    return LoadedPrompts(prompts, len(rows) - len(prompts), longest)
 
 
 def _question(row: Row, field: str) -> str | list[Message]:
     value = row.value(field)
-    if isinstance(value, str) and value.strip():
+    is_question = isinstance(value, str) or (isinstance(value, list) and value and all(map(_is_message, value)))
+    if is_question and question_in(value).strip():
         return value
-    if isinstance(value, list) and value and all(map(_is_message, value)):
-        return value
-    raise DapoError(
+    raise DataError(
         f"{row.place}, field {field!r}: expected text or a list of chat messages "
         f"{{role, content}}, found {_describe(value)}"
     )
@@ -90,18 +89,31 @@ def _is_message(value: Any) -> bool:
     return isinstance(value, dict) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
 
 
-def _ground_truth(row: Row, field: str, pattern: re.Pattern[str] | None) -> str:
+def _ground_truths(row: Row, field: str, pattern: re.Pattern[str] | None) -> list[str]:
+    """The ground truth of a row and, if its field is a list, the others that are right too, each once."""
     value = row.value(field)
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise DapoError(f"{row.place}, field {field!r}: expected text or a number, found {_describe(value)}")
-    truth = str(value)
+    if not isinstance(value, list):
+        return [_ground_truth(value, f"{row.place}, field {field!r}", pattern)]
+    if not value:
+        raise DataError(f"{row.place}, field {field!r}: expected at least one answer, found list []")
+    truths = (_ground_truth(v, f"{row.place}, field '{field}.{i}'", pattern) for i, v in enumerate(value))
+    return list(dict.fromkeys(truths))
+
+
+def _ground_truth(value: Any, place: str, pattern: re.Pattern[str] | None) -> str:
+    if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal):
+        raise DataError(f"{place}: expected text or a number, found {_describe(value)}")
+    try:
+        truth = value if isinstance(value, str) else plain(value)
+    except ValueError as error:
+        raise DataError(f"{place}: expected text or a number, found {_describe(value)}: {error}") from None
     if pattern is not None:
         match = pattern.search(truth)
         if match is None:
-            raise DapoError(f"{row.place}, field {field!r}: nothing matches data.answer_pattern={pattern.pattern!r}")
+            raise DataError(f"{place}: nothing matches data.answer_pattern={pattern.pattern!r}")
         truth = match[1] or ""
     if not truth.strip():
-        raise DapoError(f"{row.place}, field {field!r}: the answer is empty")
+        raise DataError(f"{place}: the answer is empty")
     return truth.strip()
 
 
@@ -111,9 +123,9 @@ def _compile(answer_pattern: str | None) -> re.Pattern[str] | None:
     try:
         pattern = re.compile(answer_pattern)
     except re.error as error:
-        raise DapoError(f"data.answer_pattern={answer_pattern!r} is not a regular expression: {error}") from None
+        raise ConfigError(f"data.answer_pattern={answer_pattern!r} is not a regular expression: {error}") from None
     if pattern.groups != 1:
-        raise DapoError(f"data.answer_pattern={answer_pattern!r} has {pattern.groups} groups, exactly one is needed")
+        raise ConfigError(f"data.answer_pattern={answer_pattern!r} has {pattern.groups} groups, exactly one is needed")
     return pattern
 
 

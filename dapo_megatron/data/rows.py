@@ -1,15 +1,18 @@
-"""Rows of a data file: jsonl, parquet or a Hugging Face dataset on disk; every error names file and row."""
+"""Rows of one or several data files, and where each of them is: every error names file and row."""
 
 import difflib
-from collections.abc import Iterator
+import itertools
+import re
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-import msgspec
+from dapo_megatron.data.formats import format_of, read_records
+from dapo_megatron.errors import DataError
 
-from dapo_megatron.errors import DapoError
-
-FileFormat = Literal["auto", "jsonl", "parquet", "dataset"]
+SHARDS = (".parquet", ".jsonl", ".jsonl.gz")
+"""What a folder may be made of; .json is left out: it is often a description of the rest."""
 
 
 class Row(NamedTuple):
@@ -19,17 +22,26 @@ class Row(NamedTuple):
     number: int
     """From 0: line of a jsonl file (blank lines counted), row of the others."""
     fields: dict[str, Any]
+    unit: str
+    """What `number` counts: line or row."""
+    source: str
+    """Name of the file, with as many of its folders as tell it from the other files."""
+
+    @property
+    def id(self) -> str:
+        """Unique among the rows that were loaded together."""
+        return f"{self.source}:{self.number}"
 
     @property
     def place(self) -> str:
         """For messages; counts from 1, as editors do."""
-        return f"{self.path}, {'line' if self.path.is_file() else 'row'} {self.number + 1}"
+        return f"{self.path}, {self.unit} {self.number + 1}"
 
     def value(self, field: str) -> Any:
         """The value under a dotted path: `reward_model.ground_truth`, `prompt.0.content`.
 
         Raises:
-            DapoError: no such field; the nearest one that exists is named.
+            DataError: no such field; the nearest one that exists is named.
         """
         value: Any = self.fields
         if field in value:  # a name with dots in it
@@ -43,88 +55,81 @@ class Row(NamedTuple):
                 raise self._missing(field, depth, value)
         return value
 
-    def _missing(self, field: str, depth: int, value: Any) -> DapoError:
+    def _missing(self, field: str, depth: int, value: Any) -> DataError:
         parts = field.split(".")
         at = ".".join(parts[:depth])
         names = list(value) if isinstance(value, dict) else []
         if isinstance(value, list):
             names = [str(index) for index in range(len(value))]
         if not names:
-            return DapoError(f"{self.place}: no field {field!r}: {at or 'the row'!r} has no fields")
+            return DataError(f"{self.place}: no field {field!r}: {at or 'the row'!r} has no fields")
         near = difflib.get_close_matches(parts[depth], names, n=1, cutoff=0.0)[0]
         nearest = ".".join([*parts[:depth], near])
-        return DapoError(f"{self.place}: no field {field!r}, did you mean {nearest!r}? (fields: {', '.join(names)})")
+        return DataError(f"{self.place}: no field {field!r}, did you mean {nearest!r}? (fields: {', '.join(names)})")
 
 
-def load_rows(path: str | Path, file_format: FileFormat = "auto") -> list[Row]:
-    """All rows of a file, in order.
+def load_rows(paths: str | Path | Sequence[str | Path], limit: int | None = None) -> list[Row]:
+    """All rows of some files, in order.
 
     Args:
-        path: a .jsonl or .parquet file, or a folder written by `datasets.Dataset.save_to_disk`.
-        file_format: "auto" goes by the name.
+        paths: one or several of: a file (`formats.FORMATS`), a folder written by `datasets.Dataset.save_to_disk`, or a
+            folder of shards, which are read in the order of their names.
+        limit: read only the first rows.
 
     Raises:
-        DapoError: missing, empty, not of that format, or a line that is no JSON object.
+        DataError: missing, empty, named twice, not of its format, a record that is no JSON object.
     """
-    path = Path(path)
-    if not path.exists():
-        raise DapoError(f"data file {path} does not exist")
-    if file_format == "auto":
-        file_format = _format_of(path)
-    read = {"jsonl": _read_jsonl, "parquet": _read_parquet, "dataset": _read_dataset}[file_format]
-    rows = list(read(path))
-    if not rows:
-        raise DapoError(f"data file {path} has no rows")
+    given = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
+    files = [(path, file) for path in given for file in _files_of(path)]
+    names = _short_names([file for _, file in files])
+    rows: list[Row] = []
+    filled: set[Path] = set()
+    for path, file in files:
+        room = None if limit is None else limit - len(rows)
+        if room == 0:
+            return rows
+        unit, before = format_of(file).unit, len(rows)
+        records = itertools.islice(read_records(file), room)
+        rows += (Row(file, number, fields, unit, names[file]) for number, fields in records)
+        if len(rows) > before:
+            filled.add(path)
+    for path in given:
+        if path not in filled:
+            raise DataError(f"data file {path} has no rows")
     return rows
 
 
-def _format_of(path: Path) -> FileFormat:
-    if path.is_dir():
-        return "dataset"
-    formats: dict[str, FileFormat] = {".jsonl": "jsonl", ".parquet": "parquet"}
-    if path.suffix not in formats:
-        raise DapoError(f"data file {path}: unknown format {path.suffix!r}, expected .jsonl, .parquet or a folder")
-    return formats[path.suffix]
+def _files_of(path: Path) -> list[Path]:
+    """The path itself, or the shards in a folder that is no saved dataset."""
+    if not path.exists():
+        raise DataError(f"data file {path} does not exist")
+    if not path.is_dir() or any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
+        return [path]
+    shards = sorted(p for p in path.iterdir() if p.name.endswith(SHARDS) and p.name[0] not in "._")
+    if not shards:
+        raise DataError(
+            f"folder {path} is not a dataset written by save_to_disk, and holds no shards ({', '.join(SHARDS)})"
+        )
+    kinds = {re.sub(r"\d+", "0", shard.name): shard.name for shard in shards}
+    if len(kinds) > 1:  # train and test side by side, or two copies of the same rows
+        examples = ", ".join(list(kinds.values())[:3])
+        raise DataError(
+            f"folder {path}: shards are files whose names differ in numbers only, found {examples}; name the files "
+            "that are meant, as a list"
+        )
+    return shards
 
 
-def _read_jsonl(path: Path) -> Iterator[Row]:
-    with open(path, "rb") as lines:
-        for number, line in enumerate(lines):
-            if not line.strip():
-                continue
-            try:
-                fields = msgspec.json.decode(line)
-            except (msgspec.DecodeError, UnicodeDecodeError) as error:
-                raise DapoError(f"{path}, line {number + 1}: not valid JSON ({error})") from None
-            if not isinstance(fields, dict):
-                raise DapoError(f"{path}, line {number + 1}: {type(fields).__name__} where a JSON object is expected")
-            yield Row(path, number, fields)
-
-
-def _read_parquet(path: Path) -> Iterator[Row]:
-    # Imported where they are used, here and below: most runs read jsonl, and these imports take seconds.
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.read_table(path)
-    except pyarrow.ArrowException as error:
-        raise DapoError(f"data file {path} is not a readable parquet file ({_first_line(error)})") from None
-    return (Row(path, number, fields) for number, fields in enumerate(table.to_pylist()))
-
-
-def _read_dataset(path: Path) -> Iterator[Row]:
-    import datasets
-
-    try:
-        dataset = datasets.load_from_disk(str(path))
-    except (OSError, ValueError) as error:
-        raise DapoError(f"folder {path} is not a dataset written by save_to_disk ({_first_line(error)})") from None
-    if isinstance(dataset, datasets.DatasetDict):
-        splits = ", ".join(str(path / split) for split in dataset)
-        raise DapoError(f"folder {path} holds several splits: name one of {splits}")
-    return (Row(path, number, dict(fields)) for number, fields in enumerate(dataset))
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
+def _short_names(files: list[Path]) -> dict[Path, str]:
+    """The end of each path, as long as it takes to tell it from the others."""
+    seen: dict[Path, Path] = {}
+    for file in files:
+        other = seen.setdefault(file.resolve(), file)
+        if other is not file:
+            raise DataError(f"data file {file} is named twice (before as {other}): its prompts would count double")
+    ends = {file: file.absolute().parts for file in files}
+    names: dict[Path, str] = {}
+    for length in range(1, max(map(len, ends.values())) + 1):
+        count = Counter(parts[-length:] for parts in ends.values())
+        names = {f: "/".join(parts[-length:]) for f, parts in ends.items() if count[parts[-length:]] == 1} | names
+    return names

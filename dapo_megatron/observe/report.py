@@ -180,7 +180,8 @@ def _subtitle(records: list[Record], config: dict[str, Any]) -> str:
     if "model" in config:
         parts.append(f"model {config['model']['path']} ({config['model']['dtype']})")
     if "data" in config:
-        parts.append(f"data {config['data']['train']}")
+        train = config["data"]["train"]
+        parts.append(f"data {train if isinstance(train, str) else ', '.join(train)}")
     times = [record["time"] for record in records if "time" in record]
     if times:
         began = time.strftime("%Y-%m-%d %H:%M", time.localtime(times[0]))

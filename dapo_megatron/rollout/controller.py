@@ -16,13 +16,12 @@ import itertools
 import logging
 import time
 
-import transformers
-
 from dapo_megatron.actor.packing_demands import packing_rules
 from dapo_megatron.batching.build import build_step_batch
 from dapo_megatron.batching.wire import encode
 from dapo_megatron.config import RunConfig
 from dapo_megatron.data.prompts import LoadedPrompts, load_prompts
+from dapo_megatron.data.tokenizer import load_tokenizer
 from dapo_megatron.engines.stop_tokens import stop_token_ids
 from dapo_megatron.engines.wire import SamplingParams
 from dapo_megatron.errors import DapoError, EngineError
@@ -66,8 +65,8 @@ class Controller:
     def __init__(self, config: RunConfig, reporter: Reporter, sampler: Sampler, grading: GradingPool):
         self.config, self.reporter, self.sampler, self.grading = config, reporter, sampler, grading
         self.folder = reporter.folder
-        shape = read_model(config.model.path)  # first: it refuses folders that bring code of their own
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(config.model.path)
+        shape = read_model(config.model.path)
+        self.tokenizer = load_tokenizer(config.model.path)
         self.params = SamplingParams(
             max_new_tokens=config.rollout.max_response_tokens,
             temperature=config.rollout.temperature,
@@ -176,7 +175,7 @@ class Controller:
         if response.verdict is None and response.accuracy_reward is not None:
             response.verdict = "right" if response.accuracy_reward > 0 else "wrong"
         if response.verdict is None:
-            response.verdict = await self.grading.grade(response.text, prompt.ground_truth)
+            response.verdict = await self.grading.grade(response.text, prompt.ground_truth, *prompt.alternatives)
         if response.verdict == "unknown":
             log.warning("no verdict on prompt %s, sample %d: its grader was stopped", prompt.id, sample)
         return response
@@ -191,21 +190,9 @@ class Controller:
                 f"pushed none after {allowed}: somebody else has changed an engine's weights"
             )
 
-    def _load(self, path: str, limit: int | None) -> LoadedPrompts:
-        data = self.config.data
-        loaded = load_prompts(
-            path,
-            tokenizer=self.tokenizer,
-            prompt_field=data.prompt_field,
-            answer_field=data.answer_field,
-            answer_pattern=data.answer_pattern,
-            template=data.template,
-            chat=data.chat,
-            max_prompt_tokens=data.max_prompt_tokens,
-            too_long=data.too_long,
-            limit=limit,
-        )
-        log.info("%s: %d prompts, %d too long and dropped", path, len(loaded.prompts), loaded.dropped)
+    def _load(self, paths: list[str], limit: int | None) -> LoadedPrompts:
+        loaded = load_prompts(paths, self.config.data, self.tokenizer, limit=limit)
+        log.info("%s: %d prompts, %d too long and dropped", ", ".join(paths), len(loaded.prompts), loaded.dropped)
         return loaded
 
 

@@ -6,7 +6,6 @@ Reads data.train of the config, whose rows hold `response` besides the prompt, a
 """
 
 import argparse
-import json
 import random
 import shutil
 import sys
@@ -27,6 +26,7 @@ from dapo_megatron.batching.batch import MicroBatch
 from dapo_megatron.batching.build import shard_samples
 from dapo_megatron.batching.sample import TrainingSample
 from dapo_megatron.config import RunConfig, load_config
+from dapo_megatron.data.rows import load_rows
 from dapo_megatron.distributed.layout import init_parallel
 from dapo_megatron.errors import DapoError, exit_code
 from dapo_megatron.observe import catalog as m
@@ -54,7 +54,7 @@ def _warm_up(args: argparse.Namespace) -> None:
     actor.load_hf(config.model.path)
     examples = supervised_samples(config)
     if len(examples) < args.batch:
-        raise DapoError(f"--batch {args.batch}: {config.data.train} has only {len(examples)} rows")
+        raise DapoError(f"--batch {args.batch}: data.train has only {len(examples)} rows")
     for update in range(1, args.updates + 1):
         shards = supervised_shards(config, examples, update, args.batch)
         metrics = actor.update(shards[layout.dp_rank], SupervisedObjective(), None)
@@ -68,10 +68,9 @@ def supervised_samples(config: RunConfig) -> list[TrainingSample]:
     """One sample for each row; the end token is part of the response. Weights are those of one sample alone."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(config.model.path)
     samples = []
-    for i, line in enumerate(Path(config.data.train).read_text().splitlines()):
-        row = json.loads(line)
-        prompt = tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]
-        response = [*tokenizer(row["response"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    for i, row in enumerate(load_rows(config.data.train)):
+        prompt = tokenizer(row.value("prompt"), add_special_tokens=False)["input_ids"]
+        response = [*tokenizer(row.value("response"), add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
         n = len(response)
         samples.append(TrainingSample(prompt + response, len(prompt), [True] * n, [0.0] * n, 0.0, 1 / n, (str(i), 0)))
     return samples

@@ -33,6 +33,13 @@ def test_overrides_are_yaml(tmp_path):
     assert (c.data.eval, c.engine.extra_args, c.data.shuffle) == (None, ["--a", "b"], False)
 
 
+def test_data_may_be_one_path_or_several(tmp_path):
+    c = load(tmp_path, "data.eval=[a, b]", "data.chat_template_kwargs.enable_thinking=false")
+    assert (c.data.train, c.data.eval) == (["t.jsonl"], ["a", "b"])
+    assert c.data.chat_template_kwargs == {"enable_thinking": False}
+    assert RunConfig.model_validate(c.model_dump()) == c
+
+
 def test_every_option_is_documented_and_readable():
     c = RunConfig.model_validate({"model": {"path": "m"}, "data": {"train": "t"}})
     for name, kind, doc in fields():
@@ -64,7 +71,14 @@ def test_every_option_is_documented_and_readable():
         ("rollout.request_timeout_s=-1", "greater than 0"),
         ("run_dir=''", "run_dir"),
         ("model.path=''", "model.path"),
-        ("data.eval=''", "data.eval"),
+        ("data.eval=''", "option 'data.eval.0'"),
+        ("data.train=[]", "option 'data.train'"),
+        ("data.train=[a, '']", "option 'data.train.1'"),
+        ("data.train=5", "option 'data.train'"),
+        ("data.train=null", "option 'data.train'"),
+        ("data.train=[5]", "option 'data.train.0'"),
+        ("data.system_prompt=''", "data.system_prompt"),
+        ("data.chat_template_kwargs=[a]", "data.chat_template_kwargs"),
         ("seed=-1", "seed"),
         ("seed=99999999999", "seed"),
         ("trainer.steps=99999999999999999999999", "trainer.steps"),
