@@ -2,7 +2,10 @@
 
 import asyncio
 
+import httpx
 import pytest
+import torch
+import transformers
 
 from dapo_megatron.errors import DapoError
 from dapo_megatron.engines.control import EngineControl
@@ -14,12 +17,27 @@ PROMPT = [5, 9, 33, 2, 60]
 
 
 @pytest.fixture
-def url(engine_url):
-    """A server with a version, as after a push."""
+def url(engine_url, model_path):
+    """A server with a version, as after a push, and the folder's weights, whatever was pushed to it before."""
+    answer = httpx.post(f"{engine_url}/update_weights_from_disk", json={"model_path": str(model_path)}, timeout=60)
+    assert answer.json()["success"], answer.text
     control = EngineControl(engine_url, 60)
     control.set_version(7)
     control.close()
     return engine_url
+
+
+@pytest.fixture(scope="module")
+def logprobs(model_path):
+    """(response ids, temperature) -> the log-probs after PROMPT, of transformers in float64."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float64)
+
+    @torch.no_grad()
+    def scored(response, temperature):
+        logits = model(torch.tensor([PROMPT + response])).logits[0, len(PROMPT) - 1 : -1]
+        return (logits / temperature).log_softmax(-1).gather(1, torch.tensor(response)[:, None])[:, 0].tolist()
+
+    return scored
 
 
 def generate(url, requests, concurrency=64, timeout_s=60.0):
@@ -34,17 +52,26 @@ def generate(url, requests, concurrency=64, timeout_s=60.0):
 
 
 @pytest.mark.parametrize("concurrency", [64, 3])
-def test_a_group_is_sampled_and_scored(url, concurrency):
+def test_a_group_is_sampled_and_scored(url, logprobs, concurrency):
     sampling = SamplingParams(max_new_tokens=12, stop_token_ids=[1])
     group = generate(url, [(PROMPT, sampling)] * 8, concurrency)
     assert len({tuple(g.token_ids) for g in group}) > 1  # samples, not copies
-    control = EngineControl(url, 60)
     for g in group:
         assert len(g.token_ids) == len(g.logprobs) <= 12
         assert g.finish_reason == ("stop" if g.token_ids[-1] == 1 else "length")
         assert [(s.version, s.start, s.end) for s in g.version_spans] == [(7, 0, len(g.token_ids))]
-        (scored,) = control.prompt_logprobs([PROMPT + g.token_ids])
-        assert g.logprobs == pytest.approx(scored[len(PROMPT) - 1 :], abs=1e-4)
+        assert g.logprobs == pytest.approx(logprobs(g.token_ids, 1.0), abs=1e-4)
+
+
+def test_temperature_and_end_tokens_are_the_requests(url, logprobs):
+    ends = [1, *range(20, 30)]  # 1 is the model's own
+    sampling = SamplingParams(max_new_tokens=10, temperature=0.5, stop_token_ids=ends)
+    group = generate(url, [(PROMPT, sampling)] * 16)
+    for g in group:
+        assert g.logprobs == pytest.approx(logprobs(g.token_ids, 0.5), abs=1e-4)
+        assert not set(g.token_ids[:-1]) & set(ends)
+        assert g.finish_reason == ("stop" if g.token_ids[-1] in ends else "length")
+    assert {g.token_ids[-1] for g in group} & set(ends[1:])
 
 
 def test_different_requests_get_their_own_answers(url):
