@@ -79,7 +79,7 @@ CHARTS = (
         "Trainer against engine",
         "|log-prob difference| in nats",
         {
-            m.SYNC_DIFFERENCE: "fixed prompts, after a push",
+            m.SYNC_DIFFERENCE: "sampled after a push",
             m.MISMATCH_MEAN: "responses, mean",
             m.MISMATCH_MAX: "responses, largest",
         },
