@@ -15,7 +15,7 @@ from dapo_megatron.actor.model import transformer_config
 from dapo_megatron.actor.training_objective import PolicyObjective
 from dapo_megatron.batching.build import build_step_batch, shard_samples
 from dapo_megatron.batching.packing_rules import PackingRules
-from dapo_megatron.resharding.verify import prompt_sample
+from dapo_megatron.resharding.verify import scored_sample
 from dapo_megatron.weights import importer
 from dapo_megatron.weights.exporter import export_stage
 from tests.unit.actor.test_precision import SHAPE, fp8_config
@@ -34,7 +34,7 @@ def update(config, total_multiple):
         aggregation="token",
         rules=rules,
     )
-    (shard,) = shard_samples([prompt_sample(0, [5, 9, 13, 2, 7])], rules)
+    (shard,) = shard_samples([scored_sample(0, [5, 9, 13, 2, 7])], rules)
     prompt = actor.logprobs(shard)
     metrics = actor.update(batch.mini_batches[0].shards[0], PolicyObjective(config.algorithm), None)
     weights = {name: tensor.numpy().copy() for name, tensor in export_stage(actor.modules, actor.shape)}

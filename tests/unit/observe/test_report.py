@@ -69,6 +69,13 @@ def test_the_page_has_every_curve_and_the_summary(tmp_path):
     assert "models/tiny" in page.text and "numpy" in page.text and tmp_path.name in page.text
 
 
+@pytest.mark.parametrize(("train", "shown"), [("'a.jsonl'", "data a.jsonl"), ("[a.jsonl, b]", "data a.jsonl, b")])
+def test_the_data_are_named_whether_one_path_or_several(tmp_path, train, shown):
+    make_run(tmp_path)
+    RunFolder(tmp_path).config.write_text(f"data: {{train: {train}}}\n")
+    assert read_page(tmp_path).data["subtitle"].startswith(shown + " ·")
+
+
 def test_the_page_needs_no_network(tmp_path):
     make_run(tmp_path)
     page = read_page(tmp_path)
