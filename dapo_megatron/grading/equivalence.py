@@ -7,7 +7,7 @@ from latex2sympy2_extended import NormalizationConfig
 from math_verify import LatexExtractionConfig, parse, verify
 from sympy import Basic, Equality, Expr, FiniteSet, Float, Interval, MatrixBase, N, Tuple, solve
 
-from dapo_megatron.grading.answers import extract_answer
+from dapo_megatron.grading.extraction import extract_answer
 from dapo_megatron.grading.latex import to_latex
 from dapo_megatron.grading.markup import stated_value
 from dapo_megatron.grading.notation import compare, plain, without_label
@@ -30,7 +30,7 @@ Value: TypeAlias = Basic | MatrixBase | str
 def equivalent(answer: str, truth: str) -> bool:
     r"""Whether an answer equals the truth: \frac{1}{2} and 0.5, 10 cm and 10, {1, 2} and 2, 1.
 
-    Either may stand in a sentence or in a whole solution, as in `answers.extract_answer`.
+    Either may stand in a sentence or in a whole solution, as in `extraction.extract_answer`.
 
     May need unbounded time and memory; math-verify's own time limits are off, because they need the main
     thread, and the limits of the worker also hold for what does not return to Python.

@@ -20,7 +20,8 @@ from pebble import ProcessExpired, ProcessPool
 from dapo_megatron.algorithm.reward import Verdict
 from dapo_megatron.config import RunConfig
 from dapo_megatron.errors import ConfigError
-from dapo_megatron.grading import answers
+from dapo_megatron.grading.answers import compare_quickly
+from dapo_megatron.grading.extraction import extract_answer, without_thought
 from dapo_megatron.grading.worker import check_grader, grade_in_worker, start_worker
 
 logger = logging.getLogger(__name__)
@@ -113,14 +114,14 @@ class GradingPool:
         # Lone surrogates (a token cut through a character) cannot be encoded by what comes later.
         said: str | None = text.encode("utf-8", "replace").decode("utf-8")
         if said is not None and self._thinking:
-            said = answers.without_thought(said, self._thinking)
+            said = without_thought(said, self._thinking)
         if said is not None and self._quick:
-            said = answers.extract_answer(said, self._boxed_only)
+            said = extract_answer(said, self._boxed_only)
         if said is None:
             return "wrong"
         truths = (truth, *others)
         if self._quick:
-            quick = {each: answers.compare_quickly(said, each) for each in truths}
+            quick = {each: compare_quickly(said, each) for each in truths}
             if True in quick.values():
                 return "right"
             truths = tuple(each for each, verdict in quick.items() if verdict is None)

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dapo_megatron.grading.answers import compare_quickly, extract_answer, grade, without_thought
+from dapo_megatron.grading.answers import compare_quickly, grade
+from dapo_megatron.grading.extraction import extract_answer, without_thought
 from dapo_megatron.grading.markup import MAX_ANSWER_CHARS
 
 DATA = Path(__file__).parents[3].parent / "shared" / "data"
