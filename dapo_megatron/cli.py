@@ -1,4 +1,4 @@
-"""The command line: dapo-megatron run | config | check | report | demo."""
+"""The command line: dapo-megatron run | config | check | metrics | report | demo."""
 
 import os
 import subprocess
@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from dapo_megatron.config import RunConfig, load_config
 from dapo_megatron.config.explain import fields, value_of
@@ -84,9 +85,9 @@ def config(
     checked = load_config(recipe, overrides or [])
     console = Console()
     if explain:
-        table = Table("option", "value", "what it is", title=str(recipe))
+        table = Table("option", "value", "what it is", title=Text(str(recipe)))
         for name, _, doc in fields():
-            table.add_row(name, str(value_of(checked, name)), doc)
+            table.add_row(name, Text(str(value_of(checked, name))), Text(doc))
         console.print(table)
     _print_derived(checked, console)
 
@@ -145,6 +146,8 @@ def check_inputs(config: RunConfig) -> None:
     """
     from dapo_megatron.actor.layout_check import check_layout
     from dapo_megatron.actor.precision import require_precision
+    from dapo_megatron.data.tokenizer import load_tokenizer
+    from dapo_megatron.engines.stop_tokens import stop_token_ids
     from dapo_megatron.weights.hf_config import read_model
     from dapo_megatron.weights.hf_folder import HfFolder, check_weights
 
@@ -156,6 +159,7 @@ def check_inputs(config: RunConfig) -> None:
     check_layout(config, shape)
     require_precision(config, shape)
     check_weights(HfFolder(config.model.path), shape)
+    stop_token_ids(config.model.path, load_tokenizer(config.model.path))
 
 
 def _print_plan(config: RunConfig) -> None:
@@ -163,14 +167,15 @@ def _print_plan(config: RunConfig) -> None:
 
     console = Console()
     _print_derived(config, console)
-    console.print("engine:", " ".join(engine_command(config, "127.0.0.1", 0, cpu=False)), soft_wrap=True)
-    console.print(f"controller: 1 process; trainer: {config.world_size} ranks; run folder: {config.run_dir}")
+    command = " ".join(engine_command(config, "127.0.0.1", 0, cpu=False))
+    for line in (f"engine: {command}", f"trainer: {config.world_size} ranks; run folder: {config.run_dir}"):
+        console.print(line, soft_wrap=True, markup=False)
 
 
 def _print_derived(config: RunConfig, console: Console) -> None:
     table = Table("derived value", "", title="what follows")
     for name, value in config.derived().items():
-        table.add_row(name, str(value))
+        table.add_row(name, Text(str(value)))
     console.print(table)
 
 

@@ -51,7 +51,7 @@ class Preempted(DapoError):
 _OF_KIND: dict[str, type[DapoError]] = {
     c.kind: c for c in (ConfigError, DataError, EngineError, StorageError, Preempted, DapoError)
 }
-_STORAGE = {errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ENOENT, errno.ENOTDIR, errno.EACCES}
+_STORAGE = {errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EIO, errno.ESTALE}
 
 
 def error_of_kind(kind: str, message: str) -> DapoError:
@@ -63,8 +63,8 @@ def told(error: BaseException) -> DapoError | None:
     """The one line for an error: a DapoError itself, or one about a failed disk; None where a traceback is wanted."""
     if isinstance(error, DapoError):
         return error
-    if isinstance(error, OSError) and error.errno in _STORAGE:
-        where = f" at {error.filename}" if error.filename else ""
+    if isinstance(error, OSError) and (error.errno in _STORAGE or error.filename is not None):
+        where = f" at {str(error.filename)[:200]}" if error.filename is not None else ""
         return StorageError(f"{error.strerror}{where}: make room, or check that the folder is there and writable")
     return None
 

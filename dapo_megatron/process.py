@@ -16,10 +16,12 @@ from pathlib import Path
 
 import msgspec
 
-from dapo_megatron.errors import DapoError, Kind, told
+from dapo_megatron.errors import DapoError, Kind, StorageError, told
 from dapo_megatron.run_folder import RunFolder
 
 BEAT_S = 1.0
+FAILED_BEATS = 10
+"""Heartbeats in a row that could not be written before the process ends: the launcher would take it for hung."""
 
 
 class Status(msgspec.Struct):
@@ -88,11 +90,25 @@ class Reporter:
             _replace(self.folder.exit(self.process), msgspec.json.encode(record))
 
     def _beat(self) -> None:
+        failed = 0
         while not self._ended.wait(BEAT_S):
             with self._lock:
                 self._status = msgspec.structs.replace(self._status, beat=self._status.beat + 1)
-            with contextlib.suppress(OSError):  # the main thread meets the same disk, and tells of it
+            try:
                 self._write()
+                failed = 0
+            except OSError as e:
+                failed += 1
+                if failed == FAILED_BEATS:
+                    self._end_by(e)
+
+    def _end_by(self, error: OSError) -> None:
+        """The run folder cannot be written: say so now, rather than be taken for hung."""
+        line = told(error) or StorageError(str(error))
+        self.ended(line.kind, str(line))
+        with contextlib.suppress(OSError):
+            print(f"error: {line}", file=sys.stderr, flush=True)
+        os._exit(EXIT_CODES[line.kind])
 
     def _write(self) -> None:
         with self._lock:
@@ -112,7 +128,7 @@ def run_reported(reporter: Reporter, program: Callable[[], object]) -> int:
     try:
         with reporter:
             program()
-    except Exception as e:  # whatever it is, the launcher must hear of it; the traceback goes to the log
+    except (Exception, SystemExit) as e:  # whatever it is, the launcher must hear of it; the traceback goes to the log
         line = told(e)
         if line is None:
             with contextlib.suppress(OSError):

@@ -16,7 +16,7 @@ import torch
 import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from dapo_megatron.errors import DapoError
+from dapo_megatron.errors import ConfigError, DapoError
 from launch.ports import reserved_ports
 from launch.processes import ProcessGroup, interruptible
 from launch.ranks import start_ranks
@@ -25,6 +25,7 @@ CHARACTERS = "0123456789+="
 ANSWER = "Answer: "
 """One token: what the default grader looks for, at the price of one."""
 HELD_OUT = 200
+MARKER = "made-by-dapo-megatron-demo"
 CAREFUL_SHARE = 0.3
 """Share of the supervised examples that mind the carries; the others add digit by digit without any."""
 WARM_UP_UPDATES = 600
@@ -41,10 +42,13 @@ def prepare(folder: Path) -> None:
     """
     task = {"careful": CAREFUL_SHARE, "updates": WARM_UP_UPDATES, "batch": WARM_UP_BATCH, "held out": HELD_OUT}
     made = folder / "task.json"
-    if made.exists() and json.loads(made.read_text()) == task:
+    if made.exists() and made.read_text() == json.dumps(task):
         return
+    if folder.exists() and not (folder.is_dir() and (folder / MARKER).exists()):
+        raise ConfigError(f"{folder.absolute()} is not the demo's own: move it, or go to another folder")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
+    (folder / MARKER).write_text("made by `dapo-megatron demo`, which may remove this folder\n")
     print("preparing the demo: two-digit addition, a tiny Qwen3 model, supervised warm-up (a minute, kept for later)")
     write_data(folder, random.Random(0))
     write_model(folder / "untrained")

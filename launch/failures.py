@@ -9,11 +9,15 @@ from dapo_megatron.run_folder import RunFolder
 from launch.processes import Child
 
 
-def failed(children: Sequence[Child]) -> list[Child]:
-    """Children that ended and should not have: an engine never leaves by itself; the others end with 0."""
-    return [
-        c for c in children if (code := c.process.poll()) is not None and (code != 0 or c.name.startswith("engine"))
-    ]
+def failed(folder: RunFolder, children: Sequence[Child]) -> list[Child]:
+    """Children that ended and should not have: an engine never leaves by itself, the others with 0 and a record."""
+    return [c for c in children if c.process.poll() is not None and not _is_done(folder, c)]
+
+
+def _is_done(folder: RunFolder, child: Child) -> bool:
+    if child.process.returncode != 0 or child.name.startswith("engine"):
+        return False
+    return (record := read_exit(folder, child.name)) is not None and record.kind is None
 
 
 def failure(folder: RunFolder, children: Sequence[Child]) -> DapoError:
@@ -22,7 +26,7 @@ def failure(folder: RunFolder, children: Sequence[Child]) -> DapoError:
     A killed process takes others with it, and of those that say why the controller comes first (the trainer passes on
     what it said), then whoever ended first.
     """
-    ended = failed(children)
+    ended = failed(folder, children)
     killed = [c for c in ended if c.process.returncode < 0]
     if killed:
         return _without_a_word(killed[0])

@@ -13,11 +13,11 @@ import yaml
 from dapo_megatron.checkpoint.store import latest
 from dapo_megatron.config import RunConfig
 from dapo_megatron.engines.command import engine_command, engine_environment
-from dapo_megatron.errors import ConfigError
+from dapo_megatron.errors import ConfigError, DapoError, Preempted, told
 from dapo_megatron.keys import make_keys, write_keys
 from dapo_megatron.observe.display import ProgressDisplay
 from dapo_megatron.observe.report import write_report
-from dapo_megatron.process import clear, read_statuses
+from dapo_megatron.process import Reporter, clear, read_statuses
 from dapo_megatron.run_folder import RunFolder
 from launch.failures import failed, failure, hang
 from launch.heartbeats import Heartbeats
@@ -52,11 +52,20 @@ def run_local(config: RunConfig, *, resume: bool) -> Path:
                 trainer = _start(config, folder, group, ports, resume)
                 with ProgressDisplay(folder, config.trainer.steps) as display:
                     _watch(config, folder, group, trainer, display, check_interrupt)
-        except BaseException:
-            with contextlib.suppress(OSError, ConfigError):  # what ended the run is what must be told
-                write_report(folder)
+        except (DapoError, OSError, KeyboardInterrupt) as e:
+            _end(folder, e)
             raise
+        Reporter(folder, "launcher").ended(None, "")
         return write_report(folder)
+
+
+def _end(folder: RunFolder, error: DapoError | OSError | KeyboardInterrupt) -> None:
+    """Leave an exit record and a report, where the disk lets us: what ended the run is what must be told."""
+    told_by = Preempted("stopped by a signal") if isinstance(error, KeyboardInterrupt) else told(error)
+    kind, message = (told_by.kind, str(told_by)) if told_by is not None else ("crash", str(error))
+    Reporter(folder, "launcher").ended(kind, message)
+    with contextlib.suppress(OSError, DapoError):
+        write_report(folder)
 
 
 def _make_folder(folder: RunFolder) -> None:
@@ -112,7 +121,7 @@ def _watch(
         check_interrupt()
         display.poll()
         # The controller leaves first when the trainer says goodbye.
-        if failed(group.children):
+        if failed(folder, group.children):
             time.sleep(LAST_WORDS_S)
             raise failure(folder, group.children)
         if (now := time.monotonic()) - looked >= LOOK_S:

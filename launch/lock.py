@@ -1,5 +1,6 @@
 """One launcher for a run folder: a lock file that names its holder, and is recognised when the holder is gone."""
 
+import contextlib
 import os
 import socket
 from collections.abc import Iterator
@@ -48,7 +49,7 @@ def locked(path: Path) -> Iterator[None]:
 
 def _create(path: Path, holder: Holder) -> bool:
     """Atomic, and never empty: written aside, then linked into place."""
-    aside = path.with_name(f".{path.name}.{holder.pid}")
+    aside = path.with_name(f".{path.name}.{holder.host}.{holder.pid}")
     aside.write_bytes(msgspec.json.encode(holder))
     try:
         os.link(aside, path)
@@ -77,11 +78,12 @@ def _is_alive(holder: Holder) -> bool:
 
 def _remove_stale(path: Path, holder: Holder) -> None:
     """Of two launchers that find the same stale lock one removes it: a rename takes it away from the other."""
-    aside = path.with_name(f".{path.name}.stale.{os.getpid()}")
+    aside = path.with_name(f".{path.name}.stale.{holder.host}.{os.getpid()}")
     try:
         path.rename(aside)
     except FileNotFoundError:
         return
     if _read(aside) != holder:  # somebody was faster, and this is a living lock
-        os.link(aside, path)
+        with contextlib.suppress(FileExistsError):
+            os.link(aside, path)
     aside.unlink()

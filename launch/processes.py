@@ -34,7 +34,7 @@ class Child:
 class ProcessGroup:
     """Starts children and ends all of them, with everything they started, when the block is left.
 
-    The launcher adopts orphaned grandchildren (PR_SET_CHILD_SUBREAPER), so that the workers of a killed torchrun or
+    The launcher adopts orphaned grandchildren (PR_SET_CHILD_SUBREAPER), so that the workers of a killed
     SGLang server are found; children get SIGTERM when the launcher itself is killed (PR_SET_PDEATHSIG).
     """
 

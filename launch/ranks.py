@@ -19,7 +19,7 @@ def start_ranks(
     environment: dict[str, str],
 ) -> list[Child]:
     """Start `python -m module arguments` as `world` ranks called <name>-<rank>; `port` is where they meet."""
-    shared = {
+    shared = environment | {
         "WORLD_SIZE": str(world),
         "LOCAL_WORLD_SIZE": str(world),
         "MASTER_ADDR": LOCALHOST,

@@ -6,6 +6,6 @@ from dapo_megatron.config.base import Section
 
 
 class LaunchConfig(Section):
-    heartbeat_timeout_s: float | None = Field(None, gt=0)
+    heartbeat_timeout_s: float | None = Field(None, ge=5)
     """Seconds without a sign of life after which a process is taken for hung; null is the smaller of 60 and
     trainer.collective_timeout_s."""

@@ -20,6 +20,8 @@ class RolloutConfig(Section):
     """0: generate, then train (on-policy). 1: generate the next step's groups while this one trains."""
     function: str = "dapo_megatron.rollout.single_turn:rollout"
     """package.module:async function(prompt, engine) -> Response."""
+    function_timeout_s: float = Field(7200.0, gt=0)
+    """Seconds for one response of rollout.function, all its requests and turns included."""
     on_error: Literal["reissue", "stop"] = "reissue"
     """When rollout.function raises: call it again for the same sample, or end the run."""
     max_reissues: int = Field(3, ge=0)

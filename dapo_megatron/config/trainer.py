@@ -18,5 +18,5 @@ class TrainerConfig(Section):
     """Updates with a non-finite gradient (skipped) in a row before the run stops."""
     batch_timeout_s: float = Field(7200.0, gt=0)
     """Seconds the trainer waits for the controller's next batch."""
-    collective_timeout_s: float = Field(600.0, gt=0)
+    collective_timeout_s: float = Field(600.0, ge=1)
     """Seconds for one collective among the trainer's ranks: how soon a rank that hangs is noticed."""

@@ -85,10 +85,17 @@ def on_first_rank(what: str, layout: Layout, call: Callable[[], T], *, may_take_
 def broadcast_bytes(data: bytes, layout: Layout) -> bytes:
     """Rank 0's bytes on all ranks, as one tensor instead of through pickle."""
     size = torch.tensor(len(data))
-    dist.broadcast(size, src=0, group=layout.control)
-    flat = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(int(size), dtype=torch.uint8)
-    dist.broadcast(flat, src=0, group=layout.control)
+    with _deadline("sharing the batch", layout.collective_timeout_s):
+        dist.broadcast(size, src=0, group=layout.control)
+        flat = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else size.new_empty(int(size)).byte()
+        dist.broadcast(flat, src=0, group=layout.control)
     return flat.numpy().tobytes()
+
+
+def sum_over_ranks(what: str, values: torch.Tensor, layout: Layout) -> None:
+    """Add up a CPU tensor over all ranks, in place."""
+    with _deadline(what, layout.collective_timeout_s):
+        dist.all_reduce(values, group=layout.control)
 
 
 def _group(layout: Layout, may_take_long: bool) -> tuple[dist.ProcessGroup, float]:

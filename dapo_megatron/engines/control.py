@@ -111,10 +111,6 @@ class EngineControl:
         }
         self._call("POST", "/init_weights_update_group", body)
 
-    def leave_group(self, group: str) -> None:
-        """Leave a sender's process group."""
-        self._call("POST", "/destroy_weights_update_group", {"group_name": group})
-
     def receive_tensors(
         self, group: str, names: Sequence[str], shapes: Sequence[Sequence[int]], dtype: str, *, flush_cache: bool
     ) -> None:

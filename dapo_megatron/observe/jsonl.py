@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from dapo_megatron.errors import DataError
+
 
 def append_line(path: Path, row: dict[str, Any]) -> None:
     """Append `row` as one line; readers see whole lines, or a torn last one after a crash."""
@@ -23,9 +25,12 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     if not path.exists():
         return
     with path.open(encoding="ascii") as file:
-        for line in file:
+        for number, line in enumerate(file, start=1):
             if line.endswith("\n"):
-                yield json.loads(line)
+                try:
+                    yield json.loads(line)
+                except ValueError as e:
+                    raise DataError(f"{path}, line {number}: not JSON ({e}); remove the line") from None
 
 
 def cut_after(path: Path, step: int | None) -> None:

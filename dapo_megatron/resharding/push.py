@@ -19,7 +19,7 @@ import torch.distributed as dist
 from dapo_megatron.actor.actor import Actor
 from dapo_megatron.actor.model import DTYPES
 from dapo_megatron.config import RunConfig
-from dapo_megatron.distributed.agreement import all_agree
+from dapo_megatron.distributed.agreement import all_agree, sum_over_ranks
 from dapo_megatron.engines.control import EngineControl
 from dapo_megatron.errors import DapoError, EngineError
 from dapo_megatron.observe import catalog as m
@@ -84,7 +84,7 @@ class Pusher:
                 self._on_all(lambda e: self._make_live(e, version))
         self._live = version
         total = torch.tensor(float(sent if self.is_sender else 0), dtype=torch.float64)
-        dist.all_reduce(total, group=self.layout.control)
+        sum_over_ranks("counting bytes", total, self.layout)
         return {m.SYNC_SECONDS: time.monotonic() - began, m.SYNC_BYTES: float(total)}
 
     def close(self) -> None:

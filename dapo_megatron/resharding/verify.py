@@ -13,14 +13,13 @@ import dataclasses
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from dapo_megatron.actor.actor import Actor
 from dapo_megatron.actor.packing_demands import packing_rules
 from dapo_megatron.batching.build import shard_samples
 from dapo_megatron.batching.sample import TrainingSample
 from dapo_megatron.config import RunConfig
-from dapo_megatron.distributed.agreement import all_agree, on_first_rank
+from dapo_megatron.distributed.agreement import all_agree, on_first_rank, sum_over_ranks
 from dapo_megatron.engines.wire import Completion, SamplingParams
 from dapo_megatron.errors import EngineError
 from dapo_megatron.resharding.push import Pusher
@@ -91,7 +90,7 @@ class Verifier:
                 owners = np.searchsorted(starts, positions, side="right") - 1
                 for position, owner, value in zip(positions, owners, values.tolist(), strict=True):
                     table[micro_batch.sequences[owner][1], position - starts[owner]] = value
-        dist.all_reduce(table, group=actor.layout.control)
+        sum_over_ranks("collecting log-probs", table, actor.layout)
         return table.numpy()
 
     def _compare(self, sampled: list[tuple[str, list[int], Completion]], ours: np.ndarray) -> tuple[float, str]:

@@ -11,7 +11,6 @@ groups (at most one version older) is sampled by the version that it trains.
 """
 
 import asyncio
-import contextlib
 import itertools
 import logging
 import time
@@ -76,8 +75,8 @@ class Controller:
         self.prompts = self._load(config.data.train, None)
         self.held_out = self._load(config.data.eval, config.data.eval_limit) if config.data.eval else None
         self._session: _Session | None = None
-        self._newest_version = 0
-        """Newest version that an engine may serve by what the trainer has said."""
+        self._oldest_version = self._newest_version = 0
+        """What the engines may serve, by what the trainer has said."""
 
     async def serve(self, link: RpcServer) -> None:
         """Answer the trainer until it says goodbye. Every DapoError is sent to it, and then raised here."""
@@ -96,18 +95,17 @@ class Controller:
         """Stop generating ahead."""
         if self._session is not None and self._session.ahead is not None:
             self._session.ahead.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._session.ahead
+            await asyncio.gather(self._session.ahead, return_exceptions=True)  # what failed has been told
 
     async def _answer(self, request: Request) -> Reply:
         match request:
             case Hello(snapshot, step):
                 return self._begin(snapshot, step)
             case NextBatch(step, version):
-                self._newest_version = version
+                self._heard_of(version)
                 return await self._batch(self._begun(), step, version)
             case Evaluate(step, version):
-                self._newest_version = version
+                self._heard_of(version)
                 self.reporter.phase("evaluate", f"step {step}")
                 held_out = self.held_out.prompts if self.held_out else []
                 return Evaluation(await evaluate(self.config.evaluation, held_out, self.params, self.sample_group))
@@ -134,8 +132,8 @@ class Controller:
 
     async def _batch(self, session: "_Session", step: int, version: int) -> Batch:
         began = time.monotonic()
-        produced = await (session.ahead or self._produce(session, step, version))
-        session.ahead = None
+        ahead, session.ahead = session.ahead, None
+        produced = await (ahead or self._produce(session, step, version))
         waited = time.monotonic() - began
         config = self.config
         batch = build_step_batch(
@@ -180,15 +178,21 @@ class Controller:
             log.warning("no verdict on prompt %s, sample %d: its grader was stopped", prompt.id, sample)
         return response
 
+    def _heard_of(self, version: int) -> None:
+        """The trainer says that `version` is live: with max_policy_lag 1, responses began under the one before."""
+        if version != self._newest_version:
+            self._oldest_version = self._newest_version if self.config.rollout.max_policy_lag else version
+            self._newest_version = version
+
     def _check_versions(self, response: Response) -> None:
         # While a batch is generated ahead, the next version may go live before the trainer asks for the batch.
-        allowed = self._newest_version + self.config.rollout.max_policy_lag
-        newest = max((span.version for span in response.version_spans), default=0)
-        if newest > allowed:
-            raise EngineError(
-                f"a response to prompt {response.prompt_id} was sampled by policy version {newest}, the trainer has "
-                f"pushed none after {allowed}: somebody else has changed an engine's weights"
-            )
+        oldest, newest = self._oldest_version, self._newest_version + self.config.rollout.max_policy_lag
+        for span in response.version_spans:
+            if not oldest <= span.version <= newest:
+                raise EngineError(
+                    f"a response to prompt {response.prompt_id} was sampled by policy version {span.version}, the "
+                    f"trainer has pushed none but {oldest} to {newest} lately: somebody else has changed an engine"
+                )
 
     def _load(self, paths: list[str], limit: int | None) -> LoadedPrompts:
         loaded = load_prompts(paths, self.config.data, self.tokenizer, limit=limit)

@@ -4,8 +4,8 @@ A function that raises is called again for the same sample, or ends the run, as 
 what cannot be trained ends the run: it would do so every time. Either way one line names function, prompt and sample.
 """
 
+import asyncio
 import logging
-import math
 import traceback
 from typing import Any, get_args
 
@@ -38,12 +38,17 @@ class GuardedRollout:
         tries = 1 if self._config.on_error == "stop" else 1 + self._config.max_reissues
         for attempt in range(1, tries + 1):
             try:
-                response = await self._function(prompt, engine)
+                async with asyncio.timeout(self._config.function_timeout_s):
+                    response = await self._function(prompt, engine)
+            except TimeoutError:
+                raise ConfigError(
+                    f"{where}: no response within rollout.function_timeout_s={self._config.function_timeout_s:g} s"
+                ) from None
             except DapoError:  # the engine's own, which has retries of its own
                 raise
-            except Exception as e:  # a user's code may raise anything
+            except (Exception, SystemExit) as e:  # a user's code may raise anything
                 self.errors += 1
-                reason = f"{where}: it raised {_in_one_line(e)}"
+                reason = f"{where}: it raised {_in_one_line(e, self._function)}"
                 if attempt == tries:
                     again = f" {tries} times" if tries > 1 else ""
                     raise ConfigError(f"{reason}{again}: mend it") from None
@@ -72,9 +77,10 @@ def _problem(response: Any, prompt: Prompt, sample: int, vocab: int) -> str | No
     for name in ("token_ids", "loss_mask", "rollout_logprobs"):
         value = getattr(response, name)
         if hasattr(value, "tolist"):  # numpy, torch
-            setattr(response, name, value.tolist())
-        elif not isinstance(value, list):
-            return f"{name} is a {type(value).__name__}, a list or an array is expected"
+            value = value.tolist()
+            setattr(response, name, value)
+        if not isinstance(value, list):
+            return f"{name} is a {type(value).__name__}, a list or an array of one entry a token is expected"
     if (response.prompt_id, response.sample) != (prompt.id, sample):
         return f"the response says it is of prompt '{response.prompt_id}', sample {response.sample}"
     return _tokens_problem(response, vocab) or _spans_problem(response) or _verdict_problem(response)
@@ -94,8 +100,8 @@ def _tokens_problem(r: Response, vocab: int) -> str | None:
         if not isinstance(trained, bool):
             return f"loss_mask[{i}] is {trained!r}, true or false is expected"
     for i, logprob in enumerate(r.rollout_logprobs):
-        if not isinstance(logprob, int | float) or not math.isfinite(logprob):
-            return f"rollout_logprobs[{i}] is {logprob!r}, a finite number is expected"
+        if not _is_finite(logprob):
+            return f"rollout_logprobs[{i}] is {str(logprob)[:40]}, a finite number is expected"
     return None
 
 
@@ -105,10 +111,14 @@ def _spans_problem(r: Response) -> str | None:
         return "version_spans is not a list of VersionSpan"
     if not spans:
         return "version_spans is empty: which policy version sampled the tokens? (Completion.version_spans says)"
-    for span in spans:
-        if not 0 <= span.start <= span.end <= n or span.version < 0:
+    if any(type(x) is not int for s in spans for x in (s.version, s.start, s.end)):
+        return "version_spans has entries that are no integers"
+    covered = 0
+    for span in sorted(spans, key=lambda s: s.start):
+        if span.version < 0 or not covered <= span.start <= span.end <= n:
             return f"version_spans names version {span.version} for tokens {span.start} to {span.end} of {n}"
-    return None
+        covered = max(covered, span.end)
+    return None if covered else "version_spans is empty: it covers no token"
 
 
 def _verdict_problem(r: Response) -> str | None:
@@ -119,15 +129,20 @@ def _verdict_problem(r: Response) -> str | None:
     if r.verdict is not None and r.verdict not in get_args(Verdict):
         return f"verdict is {r.verdict!r}, one of {', '.join(get_args(Verdict))} or None is expected"
     reward = r.accuracy_reward
-    if reward is not None and (not isinstance(reward, int | float) or not math.isfinite(reward)):
+    if reward is not None and not _is_finite(reward):
         return f"accuracy_reward is {reward!r}, a finite number or None is expected"
     return None
 
 
-def _in_one_line(error: Exception) -> str:
-    """The exception, and the innermost line of the user's code that it came from."""
+def _is_finite(value: object) -> bool:
+    """An ordinary number: no bool, and none that overflows a float."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+
+
+def _in_one_line(error: BaseException, function: RolloutFunction) -> str:
+    """The exception, and the innermost line of the function's own file that it came through."""
     text = " ".join(traceback.format_exception_only(error)[-1].split())[:300]
-    frames = traceback.extract_tb(error.__traceback__)
-    own = __file__
-    users = [f for f in frames if f.filename != own]
-    return f"{text} ({users[-1].filename}, line {users[-1].lineno})" if users else text
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename != __file__]
+    file = getattr(getattr(function, "__code__", None), "co_filename", None)
+    own = [f for f in frames if f.filename == file] or frames
+    return f"{text} ({own[-1].filename}, line {own[-1].lineno})" if own else text

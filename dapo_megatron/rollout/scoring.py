@@ -18,17 +18,16 @@ def score_group(group: Group, config: RunConfig) -> ScoredGroup:
     With grading.unknown=mask, responses without a verdict are left out of the loss and of the group's statistics. With
     algorithm.overlong_filtering, truncated responses are left out of the loss only.
     """
-    verdicts = _verdicts(group, config)
     responses = [
         msgspec.structs.replace(
             r,
             verdict=verdict,
-            accuracy_reward=accuracy_reward(verdict) if r.accuracy_reward is None else r.accuracy_reward,
+            accuracy_reward=accuracy_reward(verdict) if own_reward is None else own_reward,
             overlong_penalty=overlong_penalty(
                 len(r.token_ids), config.rollout.max_response_tokens, config.algorithm.overlong_cache
             ),
         )
-        for r, verdict in zip(group.responses, verdicts, strict=True)
+        for r, (verdict, own_reward) in zip(group.responses, _judgements(group, config), strict=True)
     ]
     advantages = _advantages(responses, config)
     scored = [
@@ -40,11 +39,12 @@ def score_group(group: Group, config: RunConfig) -> ScoredGroup:
     return ScoredGroup(group.order, group.prompt, scored)
 
 
-def _verdicts(group: Group, config: RunConfig) -> list[Verdict | None]:
-    verdicts = [r.verdict for r in group.responses]
+def _judgements(group: Group, config: RunConfig) -> list[tuple[Verdict | None, float | None]]:
+    """(verdict, reward of the rollout's own) of each response; shuffled, together, for the control experiment."""
+    judgements = [(r.verdict, r.accuracy_reward) for r in group.responses]
     if config.algorithm.shuffle_rewards:
-        random.Random(f"{config.seed}/{group.order}").shuffle(verdicts)
-    return verdicts
+        random.Random(f"{config.seed}/{group.order}").shuffle(judgements)
+    return judgements
 
 
 def _advantages(responses: list[Response], config: RunConfig) -> list[float]:

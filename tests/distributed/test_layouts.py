@@ -4,7 +4,7 @@ Each case runs one update on real gloo ranks and is held against the float64 ref
 array runs here (every pair of layout, model, packing and aggregation, and more); `make test-full` runs the product.
 
 Mutations that were tried, each of which made it fail: the sign of the clip's lower edge, and of the objective; the
-temperature left out; no all-reduce of the peaks; no reduce-scatter in the token loss's backward; a mean of each
+temperature left out; no all-reduce of the maxima; no reduce-scatter in the token loss's backward; a mean of each
 micro-batch instead of the weights; the token count on every rank; no all-reduce of the metrics; hidden states scattered
 over TP without a gather in backward; norms not summed over TP; zig-zag chunks in ascending order; sequences not padded
 under CP; experts exported in another order; ETP 1 with EP 1; unequal numbers of micro-batches under EP; batch_p2p_comm

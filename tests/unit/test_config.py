@@ -83,6 +83,10 @@ def test_every_option_is_documented_and_readable():
         ("seed=99999999999", "seed"),
         ("trainer.steps=99999999999999999999999", "trainer.steps"),
         ("trainer.steps=2.5", "trainer.steps"),
+        ("trainer.steps=1:30", "trainer.steps"),
+        ("trainer.steps=0x10", "trainer.steps"),
+        ("launch.heartbeat_timeout_s=0.1", "heartbeat_timeout_s"),
+        ("trainer.steps=" + "[" * 3000, "nested too deeply"),
         ("engine.extra_args=[5]", "engine.extra_args.0"),
         ("trainer=", "option 'trainer'"),
         ("trainer.steps=[", "not valid YAML"),
@@ -121,6 +125,18 @@ def test_what_is_no_readable_text_is_one_line(tmp_path):
         with pytest.raises(DapoError, match=says) as e:
             load_config(tmp_path / name)
         assert "\n" not in str(e.value)
+
+
+def test_merged_sections_and_plain_numbers(tmp_path):
+    base = "x: &b {temperature: 0.5, group_size: 4}\n"
+    with pytest.raises(DapoError, match="unknown option 'x'"):
+        load(tmp_path, text=base + RECIPE + "rollout: {<<: *b}\n")
+    text = RECIPE + "rollout: &r {temperature: 0.5, group_size: 4}\n"
+    assert load(tmp_path, text=text).rollout.temperature == 0.5
+    merged = "data: {train: t.jsonl}\nmodel: {<<: {path: m}, dtype: float32}\n"
+    assert load(tmp_path, text=merged).model.dtype == "float32"
+    for value in ("1e-3", "1.0E-3", ".001", "0.001"):
+        assert load(tmp_path, f"optimizer.lr={value}").optimizer.lr == 1e-3
 
 
 def test_sections_may_share_text_and_be_empty(tmp_path):

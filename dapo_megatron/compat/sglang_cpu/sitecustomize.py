@@ -1,5 +1,5 @@
 """Run SGLang 0.5.23 on a machine without CUDA. Python imports this file by itself in the engine's processes only,
-because the engine is started with this folder on its PYTHONPATH (dapo_megatron.compat.engine_environment).
+because the engine is started with this folder on its PYTHONPATH (dapo_megatron.engines.command.engine_environment).
 
 Patches, each shown to be needed by tests/engine/test_compat.py:
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from dapo_megatron.config import RunConfig
 from dapo_megatron.data.prompts import LoadedPrompts, load_prompts
 from dapo_megatron.data.tokenizer import load_tokenizer
-from dapo_megatron.errors import DataError
+from dapo_megatron.errors import ConfigError, DataError
 from dapo_megatron.grading.pool import DEFAULT_GRADER, GradingPool, grading_pool
 from dapo_megatron.records import Prompt
 from dapo_megatron.rollout.function import load_rollout
@@ -28,6 +28,7 @@ def dry_run(config: RunConfig, console: Console) -> None:
 async def _check(config: RunConfig, console: Console) -> None:
     load_rollout(config.rollout.function)
     console.print(f"rollout.function={config.rollout.function}: can be called", markup=False)
+    seen: set[str] = set()
     data, tokenizer = config.data, load_tokenizer(config.model.path)
     async with grading_pool(config) as grading:
         for name, paths, limit in (("data.train", data.train, None), ("data.eval", data.eval, data.eval_limit)):
@@ -40,8 +41,13 @@ async def _check(config: RunConfig, console: Console) -> None:
                 f"(data.max_prompt_tokens={data.max_prompt_tokens})"
             )
             verdicts = await _grade_truths(config, name, loaded.prompts, grading)
+            seen |= set(verdicts)
             console.print(f"{name}: ground truths graded against themselves: {', '.join(verdicts)}")
         if grading.trouble:
+            if seen == {"unknown"}:
+                raise ConfigError(
+                    f"grading.grader={config.grading.grader} has no verdict on anything: {grading.trouble}"
+                )
             console.print(f"grading: {grading.trouble}", markup=False)
 
 

@@ -10,7 +10,7 @@ import pytest
 from dapo_megatron.errors import ConfigError, DataError, DapoError, EngineError, StorageError
 from dapo_megatron.process import EXIT_CODES, Reporter, Status, read_exit, read_statuses, run_reported
 from dapo_megatron.run_folder import RunFolder
-from launch.failures import failure, hang
+from launch.failures import failed, failure, hang
 from launch.heartbeats import Heartbeats
 from launch.processes import Child
 
@@ -29,6 +29,12 @@ def child(folder, name, how):
     log = folder.path / f"{name}.log"
     log.write_text("first\nlast line\n")
     return Child(name, process, log, True)
+
+
+def test_who_leaves_without_a_word_has_failed_whatever_the_exit_code(folder):
+    gone = child(folder, "controller", "sys.exit(0)")
+    assert failed(folder, [gone]) == [gone]
+    assert "the controller ended with exit code 0" in str(failure(folder, [gone]))
 
 
 def test_a_full_disk_is_told_by_the_exit_code_where_no_record_fits(folder):
@@ -60,7 +66,10 @@ def test_the_controllers_own_words_come_first_then_the_earliest(folder):
 
 
 def test_an_engine_never_leaves_by_itself(folder):
-    error = failure(folder, [child(folder, "engine-0", "sys.exit(0)"), child(folder, "controller", "sys.exit(0)")])
+    leave_word(folder, "controller", None, "")
+    controller = child(folder, "controller", "sys.exit(0)")
+    assert failed(folder, [controller]) == []
+    error = failure(folder, [child(folder, "engine-0", "sys.exit(0)"), controller])
     assert isinstance(error, EngineError) and "engine-0 ended with exit code 0" in str(error)
 
 

@@ -93,6 +93,11 @@ def test_a_users_verdicts_are_told_and_are_no_error(checked):
     assert "1 raised, the last: ValueError: two" in out
 
 
+def test_a_grader_without_any_verdict_is_an_error(checked):
+    with pytest.raises(ConfigError, match="has no verdict on anything: .* raised, the last: ValueError: two"):
+        checked(["raise"] * 3, grading={"grader": f"{__name__}:upper"})
+
+
 def test_functions_that_cannot_be_called(checked):
     with pytest.raises(ConfigError, match="has no function absent"):
         checked(["1"], grading={"grader": f"{__name__}:absent"})

@@ -1,6 +1,9 @@
 """What a user's rollout function may do wrong is one line that names it, and what it raises is tried again."""
 
 import asyncio
+import json
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -70,6 +73,14 @@ def test_a_good_response_passes_and_arrays_become_lists():
         (good(version_spans=[]), "version_spans is empty"),
         (good(version_spans=None), "version_spans is not a list"),
         (good(version_spans=[VersionSpan(0, 0, 4)]), "tokens 0 to 4 of 3"),
+        (good(version_spans=[VersionSpan(0, 0, 0)]), "covers no token"),
+        (good(version_spans=[VersionSpan("0", 0, 3)]), "no integers"),
+        (good(version_spans=[VersionSpan(0, None, 3)]), "no integers"),
+        (good(version_spans=[VersionSpan(True, 0, 3)]), "no integers"),
+        (good(version_spans=[VersionSpan(0, 0, 2), VersionSpan(1, 1, 3)]), "version 1 for tokens 1 to 3"),
+        (good(token_ids=np.array(3)), "token_ids is a int"),
+        (good(rollout_logprobs=[10**400, 0.0, 0.0]), "rollout_logprobs[0] is 1000"),
+        (good(rollout_logprobs=[True, 0.0, 0.0]), "rollout_logprobs[0] is True"),
         (good(finish_reason="abort"), "finish_reason is 'abort'"),
         (good(text=None), "text is a NoneType"),
         (good(verdict=True), "verdict is True"),
@@ -108,6 +119,29 @@ def test_what_raises_too_often_ends_with_the_users_own_line(options):
         call(flaky(3), **options)
     text = str(e.value)
     assert "KeyError: 'the tool is away'" in text and "test_guard.py, line" in text and "\n" not in text
+
+
+def test_the_line_shown_is_the_functions_own():
+    async def roll(prompt, engine):
+        return json.loads("{")  # this line
+
+    with pytest.raises(ConfigError) as e:
+        call(roll, on_error="stop")
+    line = next(i for i, text in enumerate(Path(__file__).read_text().splitlines(), 1) if "# this line" in text)
+    assert f"test_guard.py, line {line})" in str(e.value)
+
+
+def test_a_function_that_leaves_or_never_returns_ends_in_one_line():
+    async def leaves(prompt, engine):
+        sys.exit(0)
+
+    async def waits(prompt, engine):
+        await asyncio.sleep(60)
+
+    with pytest.raises(ConfigError, match="it raised SystemExit: 0"):
+        call(leaves, on_error="stop")
+    with pytest.raises(ConfigError, match="no response within rollout.function_timeout_s=0.05 s"):
+        call(waits, function_timeout_s=0.05)
 
 
 def test_the_engines_own_errors_pass():

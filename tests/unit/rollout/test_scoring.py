@@ -65,6 +65,14 @@ def test_shuffled_rewards_keep_the_counts(tmp_path):
     assert [x.verdict for x in r[:3]] != ["right"] * 3
 
 
+def test_the_control_shuffles_own_rewards_with_their_verdicts(tmp_path):
+    g = group(*[("right", 5, "stop")] * 4, *[("wrong", 5, "stop")] * 4)
+    for i, response in enumerate(g.responses):
+        response.accuracy_reward = float(i < 4)
+    r = scored(tmp_path, g, algorithm={"shuffle_rewards": True})
+    assert [x.accuracy_reward for x in r] == [float(x.verdict == "right") for x in r] != [1.0] * 4 + [0.0] * 4
+
+
 def test_a_reward_of_the_rollouts_own_is_kept(tmp_path):
     g = group(("right", 5, "stop"), ("wrong", 5, "stop"), ("right", 28, "stop"))
     g.responses[0].accuracy_reward, g.responses[1].accuracy_reward = 0.25, -3.0

@@ -1,0 +1,22 @@
+"""A trainer rank has the launcher's environment, and its own place."""
+
+import json
+import sys
+
+from launch.processes import ProcessGroup
+from launch.ranks import start_ranks
+
+SHOW = "import json, os, sys; print(json.dumps(dict(os.environ)))"
+
+
+def test_ranks_have_the_environment_and_their_place(tmp_path, monkeypatch):
+    (tmp_path / "shows.py").write_text(SHOW)
+    environment = {"PYTHONPATH": str(tmp_path), "CUDA_VISIBLE_DEVICES": "3", "RANK": "99"}
+    with ProcessGroup(tmp_path) as group:
+        ranks = start_ranks(group, "rank", "shows", [], 2, 4711, environment)
+        assert [rank.process.wait(30) for rank in ranks] == [0, 0]
+    for number, rank in enumerate(ranks):
+        found = json.loads(rank.log.read_text())
+        assert (rank.name, found["RANK"], found["LOCAL_RANK"]) == (f"rank-{number}", str(number), str(number))
+        assert (found["WORLD_SIZE"], found["MASTER_PORT"], found["CUDA_VISIBLE_DEVICES"]) == ("2", "4711", "3")
+        assert rank.process.args[0] == sys.executable
