@@ -38,15 +38,14 @@ class GuardedRollout:
         tries = 1 if self._config.on_error == "stop" else 1 + self._config.max_reissues
         for attempt in range(1, tries + 1):
             try:
-                async with asyncio.timeout(self._config.function_timeout_s):
+                async with asyncio.timeout(self._config.function_timeout_s) as deadline:
                     response = await self._function(prompt, engine)
-            except TimeoutError:
-                raise ConfigError(
-                    f"{where}: no response within rollout.function_timeout_s={self._config.function_timeout_s:g} s"
-                ) from None
             except DapoError:  # the engine's own, which has retries of its own
                 raise
             except (Exception, SystemExit) as e:  # a user's code may raise anything
+                if deadline.expired():
+                    limit = f"rollout.function_timeout_s={self._config.function_timeout_s:g}"
+                    raise ConfigError(f"{where}: no response within {limit} s") from None
                 self.errors += 1
                 reason = f"{where}: it raised {_in_one_line(e, self._function)}"
                 if attempt == tries:
