@@ -27,6 +27,8 @@ class EngineControl:
             api_key: what the server was started with.
         """
         self.url, self.timeout_s = url, timeout_s
+        # A phase of a push is several of them, and the ranks that wait for it must not give up first.
+        self._quick_s = min(timeout_s, max(5.0, timeout_s / 4))
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._http = httpx.Client(base_url=url, timeout=httpx.Timeout(timeout_s, connect=10.0), headers=headers)
         self.has_sessions = False
@@ -62,25 +64,25 @@ class EngineControl:
         A server does so after its own warm-up. Where that is skipped it tries too early, before it listens.
         """
         if self.has_sessions:
-            self._call("POST", "/freeze_gc")
+            self._call("POST", "/freeze_gc", timeout_s=self._quick_s)
 
     def pause(self) -> None:
         """Stop generating; running requests return to the queue and are computed anew under the next weights."""
-        self._call("POST", "/pause_generation", {"mode": "retract"})
+        self._call("POST", "/pause_generation", {"mode": "retract"}, timeout_s=self._quick_s)
 
     def resume(self) -> None:
         """Go on generating."""
-        self._call("POST", "/continue_generation", {})
+        self._call("POST", "/continue_generation", {}, timeout_s=self._quick_s)
 
     def begin_update(self) -> None:
         """Open a weight-update session, where the server has such."""
         if self.has_sessions:
-            self._call("POST", "/begin_weight_update", {})
+            self._call("POST", "/begin_weight_update", {}, timeout_s=self._quick_s)
 
     def end_update(self) -> None:
         """Close the weight-update session."""
         if self.has_sessions:
-            self._call("POST", "/end_weight_update", {})
+            self._call("POST", "/end_weight_update", {}, timeout_s=self._quick_s)
 
     def flush_cache(self) -> None:
         """Drop the KV cache that the old weights produced, where receive_tensors has not done it.
@@ -89,15 +91,20 @@ class EngineControl:
         call runs the garbage collector, which takes longer than the whole push of a small model.
         """
         if not self.has_sessions:
-            self._call("POST", "/flush_cache")
+            self._call("POST", "/flush_cache", timeout_s=self._quick_s)
 
     def set_version(self, version: int) -> None:
         """Name the weights that are served now."""
-        self._call("POST", "/update_weight_version", {"new_version": str(version), "abort_all_requests": False})
+        self._call(
+            "POST",
+            "/update_weight_version",
+            {"new_version": str(version), "abort_all_requests": False},
+            timeout_s=self._quick_s,
+        )
 
     def version(self) -> str:
         """Name of the weights that are served."""
-        return str(self._call("GET", "/model_info")["weight_version"])
+        return str(self._call("GET", "/model_info", timeout_s=self._quick_s)["weight_version"])
 
     def join_group(self, group: str, address: str, port: int, rank: int, world: int, backend: str) -> None:
         """Join the process group of a sender; blocks until all its members have joined."""
@@ -154,8 +161,8 @@ class EngineControl:
     def _sample_body(self, prompts: list[list[int]], params: SamplingParams) -> dict[str, Any]:
         return {"input_ids": prompts, "sampling_params": msgspec.to_builtins(params), "return_logprob": True}
 
-    def _call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-        data = self._request(method, path, body)
+    def _call(self, method: str, path: str, body: dict[str, Any] | None = None, timeout_s: float | None = None) -> Any:
+        data = self._request(method, path, body, timeout_s)
         try:
             found = json.loads(data)
         except ValueError:
@@ -164,12 +171,15 @@ class EngineControl:
             raise EngineError(f"engine {self.url} refused {path}: {str(found)[:500]}")
         return found
 
-    def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> bytes:
+    def _request(
+        self, method: str, path: str, body: dict[str, Any] | None = None, timeout_s: float | None = None
+    ) -> bytes:
+        limit = timeout_s or self.timeout_s
         try:
-            reply = self._http.request(method, path, json=body)
+            reply = self._http.request(method, path, json=body, timeout=httpx.Timeout(limit, connect=10.0))
         except httpx.TimeoutException:
             raise EngineError(
-                f"engine {self.url} did not answer {path} within {self.timeout_s:.0f} s: see logs/engine-*.log"
+                f"engine {self.url} did not answer {path} within {limit:.0f} s: see logs/engine-*.log"
             ) from None
         except httpx.TransportError as e:
             raise EngineError(f"engine {self.url} is gone ({path}: {e}): see logs/engine-*.log") from None

@@ -12,6 +12,7 @@ the same message instead of a hang.
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,8 @@ from dapo_megatron.observe import catalog as m
 from dapo_megatron.resharding.group import join_as_sender, open_store, sender_address
 from dapo_megatron.resharding.plan import Bucket, plan_buckets
 from dapo_megatron.weights.exporter import export_names, export_stage, is_sender
+
+T = TypeVar("T")
 
 
 class Pusher:
@@ -56,7 +59,7 @@ class Pusher:
             for engine in self.engines:
                 engine.wait_ready(self.config.engine.start_timeout_s)
             if self.layout.rank == 0:
-                self._on_all(EngineControl.freeze_gc)
+                self.on_all(EngineControl.freeze_gc)
         for stage in range(self.layout.pp_size):
             with all_agree(f"opening the weight group of pipeline stage {stage}", self.layout):
                 if self.is_sender and self.layout.pp_rank == stage:
@@ -74,14 +77,14 @@ class Pusher:
         began, sent = time.monotonic(), 0
         with all_agree("pausing the engines", self.layout):
             if self.layout.rank == 0:
-                self._on_all(self._begin)
+                self.on_all(self._begin)
         for stage in range(self.layout.pp_size):
             with all_agree(f"sending the weights of pipeline stage {stage}", self.layout):
                 if self.layout.pp_rank == stage:
                     sent = self._send_stage()
         with all_agree(f"making version {version} live", self.layout):
             if self.layout.rank == 0:
-                self._on_all(lambda e: self._make_live(e, version))
+                self.on_all(lambda e: self._make_live(e, version))
         self._live = version
         total = torch.tensor(float(sent if self.is_sender else 0), dtype=torch.float64)
         sum_over_ranks("counting bytes", total, self.layout)
@@ -156,9 +159,9 @@ class Pusher:
         if served != str(version):
             raise EngineError(f"engine {engine.url} serves version {served} after version {version} was pushed")
 
-    def _on_all(self, call: Callable[[EngineControl], object]) -> None:
-        for done in [self._threads.submit(call, e) for e in self.engines]:
-            done.result()
+    def on_all(self, call: Callable[[EngineControl], T]) -> list[T]:
+        """Results of a call to every engine, made at once, in their order; on rank 0 and the senders only."""
+        return [done.result() for done in [self._threads.submit(call, e) for e in self.engines]]
 
     def _urls(self) -> str:
         return ", ".join(e.url for e in self.engines)

@@ -38,8 +38,7 @@ class Verifier:
         """Sample the prompts once, under whatever the engines serve; collective over all ranks."""
         with all_agree("sampling the prompts of the verification", self.actor.layout):
             if self.actor.layout.rank == 0:
-                for engine in self.pusher.engines:
-                    engine.fill_cache(self.prompts, self.params)
+                self.pusher.on_all(lambda engine: engine.fill_cache(self.prompts, self.params))
 
     def verify(self, version: int) -> float:
         """Largest |log-prob difference| over the sampled tokens; collective over all ranks.
@@ -64,8 +63,9 @@ class Verifier:
     def _sample(self, version: int) -> list[tuple[str, list[int], Completion]]:
         """(URL, prompt, completion) of every engine and prompt."""
         found = []
-        for engine in self.pusher.engines:
-            for prompt, completion in zip(self.prompts, engine.sample(self.prompts, self.params), strict=True):
+        sampled = self.pusher.on_all(lambda engine: engine.sample(self.prompts, self.params))
+        for engine, completions in zip(self.pusher.engines, sampled, strict=True):
+            for prompt, completion in zip(self.prompts, completions, strict=True):
                 if others := {span.version for span in completion.version_spans} - {version}:
                     raise EngineError(
                         f"engine {engine.url} sampled with version {min(others)} after version {version} was pushed: "

@@ -20,7 +20,7 @@ from dapo_megatron.batching.build import build_step_batch
 from dapo_megatron.batching.wire import encode
 from dapo_megatron.config import RunConfig
 from dapo_megatron.data.prompts import LoadedPrompts, load_prompts
-from dapo_megatron.data.tokenizer import load_tokenizer
+from dapo_megatron.data.tokenizer import check_tags, load_tokenizer
 from dapo_megatron.engines.stop_tokens import stop_token_ids
 from dapo_megatron.engines.wire import SamplingParams
 from dapo_megatron.errors import DapoError, EngineError
@@ -66,6 +66,7 @@ class Controller:
         self.folder = reporter.folder
         shape = read_model(config.model.path)
         self.tokenizer = load_tokenizer(config.model.path)
+        check_tags(self.tokenizer, config.grading.thinking)
         self.params = SamplingParams(
             max_new_tokens=config.rollout.max_response_tokens,
             temperature=config.rollout.temperature,

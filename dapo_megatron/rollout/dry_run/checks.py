@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dapo_megatron.config import RunConfig
 from dapo_megatron.data.prompts import LoadedPrompts, load_prompts
-from dapo_megatron.data.tokenizer import load_tokenizer
+from dapo_megatron.data.tokenizer import check_tags, load_tokenizer
 from dapo_megatron.errors import ConfigError, DataError
 from dapo_megatron.grading.pool import DEFAULT_GRADER, GradingPool, grading_pool
 from dapo_megatron.records import Prompt
@@ -30,6 +30,7 @@ async def _check(config: RunConfig, console: Console) -> None:
     console.print(f"rollout.function={config.rollout.function}: can be called", markup=False)
     seen: set[str] = set()
     data, tokenizer = config.data, load_tokenizer(config.model.path)
+    check_tags(tokenizer, config.grading.thinking)
     async with grading_pool(config) as grading:
         for name, paths, limit in (("data.train", data.train, None), ("data.eval", data.eval, data.eval_limit)):
             if paths is None:

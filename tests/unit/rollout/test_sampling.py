@@ -17,7 +17,8 @@ from dapo_megatron.batching.wire import decode_step_batch
 from dapo_megatron.engines.client import EngineClient
 from dapo_megatron.engines.coalescing import CoalescingClient
 from dapo_megatron.engines.wire import SamplingParams, generate_request
-from dapo_megatron.errors import DapoError, EngineError
+from dapo_megatron.data.tokenizer import check_tags
+from dapo_megatron.errors import ConfigError, DapoError, EngineError
 from dapo_megatron.messages import Evaluate, Goodbye, Hello, NextBatch
 from dapo_megatron.observe.samples import read_samples
 from dapo_megatron.process import Reporter
@@ -212,3 +213,13 @@ def test_a_verdict_or_reward_of_the_rollouts_own_is_kept(tmp_path, recipe):
     for group in read_samples(RunFolder(tmp_path)):
         verdicts = [(r["verdict"], r["accuracy_reward"]) for r in group["responses"]]
         assert verdicts == [("wrong", -1.0), ("wrong", -2.5), ("right", 1.0), ("right", 1.0)]
+
+
+def test_tags_that_the_text_does_not_hold_are_refused(tmp_path, recipe):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(recipe.model.path)
+    tokenizer.add_tokens(["<think>", "</think>"], special_tokens=False)
+    tokenizer.add_tokens(["[/THINK]"], special_tokens=True)
+    check_tags(tokenizer, ["<think>", "</think>"])
+    check_tags(tokenizer, None)
+    with pytest.raises(ConfigError, match=r"\[/THINK\] is a special token"):
+        check_tags(tokenizer, ["<think>", "[/THINK]"])
