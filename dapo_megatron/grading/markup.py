@@ -5,7 +5,7 @@ import re
 MAX_ANSWER_CHARS = 10_000
 """What is longer is no final answer."""
 
-DOLLARS = r"\$[0-9][0-9.,]*(?![^\n]{0,100}\$)[^\S\n]*(?:[A-Za-z*.\n]|$)"
+DOLLARS = r"\$[0-9][0-9.,]*+(?![^\n]{0,100}\$)[^\S\n]*(?:[A-Za-z*.\n]|$)"
 """A dollar sign before a number that is no math sign, as none follows that would close it."""
 
 _DOLLARS = re.compile(DOLLARS)
