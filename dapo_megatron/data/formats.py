@@ -2,6 +2,7 @@
 
 import codecs
 import gzip
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 
 Records = Iterator[tuple[int, dict[str, Any]]]
 """(number from 0, fields); blank lines are counted."""
+
+_NOT_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)  # the last: too many brackets in brackets
+_HALF_OR_SINGLE = re.compile(r"\b(?:half)?float\b")  # as pyarrow names them, also in a struct<a: list<item: float>>
 
 
 class Format(NamedTuple):
@@ -63,7 +67,7 @@ def _json_lines(path: Path) -> Records:
                 continue
             try:
                 fields = decoder.decode(line)
-            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            except _NOT_JSON as error:
                 raise DataError(f"{path}, line {number + 1}: not valid JSON ({error})") from None
             if not isinstance(fields, dict):
                 raise DataError(f"{path}, line {number + 1}: {type(fields).__name__} where a JSON object is expected")
@@ -75,7 +79,7 @@ def _json(path: Path) -> Records:
         text = file.read().removeprefix(codecs.BOM_UTF8)
     try:
         content = msgspec.json.Decoder(float_hook=WrittenFloat).decode(text)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except _NOT_JSON as error:
         hint = "; with one object a line, its name must end in .jsonl" if "trailing" in str(error) else ""
         raise DataError(f"{path}: not valid JSON ({error}){hint}") from None
     records = content.get("data") if isinstance(content, dict) else content
@@ -96,7 +100,7 @@ def _parquet(path: Path) -> Records:
         table = pyarrow.parquet.read_table(path)
     except pyarrow.ArrowException as error:
         raise DataError(f"data file {path} is not a readable parquet file ({_first_line(error)})") from None
-    return enumerate(_with_short_floats(table).to_pylist())
+    return enumerate(_rows(table))
 
 
 def _dataset(path: Path) -> Records:
@@ -109,31 +113,33 @@ def _dataset(path: Path) -> Records:
     if isinstance(dataset, datasets.DatasetDict):
         splits = ", ".join(str(path / split) for split in dataset)
         raise DataError(f"folder {path} holds several splits: name one of {splits}")
-    return enumerate(_with_short_floats(dataset.with_format("arrow")[:]).to_pylist())
+    return enumerate(_rows(dataset.with_format("arrow")[:]))
 
 
-def _with_short_floats(table: "pyarrow.Table") -> "pyarrow.Table":
-    """float32 as the doubles that are written alike: its 0.1 is 0.10000000149011612 as a double."""
+def _rows(table: "pyarrow.Table") -> list[dict[str, Any]]:
+    """float32 and float16 as the doubles that are written alike: 0.1 as float32 is 0.10000000149011612 as a double."""
+    rows = table.to_pylist()
+    for field in table.schema:
+        if _HALF_OR_SINGLE.search(str(field.type)):
+            for row in rows:
+                row[field.name] = _shortest(row[field.name], field.type)
+    return rows
+
+
+def _shortest(value: Any, kind: "pyarrow.DataType") -> Any:
+    """The value with its shortest floats, also within structs, maps and lists of every kind."""
+    import numpy
     import pyarrow
 
-    def schema(single: "pyarrow.DataType") -> "pyarrow.Schema":
-        return pyarrow.schema([f.with_type(_with_single(f.type, single)) for f in table.schema])
-
-    text = schema(pyarrow.string())
-    return table if text == table.schema else table.cast(text).cast(schema(pyarrow.float64()))
-
-
-def _with_single(kind: "pyarrow.DataType", single: "pyarrow.DataType") -> "pyarrow.DataType":
-    """The type with another one for float32, also within structs and lists."""
-    import pyarrow
-
-    if pyarrow.types.is_float32(kind):
-        return single
+    if value is None:
+        return None
+    if pyarrow.types.is_float32(kind) or pyarrow.types.is_float16(kind):
+        return float(str(numpy.dtype(kind.to_pandas_dtype()).type(value)))
     if pyarrow.types.is_struct(kind):
-        return pyarrow.struct([f.with_type(_with_single(f.type, single)) for f in kind])
-    if pyarrow.types.is_list(kind):
-        return pyarrow.list_(_with_single(kind.value_type, single))
-    return kind
+        return {field.name: _shortest(value[field.name], field.type) for field in kind}
+    if pyarrow.types.is_map(kind):
+        return [(_shortest(key, kind.key_type), _shortest(item, kind.item_type)) for key, item in value]
+    return [_shortest(item, kind.value_type) for item in value] if isinstance(value, list) else value
 
 
 def _first_line(error: Exception) -> str:

@@ -13,6 +13,9 @@ from dapo_megatron.grading.markup import stated_value
 from dapo_megatron.grading.notation import compare, plain, without_label
 from dapo_megatron.grading.units import conflict, split_unit
 
+_TURNED = re.compile(r"\A([^=<>]*[0-9][^=<>]*)=\s*([A-Za-z])\s*\Z")
+_SEPARATOR = re.compile(r"[(\[{]|[)\]}]|;|,(?![0-9]{3}(?![0-9]))|(?:\\text\s*\{\s*|\b)and(?:\s*\}|\b)")
+_SET = re.compile(r"\s*[{(]|.*\\{", re.DOTALL)
 _PERCENT = re.compile(r"\\?%")
 # Only what is in the box, as LaTeX: the library's other readings pick a number out of a text ("12 (or 34)").
 # Its units are off because they include the letters c, d, g, h, l, m, o, s, t: 2h would be 2.
@@ -43,7 +46,10 @@ def equivalent(answer: str, truth: str) -> bool:
     (answer, answer_unit), (truth, truth_unit) = _split(answer), _split(truth)
     if conflict(answer_unit, truth_unit):
         return False
-    answer, truth = to_latex(answer), to_latex(truth)
+    answer, truth = to_latex(_TURNED.sub(r"\2=\1", answer)), to_latex(_TURNED.sub(r"\2=\1", truth))
+    repeated = _same_repeated(answer, truth)
+    if repeated is not None:
+        return repeated
     if ("%" in answer) != ("%" in truth) and _same(_PERCENT.sub("", answer), _PERCENT.sub("", truth)):
         return True  # 12.5% and 12.5; the library sees that it is 0.125 too
     return _same(answer, truth)
@@ -74,6 +80,39 @@ def _same(answer: str, truth: str) -> bool:
     if _is_equation(gold[0]) and _is_equation(target[0]) and gold[0] != target[0] and solve(gold[0]) == []:
         return False  # to the library, all equations without a solution are equal
     return len(left) != len(right) or _close(left, right)  # other lengths: other notations of the same
+
+
+def _same_repeated(answer: str, truth: str) -> bool | None:
+    """Whether lists, outside of braces, agree with multiplicity; None where nothing is repeated.
+
+    To the library a list is a set: 1, 2, 2 would be 1, 2. But 34 or 34 is 34.
+    """
+    left, right = _listed(answer), _listed(truth)
+    if _SET.match(answer) or _SET.match(truth) or all(len(set(parts)) == len(parts) for parts in (left, right)):
+        return None
+    if len(left) != len(right):
+        return False
+    for part in left:
+        found = part if part in right else next((other for other in right if _same(part, other)), None)
+        if found is None:
+            return False
+        right.remove(found)
+    return True
+
+
+def _listed(text: str) -> list[str]:
+    """The parts between commas, semicolons and "and" that stand in no brackets, without spaces."""
+    parts, depth, begin = [], 0, 0
+    for token in _SEPARATOR.finditer(text):
+        if token[0] in "([{":
+            depth += 1
+        elif token[0] in ")]}":
+            depth -= 1
+        elif depth == 0:
+            parts.append(text[begin : token.start()])
+            begin = token.end()
+    parts.append(text[begin:])
+    return ["".join(part.split()) for part in parts if part.strip()]
 
 
 def _is_equation(value: Value) -> bool:

@@ -3,7 +3,7 @@ r"""The final answer of a response: its last box or `Answer:`. Microseconds, and
 import re
 from itertools import islice
 
-from dapo_megatron.grading.markup import MAX_ANSWER_CHARS, last_box, stated_value, strip_markup
+from dapo_megatron.grading.markup import DOLLARS, MAX_ANSWER_CHARS, last_box, stated_value, strip_markup
 
 MAX_TEXT_CHARS = 200_000
 """Only the end of a longer response is read: the last answer is there, and the work is bounded."""
@@ -13,14 +13,15 @@ MAX_MARKERS = 50
 # As the DAPO recipe (verl, utils/reward_score/math_dapo.py), anywhere in a line; but in lower case only where
 # it begins one, because solutions go on with "we check our answer: ...". Opening markup is skipped even over
 # a line break, for answers that are displayed below their `Answer:`.
-_MARKER = re.compile(r"[\s*_]*[:：](?:[\s*_`$]|\\[\[(])*")
+_MARKER = re.compile(rf"[\s*_]*[:：](?:(?!{DOLLARS})[\s*_`$]|\\[\[(])*")
 _WORDS = [re.compile(word) for word in ("Answer", "answer", "ANSWER")]  # literals: patterns would take milliseconds
 _LINE_BEGIN = re.compile(r"(?:^|\n)[ \t>#*_]*(?:the )?(?:final )?$", re.IGNORECASE)
 _LINE_BEGIN_CHARS = 40
 # Without any of those: "the answer is 34", "Answer $34$", and a heading "Final Answer" over the value.
 _PHRASE = re.compile(
     r"(?: (?:is|equals|should be|=)(?: (?:therefore|thus|then|hence|simply|just))?(?![a-z])|[*_]*[ \t]*\n"
-    r"|(?=[*_]*\s*(?:\$|\\[(\[])))[\s*_`:]*(?:(?:\$\$|\\\[)\s*)?(?:[ *_`$]|\\\()*",
+    r"|(?=[*_]*\s*(?:\$|\\[(\[])))[\s*_`:]*"
+    rf"(?:(?:\$\$|\\\[)\s*)?(?:(?!{DOLLARS})[ *_`$]|\\\()*",
     re.IGNORECASE,
 )
 _SPECIAL_TOKEN = re.compile(r"<\|\w{1,40}\|>|</s>")

@@ -14,6 +14,7 @@ _SYMBOLS = str.maketrans(
         "≥": r"\ge ",
         "≠": r"\neq ",
         "≈": r"\approx ",
+        "～": r"\approx ",
         "±": r"\pm ",
         "∞": r"\infty ",
         "∪": r"\cup ",
@@ -54,6 +55,8 @@ _KEPT_OR_NAME = re.compile(
 def to_latex(text: str) -> str:
     r"""The answer with symbols, names, exponents and numbers as LaTeX commands; LaTeX stays what it means."""
     text = BRACED_COMMA.sub(",", GROUPED.sub("", text.translate(_SYMBOLS)))
+    if text.startswith("~"):
+        text = r"\approx " + text[1:]  # elsewhere it is a space
     text = SPACE.sub(" ", MATH_SIGN.sub(" ", text).replace("\\$", "")).strip().rstrip("\\").strip()
     text = _SQRT.sub(r"\\sqrt{\1}", text)
     text = _NAMES.sub(lambda name: "\\" + name[1].replace("infinity", "infty") + " ", text)

@@ -5,6 +5,10 @@ import re
 MAX_ANSWER_CHARS = 10_000
 """What is longer is no final answer."""
 
+DOLLARS = r"\$[0-9][0-9.,]*+(?![^\n]{0,100}\$)[^\S\n]*(?:[A-Za-z*.\n]|$)"
+"""A dollar sign before a number that is no math sign, as none follows that would close it."""
+
+_DOLLARS = re.compile(DOLLARS)
 _BRACE = re.compile(
     r"\\[{}]|\\(?:boxed|fbox)(?![A-Za-z]{2})\s*(?:(?P<boxed>\{)|(?P<bare>[-+]?[0-9][0-9.,/]*|[A-Z]\b))"
     r"|(?P<open>\{)|(?P<close>\})"
@@ -55,6 +59,8 @@ def strip_markup(answer: str) -> str:
         answer = _without_quotes(
             answer.strip().strip('*_`"“”').rstrip(",;").removesuffix(".").removesuffix("。").strip()
         )
+        if _DOLLARS.match(answer):
+            answer = "\\" + answer
         for opening, closing in _WRAPPERS:
             # Each half by itself: the opening one may be skipped already, the closing one on the next line. But the
             # closing one of a formula inside of a sentence stays with it.

@@ -16,7 +16,7 @@ _FONT = re.compile(
     r"operatorname|rm|bf|it)\s*\{([^{}]*)\}"
 )
 MATH_SIGN = re.compile(r"(?<!\\)(?:\$|\\[()\[\]])")
-SPACE = re.compile(r"(?<!\\)\\[,;: ]|~|\\q?quad(?![A-Za-z])|[\u00a0\u2002-\u200a\u202f]")
+SPACE = re.compile(r"(?<!\\)\\[,;: ]|(?<=[^\s])~|\\q?quad(?![A-Za-z])|[\u00a0\u2002-\u200a\u202f]")
 GROUPED = re.compile(r"(?<=[0-9])\s*,?\s*\\!\s*(?=[0-9])")
 BRACED_COMMA = re.compile(r"\s*\{\s*,\s*\}\s*")
 _NUMBER = re.compile(
@@ -26,6 +26,8 @@ _NUMBER = re.compile(
 )
 _DIGITS = re.compile(r"[-+]?[0-9]+")
 _DECIMAL_COMMA = re.compile(r"[-+]?[0-9]+,[0-9]+")
+_SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_SCALE = re.compile(rf"(?<=[0-9])\s*\b({'|'.join(_SCALES)})(?=$|\s[A-Za-z])", re.IGNORECASE)
 _PERCENT = re.compile(r"\s*(?:\\?%|\b(?:percent|per cent|percentage|pct)\b\.?)$")
 _BASED = re.compile(
     r"\(?(?P<digits>[0-9A-F]+)\)?\s*"
@@ -81,13 +83,18 @@ def plain(text: str) -> str:
 
 def quantity(text: str) -> Quantity | None:
     """The decimal number that a text is, with its unit; None if it is anything else."""
-    value, unit = split_unit(text)
+    scale = _SCALE.search(text)
+    value, unit = split_unit(text[: scale.start()] + text[scale.end() :] if scale else text)
     number = _PERCENT.sub("", value)
     match = _NUMBER.fullmatch(number)
     if match is None:
         return None
     whole = (match["groups"] or "").replace(",", "").replace(" ", "").lstrip("0") or "0"
-    part = (match["part"] or match["only"] or "").rstrip("0")
+    part = match["part"] or match["only"] or ""
+    if scale:
+        zeros = _SCALES[scale[1].lower()]
+        whole, part = (whole + part.ljust(zeros, "0")[:zeros]).lstrip("0") or "0", part[zeros:]
+    part = part.rstrip("0")
     digits = f"{whole}.{part}" if part else whole
     return Quantity(f"-{digits}" if match["sign"] == "-" and digits != "0" else digits, unit, number != value)
 
@@ -158,7 +165,8 @@ def _words(text: str) -> str:
 def _compare_choices(answer: str, truth: str) -> bool | None:
     """Letters of choices: "C", "(C)", "C: twelve apples" are the same choice; two different texts of it are not."""
     if len(answer) == len(truth) == 1 and (answer + truth).isalpha():
-        return answer == truth or (truth in "ABCDEFGHIJ" and answer.upper() == truth)
+        # Choices of either case; but later small letters are variables, and e is a number.
+        return answer == truth or (truth in "ABCDEFGHIJabcd" and answer.upper() == truth.upper())
     left, right = _choice(answer), _choice(truth)
     if left is None or right is None:
         return None

@@ -5,6 +5,7 @@ import gzip
 import json
 
 import datasets
+import numpy
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -75,6 +76,7 @@ def test_json_with_its_list_under_data(tmp_path):
         ("5", "expected a list of objects or .*, found int"),
         ('[{"a": 1}, 2]', "row 2: int where a JSON object is expected"),
         ('{"a": 1}\n{"a": 2}\n', "not valid JSON .*with one object a line, its name must end in .jsonl"),
+        ('[{"a": ' + "[" * 5000 + "]" * 5000 + "}]", "data.json: not valid JSON"),
         ("[{]", "not valid JSON"),
         ("[]", "has no rows"),
     ],
@@ -195,6 +197,7 @@ def test_blank_lines_are_skipped_and_counted(tmp_path):
     [
         (b'{"a": 1}\n{"a": \n', "line 2: not valid JSON"),
         (b'{"a": 1}\n{"a": "\xff"}\n', "line 2: not valid JSON"),
+        (b'{"a": 1}\n{"a": ' + b"[" * 5000 + b"]" * 5000 + b"}\n", "line 2: not valid JSON"),
         (b'{"a": 1}\n[1, 2]\n', "line 2: list where a JSON object is expected"),
         (b"", "has no rows"),
         (b"\n\n", "has no rows"),
@@ -223,3 +226,25 @@ def test_bad_files_and_folders(tmp_path):
         with pytest.raises(DapoError, match=message) as caught:
             load_rows(tmp_path / name)
         assert name in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("single", [pyarrow.float32(), pyarrow.float16()])
+def test_small_floats_are_written_as_short_as_they_were(single, tmp_path):
+    kinds = {
+        "plain": single,
+        "list": pyarrow.list_(single),
+        "large": pyarrow.large_list(single),
+        "fixed": pyarrow.list_(single, 2),
+        "map": pyarrow.map_(pyarrow.string(), single),
+        "struct": pyarrow.struct({"deep": pyarrow.large_list(pyarrow.list_(single, 1)), "text": pyarrow.string()}),
+        "double": pyarrow.float64(),
+    }
+    tenth = numpy.float16(0.1) if single == pyarrow.float16() else 0.1
+    struct = {"deep": [[tenth]], "text": "t"}
+    made = [tenth, [tenth, None], [tenth], [tenth, tenth], [("a", tenth)], struct, 0.10000000149011612]
+    columns = [pyarrow.array([value, None], kind) for value, kind in zip(made, kinds.values(), strict=True)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_arrays(columns, names=list(kinds)), tmp_path / "data.parquet")
+    full, empty = (row.fields for row in load_rows(tmp_path / "data.parquet"))
+    short = [0.1, [0.1, None], [0.1], [0.1, 0.1], [("a", 0.1)], {"deep": [[0.1]], "text": "t"}, 0.10000000149011612]
+    assert list(full.values()) == short
+    assert set(empty.values()) == {None}

@@ -301,3 +301,69 @@ def test_gsm8k_answers_take_the_fast_path():
         truth = row["answer"].rpartition("#### ")[2]
         assert compare_quickly(f"{truth}.0", truth) is True
         assert compare_quickly(str(int(truth.replace(",", "")) + 1), truth) is False
+
+
+@pytest.mark.parametrize(
+    "answer, truth",
+    [
+        ("2 am", "2 pm"),
+        ("2:00 pm", "2:00 am"),
+        ("\\boxed{10\\text{ AM}}", "10 PM"),
+        ("44 B.C.", "44 A.D."),
+        ("2 ad", "2 bc"),
+        ("5 mph", "5 km/h"),
+        ("€5", "$5"),
+        ("$5", "€5"),
+        ("The cost is $5.", "€5"),
+        ("USD 5", "€5"),
+        ("Rs. 5", "€5"),
+        ("$5 per hour", "$5 per day"),
+        ("5 apples", "5 pears"),
+        ("3 red marbles", "3 blue marbles"),
+        ("5 kWh", "5 J"),
+        ("1,2,2", "1,2"),
+        ("1, 2, 2", "1, 1, 2"),
+        ("1, 2 and 2", "1 and 2"),
+        ("2,2", "2"),
+        ("~7", "7"),
+        ("5 million", "5"),
+        ("1 million 500", "1500000000"),
+        ("x = y", "x"),
+        ("X", "x"),
+        ("2bc", "2"),
+    ],
+)
+def test_what_only_looks_alike_is_wrong(answer, truth):
+    assert grade(f"Answer: {answer}", truth) is False
+    assert grade(f"Answer: {truth}", answer) is False
+
+
+@pytest.mark.parametrize(
+    "answer, truth",
+    [
+        ("2 am", "2 a.m."),
+        ("10 AM", "10\\text{ a.m.}"),
+        ("2:00 pm", "2:00"),
+        ("$5$", "€5"),
+        ("$5", "5 dollars"),
+        ("$5 per hour", "5 dollars per hour"),
+        ("5 euros", "€5"),
+        ("5 miles an hour", "5 mph"),
+        ("5 apples", "5"),
+        ("5 red apples", "5 apples"),
+        ("5 square units", "5 cm^2"),
+        ("{1, 2, 2}", "{1, 2}"),
+        ("\\{1, 2, 2\\}", "1, 2"),
+        ("2, 1, 2", "1, 2, 2"),
+        ("0.5, 0.5", "1/2, 1/2"),
+        ("34~cm", "34"),
+        ("2.5 million people", "2,500,000"),
+        ("$5 million", "5000000"),
+        ("48 hundred", "4800"),
+        ("5 = x", "5"),
+        ("C", "c"),
+    ],
+)
+def test_what_only_looks_different_is_right(answer, truth):
+    assert grade(f"Answer: {answer}", truth) is True
+    assert grade(f"Answer: {truth}", answer) is True
