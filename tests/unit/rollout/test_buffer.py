@@ -1,0 +1,86 @@
+"""Whatever the fates of groups, their age and the resumes of a run: every issued number is settled exactly once."""
+
+from collections import Counter
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dapo_megatron.data.sampler import PromptSampler
+from dapo_megatron.records import Prompt, Response, ScoredGroup, VersionSpan
+from dapo_megatron.rollout.buffer import GroupBuffer
+
+PROMPTS = [Prompt(id=f"p{i}", input_ids=[1], ground_truth="", text="", row=i) for i in range(5)]
+SEED = 3
+SETTLED = ("kept", "all_right", "all_wrong")
+FATES = st.sampled_from(("kept", "kept", "kept", "all_right", "all_wrong"))
+STEP = st.fixed_dictionaries(
+    {
+        "wanted": st.integers(1, 3),
+        "newer": st.sampled_from((0, 1, 2, 2)),  # policy versions since the step before
+        "rounds": st.lists(st.lists(FATES, min_size=1, max_size=6), max_size=3),
+        "dies": st.one_of(st.none(), st.none(), st.integers(0, 12)),  # and goes on from one of the snapshots
+    }
+)
+
+
+def group(order, prompt, version):
+    response = Response(prompt.id, 0, [1], [True], [0.0], [VersionSpan(version, 0, 1)], "stop", "")
+    return ScoredGroup(order, prompt, [response])
+
+
+class Run:
+    """A run over a buffer; `history` holds (snapshot, version, ledger entries) of each step that survives."""
+
+    def __init__(self):
+        sampler = PromptSampler(len(PROMPTS), SEED)
+        self.sequence = [PROMPTS[sampler.next()] for _ in range(1000)]
+        self.history = []
+        self.resume(0)
+
+    def resume(self, step):
+        del self.history[step:]
+        state, self.version, _ = self.history[-1] if self.history else (None, 0, [])
+        self.buffer = GroupBuffer(PROMPTS, seed=SEED, shuffle=True, state=state)
+
+    def round(self, fates):
+        issued = [self.buffer.issue() for _ in fates]
+        for order, prompt in issued:
+            assert prompt == self.sequence[order]  # a number keeps its prompt, also when it is issued again
+        graded = [(group(*i, self.version), fate) for i, fate in zip(issued, fates, strict=True)]
+        self.buffer.graded(graded[::-1])  # the order in which answers end is not that of the issue
+
+    def step(self, wanted, newer, rounds, dies):
+        buffer, self.version = self.buffer, self.version + newer
+        buffer.begin_step(self.version - 1)
+        for fates in rounds:
+            if len(buffer.kept) < wanted:
+                self.round(fates)
+        if dies is not None:
+            return self.resume(dies % (len(self.history) + 1))
+        if (deficit := wanted - len(buffer.kept)) > 0:
+            self.round(["kept"] * deficit)
+        number = len(self.history) + 1
+        used, entries = buffer.end_step(wanted, number)
+        orders = [g.order for g in used]
+        assert len(orders) == wanted and orders == sorted(set(orders))
+        assert all(g.oldest_version >= self.version - 1 for g in used)
+        assert orders == [e.order for e in entries if e.fate == "kept"]
+        assert all(e.step == number and e.prompt_id == self.sequence[e.order].id for e in entries)
+        assert not buffer.issued
+        self.history.append((buffer.snapshot(), self.version, entries))
+
+    def check(self):
+        settled = Counter(e.order for _, _, entries in self.history for e in entries if e.fate in SETTLED)
+        state = self.buffer.state
+        waiting = [g.order for g in state.carried] + [order for order, _ in state.again]
+        assert len(set(waiting)) == len(waiting)
+        assert settled == Counter(set(range(state.next_order)) - set(waiting))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(STEP, min_size=1, max_size=12))
+def test_every_number_is_settled_once(steps):
+    run = Run()
+    for step in steps:
+        run.step(**step)
+        run.check()
