@@ -44,7 +44,7 @@ def prepare(folder: Path) -> None:
     made = folder / "task.json"
     if made.exists() and made.read_text() == json.dumps(task):
         return
-    if folder.exists() and not (folder.is_dir() and (folder / MARKER).exists()):
+    if folder.exists() and not (folder.is_dir() and (made.exists() or (folder / MARKER).exists() or is_empty(folder))):
         raise ConfigError(f"{folder.absolute()} is not the demo's own: move it, or go to another folder")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -54,6 +54,11 @@ def prepare(folder: Path) -> None:
     write_model(folder / "untrained")
     warm_up(folder, WARM_UP_UPDATES)
     made.write_text(json.dumps(task))
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether nothing is in it."""
+    return next(folder.iterdir(), None) is None
 
 
 def run_folder(parent: Path) -> Path:
