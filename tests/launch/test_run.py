@@ -24,9 +24,10 @@ from tests.launch.conftest import finish, start
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 HEARTBEAT_S = 12
-STRIKES = [("trainer rank", signal.SIGKILL), ("controller", signal.SIGSTOP), ("engine", signal.SIGKILL)]
+STRIKES = [("trainer rank", signal.SIGSTOP), ("engine", signal.SIGKILL)]
 if os.environ.get("LAYOUTS") == "all":
-    STRIKES += [("trainer rank", signal.SIGSTOP), ("controller", signal.SIGKILL), ("engine", signal.SIGSTOP)]
+    STRIKES += [("trainer rank", signal.SIGKILL), ("engine", signal.SIGSTOP)]
+    STRIKES += [("controller", signal.SIGKILL), ("controller", signal.SIGSTOP)]
 ROLES = {
     "engine": "sglang.launch_server",
     "controller": "dapo_megatron.rollout",
