@@ -12,9 +12,9 @@ SHOW = "import json, os, sys; print(json.dumps(dict(os.environ)))"
 def test_ranks_have_the_environment_and_their_place(tmp_path, monkeypatch):
     (tmp_path / "shows.py").write_text(SHOW)
     environment = {"PYTHONPATH": str(tmp_path), "CUDA_VISIBLE_DEVICES": "3", "RANK": "99"}
-    with ProcessGroup(tmp_path) as group:
-        ranks = start_ranks(group, "rank", "shows", [], 2, 4711, environment)
-        assert [rank.process.wait(30) for rank in ranks] == [0, 0]
+    # Not as a context manager: its end is the end of every child of this process, other tests' among them.
+    ranks = start_ranks(ProcessGroup(tmp_path), "rank", "shows", [], 2, 4711, environment)
+    assert [rank.process.wait(30) for rank in ranks] == [0, 0]
     for number, rank in enumerate(ranks):
         found = json.loads(rank.log.read_text())
         assert (rank.name, found["RANK"], found["LOCAL_RANK"]) == (f"rank-{number}", str(number), str(number))
