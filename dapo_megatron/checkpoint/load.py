@@ -3,6 +3,8 @@
 from math import prod
 from pathlib import Path
 
+import torch
+
 from dapo_megatron.actor.actor import Actor
 from dapo_megatron.checkpoint import store
 from dapo_megatron.checkpoint.audit import optimizer_sums, random_sum
@@ -45,7 +47,8 @@ def load_checkpoint(actor: Actor, path: Path) -> tuple[TrainState, bytes]:
     loaded = read_state(actor, path / store.MODEL, manifest.format, world)
     for i, module in enumerate(actor.modules):
         module.load_state_dict(loaded[f"model{i}"])
-    actor.optimizer.load_state_dict(loaded["optimizer"])
+    with torch.no_grad():  # float32 masters are views of the parameters
+        actor.optimizer.load_state_dict(loaded["optimizer"])
     actor.schedule.load_state_dict(loaded["schedule"])
     if "random" in loaded:
         set_random_states({name: state[0] for name, state in loaded["random"].items()})
