@@ -25,7 +25,7 @@ from dapo_megatron.checkpoint.cursor import cursor_of
 from dapo_megatron.checkpoint.manifest import Audit, Format, Manifest, libraries, model_numbers
 from dapo_megatron.checkpoint.random_state import random_states, sharded
 from dapo_megatron.checkpoint.train_state import TrainState
-from dapo_megatron.checkpoint.writer import Written, copy_state, write_copy, write_metadata
+from dapo_megatron.checkpoint.writer import Written, copy_state, write_copy, write_parts
 from dapo_megatron.config import RunConfig
 from dapo_megatron.config.changes import config_digest
 from dapo_megatron.distributed.agreement import all_agree, sum_over_ranks
@@ -61,7 +61,12 @@ class Checkpointer:
         with all_agree("opening the checkpoint", self.layout, may_take_long=True):
             if self.layout.rank == 0:
                 store.open_partial(self.folder, state.step)
-        manifest = self._manifest(state, controller, metrics or {}, format)
+        audit = Audit(
+            optimizer=optimizer_sums(self.actor.optimizer, self.layout),
+            rng=random_sum(random_states(), self.layout),
+            cursor=cursor_of(controller),
+        )
+        manifest = manifest_of(self.config, self.actor, format, state, audit, metrics or {})
         copy = copy_state(state_of(self.actor, format, is_loading=False), self.layout)
         path, rank = self.folder.partial_checkpoint(state.step) / store.MODEL, self.layout.rank
         written = BackgroundCall("writing the checkpoint", lambda: write_copy(copy, path, rank))
@@ -107,34 +112,58 @@ class Checkpointer:
         if parts is None or saving.metadata is None:
             return 0
         partial = self.folder.partial_checkpoint(saving.manifest.step)
-        files = write_metadata(partial / store.MODEL, saving.metadata, [part.results for part in parts])
-        for part in parts:
-            files |= part.files
-        store.complete(self.folder, saving.manifest, files, saving.controller, companions(self.config.model.path))
+        files = write_parts(partial / store.MODEL, saving.metadata, parts)
+        store.seal(partial, saving.manifest, files, companions(self.config.model.path), saving.controller)
+        store.publish(self.folder, saving.manifest.step)
         store.retain(self.folder, self.config.checkpoint)
         return sum(part.size for part in parts)
 
-    def _manifest(self, state: TrainState, controller: bytes, metrics: dict[str, float], format: Format) -> Manifest:
-        actor, layout = self.actor, self.layout
-        audit = Audit(
-            optimizer=optimizer_sums(actor.optimizer, layout),
-            rng=random_sum(random_states(), layout),
-            cursor=cursor_of(controller),
-        )
-        return Manifest(
-            format=format,
-            step=state.step,
-            version=state.version,
-            skipped=state.skipped,
-            updates=actor.schedule.num_steps,
-            model=model_numbers(actor.shape),
-            dtype=self.config.model.dtype,
-            layout=layout.sizes,
-            config_digest=config_digest(self.config),
-            metrics=metrics,
-            audit=audit,
-            libraries=libraries(),
-        )
+
+def save_weights(config: RunConfig, actor: Actor, state: TrainState, path: Path) -> None:
+    """Write the weights alone into a new folder `path`, a checkpoint to begin a run with; collective, and waited for.
+
+    Raises:
+        StorageError: the disk is full or lost.
+    """
+    layout = actor.layout
+    with all_agree(f"opening {path}", layout, may_take_long=True):
+        if layout.rank == 0:
+            (path / store.MODEL).mkdir(parents=True)
+    copy = copy_state(state_of(actor, "weights", is_loading=False), layout)
+    with all_agree(f"writing {path}", layout, may_take_long=True):
+        written = write_copy(copy, path / store.MODEL, layout.rank)
+    parts: list[Any] | None = [None] * layout.world_size if layout.rank == 0 else None
+    dist.gather_object(written, parts, dst=0, group=layout.waiting)
+    with all_agree(f"completing {path}", layout, may_take_long=True):
+        if parts is not None and copy.metadata is not None:
+            files = write_parts(path / store.MODEL, copy.metadata, parts)
+            manifest = manifest_of(config, actor, "weights", state, None, {})
+            store.seal(path, manifest, files, companions(config.model.path))
+
+
+def manifest_of(
+    config: RunConfig,
+    actor: Actor,
+    format: Format,
+    state: TrainState,
+    audit: Audit | None,
+    metrics: dict[str, float],
+) -> Manifest:
+    """The manifest of what the actor holds now, but for the files."""
+    return Manifest(
+        format=format,
+        step=state.step,
+        version=state.version,
+        skipped=state.skipped,
+        updates=actor.schedule.num_steps,
+        model=model_numbers(actor.shape),
+        dtype=config.model.dtype,
+        layout=actor.layout.sizes,
+        config_digest=config_digest(config),
+        metrics=metrics,
+        audit=audit,
+        libraries=libraries(),
+    )
 
 
 @dataclass(frozen=True)

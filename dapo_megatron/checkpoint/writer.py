@@ -112,7 +112,10 @@ def write_copy(copy: Copy, path: Path, rank: int) -> Written:
     return Written(results, records_of(path, sorted(names)), copy.size)
 
 
-def write_metadata(path: Path, metadata: Metadata, results: list[list[WriteResult]]) -> dict[str, FileRecord]:
-    """Complete a distributed checkpoint whose parts are all written; returns the file's record."""
-    FileSystemWriter(path).finish(metadata, results)
-    return records_of(path, [METADATA])
+def write_parts(path: Path, metadata: Metadata, parts: list[Written]) -> dict[str, FileRecord]:
+    """Complete a distributed checkpoint whose parts are all written; returns the records of all its files."""
+    FileSystemWriter(path).finish(metadata, [part.results for part in parts])
+    files = records_of(path, [METADATA])
+    for part in parts:
+        files |= part.files
+    return files

@@ -84,13 +84,16 @@ FILES += ["model/__1_0.distcp", "model/common.pt", "model/metadata.json"]
 DAMAGE = {
     **{f"flipped bit {b} at {at} of {f}": (f, lambda p, f=f, at=at, b=b: flip(p / f, at, b)) for f in FILES
        for at, b in ((0.0, 7), (0.3, 0), (0.7, 3), (1.0, 5)) if f != "manifest.json"},
-    **{f"flipped bit at {at} of the manifest": (MANIFEST, lambda p, at=at: flip(p / MANIFEST, at)) for at in (0.1, 0.5, 0.8)},
+    **{f"flipped bit at {at} of the manifest": (MANIFEST, lambda p, at=at: flip(p / MANIFEST, at))
+       for at in (0.1, 0.5, 0.8)},
     **{f"{f} cut": (f, lambda p, f=f: cut(p / f, 40)) for f in FILES},
     **{f"{f} empty": (f, lambda p, f=f: cut(p / f, 0)) for f in FILES},
     **{f"{f} missing": (f, lambda p, f=f: (p / f).unlink()) for f in FILES},
     **{f"{f} of another step": (f, lambda p, f=f: shutil.copy(p.parent / "step_000002" / f, p / f)) for f in FILES
        if f not in ("hf/config.json", "hf/generation_config.json", "model/metadata.json", "model/common.pt", MANIFEST)},
-    "manifest of another step": ("step_000003", lambda p: shutil.copy(p.parent / "step_000002" / MANIFEST, p / MANIFEST)),
+    "manifest of another step": (
+        "step_000003", lambda p: shutil.copy(p.parent / "step_000002" / MANIFEST, p / MANIFEST)
+    ),
     "two shards exchanged": ("distcp", lambda p: exchange(p / SHARD, p / "model/__1_0.distcp")),
     "step -5": (MANIFEST, lambda p: rewrite(p, step=-5)),
     "version 9": (MANIFEST, lambda p: rewrite(p, version=9)),

@@ -18,7 +18,13 @@ FLOORS = (
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 STRANGERS = [{"trainer", "rollout"}, {"launch", "trainer"}, {"launch", "rollout"}]
-KNOW_COMPAT = {"trainer/__main__.py", "trainer/warm_up.py", "trainer/check_model.py", "engines/command.py"}
+KNOW_COMPAT = {
+    "trainer/__main__.py",
+    "trainer/warm_up.py",
+    "trainer/check_model.py",
+    "trainer/replay.py",
+    "engines/command.py",
+}
 FILES = [p for folder in ("dapo_megatron", "launch", "tools") for p in sorted((ROOT / folder).rglob("*.py"))]
 
 
