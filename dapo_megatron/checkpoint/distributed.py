@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as mpu
+from megatron.core.dist_checkpointing import LocalNonpersistentObject, ShardedTensor
 from torch.distributed.checkpoint.metadata import Metadata
 
 from dapo_megatron.actor.actor import Actor
@@ -201,11 +202,26 @@ def state_of(actor: Actor, format: Format, *, is_loading: bool, world: int | Non
     if format == "weights":
         return state
     state["optimizer"] = actor.optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
+    _zero_padding(state["optimizer"])
     state["schedule"] = actor.schedule.state_dict()
     ranks = dist.get_world_size()
     if world in (None, ranks):
         state["random"] = sharded(random_states(), actor.layout, ranks)
     return state
+
+
+def _zero_padding(part: Any) -> None:
+    """megatron-core leaves the padding of its buckets uninitialised: equal states would not be equal on the disk."""
+    if not isinstance(part, dict | list):
+        return
+    if isinstance(part, dict) and isinstance(mark := part.get("padding"), LocalNonpersistentObject):
+        if mark.obj:
+            for value in part.values():
+                if isinstance(value, ShardedTensor):
+                    value.data.zero_()
+        return
+    for value in part.values() if isinstance(part, dict) else part:
+        _zero_padding(value)
 
 
 def read_state(actor: Actor, path: Path, format: Format, world: int) -> dict[str, Any]:
