@@ -1,13 +1,13 @@
 """The actor's distributed checkpoints: weights, optimizer, schedule and random states, saved while training goes on.
 
-save    copies the state                              every rank, about its equal share; all that training waits for
-                writes and hashes the copy                    a thread of every rank
-poll    when all have written, completes and publishes a thread of rank 0; `finish` waits for it
-load    hashes, then audits what came back            every rank
+    training waits for      a copy of the state: every rank copies about its equal share
+    a thread of each rank   writes and hashes its share; when all have, the one of rank 0 completes and publishes it
+    `poll`, `finish`        tell training what came of it
+
+The threads meet on a process group of their own, whose deadline is that of the disk.
 """
 
 import time
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as mpu
 from megatron.core.dist_checkpointing import LocalNonpersistentObject, ShardedTensor
-from torch.distributed.checkpoint.metadata import Metadata
 
 from dapo_megatron.actor.actor import Actor
 from dapo_megatron.checkpoint import store
@@ -26,10 +25,11 @@ from dapo_megatron.checkpoint.cursor import cursor_of
 from dapo_megatron.checkpoint.manifest import Audit, Format, Manifest, libraries, model_numbers
 from dapo_megatron.checkpoint.random_state import random_states, sharded
 from dapo_megatron.checkpoint.train_state import TrainState
-from dapo_megatron.checkpoint.writer import Written, copy_state, write_copy, write_parts
+from dapo_megatron.checkpoint.writer import Copy, copy_state, write_copy, write_parts
 from dapo_megatron.config import RunConfig
 from dapo_megatron.config.changes import config_digest
-from dapo_megatron.distributed.agreement import all_agree, sum_over_ranks
+from dapo_megatron.distributed.agreement import all_agree, gather_on_first_rank, sum_over_ranks
+from dapo_megatron.distributed.layout import Layout
 from dapo_megatron.observe import catalog as m
 from dapo_megatron.run_folder import RunFolder
 from dapo_megatron.weights.hf_folder import companions
@@ -41,7 +41,7 @@ class Checkpointer:
     def __init__(self, config: RunConfig, actor: Actor):
         self.config, self.actor, self.layout = config, actor, actor.layout
         self.folder = RunFolder(Path(config.run_dir))
-        self._saving: _Saving | None = None
+        self._saving: BackgroundCall[dict[str, float]] | None = None
 
     def save(
         self, state: TrainState, controller: bytes, *, format: Format, metrics: dict[str, float] | None = None
@@ -53,15 +53,12 @@ class Checkpointer:
             metrics: the evaluation after the step, if there was one.
 
         Returns:
-            Metrics of the checkpoints that are published when this returns (all of them unless asynchronous).
+            Metrics of what is published when this returns (this checkpoint only where it is not asynchronous).
 
         Raises:
             StorageError: the disk is full or lost; the checkpoint before this one stays valid.
         """
         done, began = self.finish(), time.monotonic()
-        with all_agree("opening the checkpoint", self.layout, may_take_long=True):
-            if self.layout.rank == 0:
-                store.open_partial(self.folder, state.step)
         audit = Audit(
             optimizer=optimizer_sums(self.actor.optimizer, self.layout),
             rng=random_sum(random_states(), self.layout),
@@ -69,55 +66,62 @@ class Checkpointer:
         )
         manifest = manifest_of(self.config, self.actor, format, state, audit, metrics or {})
         copy = copy_state(state_of(self.actor, format, is_loading=False), self.layout)
-        path, rank = self.folder.partial_checkpoint(state.step) / store.MODEL, self.layout.rank
-        written = BackgroundCall("writing the checkpoint", lambda: write_copy(copy, path, rank))
-        self._saving = _Saving(manifest, controller, copy.metadata, written, began)
+        self._saving = BackgroundCall("saving the checkpoint", lambda: self._save(manifest, copy, controller, began))
         return done if self.config.checkpoint.asynchronous else done | self.finish()
 
     def poll(self) -> dict[str, float]:
-        """Take the checkpoint that is being written one stage on, if every rank is ready for it, without waiting.
-
-        Returns:
-            Its metrics, when it is published.
-        """
+        """Metrics of the checkpoint that was being written, once it is published on all ranks; does not wait."""
         if self._saving is None:
             return {}
-        running = torch.tensor(0.0 if self._saving.is_ready else 1.0)
+        running = torch.tensor(0.0 if self._saving.is_done else 1.0)
         sum_over_ranks("asking for the checkpoint", running, self.layout)
-        return {} if running else self._advance(self._saving)
+        return {} if running else self.finish()
 
     def finish(self) -> dict[str, float]:
         """Wait until the checkpoint that is being written is published; returns its metrics."""
-        metrics: dict[str, float] = {}
-        while self._saving is not None:
-            metrics = self._advance(self._saving)
-        return metrics
-
-    def _advance(self, saving: "_Saving") -> dict[str, float]:
-        limit_s, layout = self.config.checkpoint.timeout_s, self.layout
-        self._saving = None
-        if saving.published is None:
-            with all_agree("writing the checkpoint", layout, may_take_long=True):
-                written = saving.written.result(limit_s)
-            parts: list[Any] | None = [None] * layout.world_size if layout.rank == 0 else None
-            dist.gather_object(written, parts, dst=0, group=layout.waiting)
-            published = BackgroundCall("publishing the checkpoint", lambda: self._publish(saving, parts))
-            self._saving = replace(saving, published=published)
+        if self._saving is None:
             return {}
-        with all_agree("publishing the checkpoint", layout, may_take_long=True):
-            size = saving.published.result(limit_s)
-        return {m.CHECKPOINT_BYTES: float(size), m.CHECKPOINT_SECONDS: time.monotonic() - saving.began}
+        saving, self._saving = self._saving, None
+        return saving.result(self.config.checkpoint.timeout_s)
 
-    def _publish(self, saving: "_Saving", parts: list[Written] | None) -> int:
-        """On rank 0, complete the checkpoint of which all `parts` are written; returns its bytes."""
-        if parts is None or saving.metadata is None:
+    def _save(self, manifest: Manifest, copy: Copy, controller: bytes, began: float) -> dict[str, float]:
+        folder, partial = self.folder, self.folder.partial_checkpoint(manifest.step)
+        with all_agree("opening the checkpoint", self.layout, in_background=True):
+            if self.layout.rank == 0:
+                store.open_partial(folder, manifest.step)
+        size = write_sealed(self.config, self.layout, copy, manifest, partial, controller, in_background=True)
+        with all_agree("publishing the checkpoint", self.layout, in_background=True):
+            if self.layout.rank == 0:
+                store.publish(folder, manifest.step)
+                store.retain(folder, self.config.checkpoint)
+        return {m.CHECKPOINT_BYTES: float(size), m.CHECKPOINT_SECONDS: time.monotonic() - began}
+
+
+def write_sealed(
+    config: RunConfig,
+    layout: Layout,
+    copy: Copy,
+    manifest: Manifest,
+    path: Path,
+    controller: bytes | None,
+    *,
+    in_background: bool,
+) -> int:
+    """Write all ranks' copies into the folder `path`, and what goes beside them; collective.
+
+    Returns:
+        Bytes of all tensors, on rank 0.
+    """
+    longer = {"may_take_long": True, "in_background": in_background}
+    with all_agree("writing the checkpoint", layout, **longer):
+        written = write_copy(copy, path / store.MODEL, layout.rank)
+    parts = gather_on_first_rank("writing the checkpoint", written, layout, **longer)
+    with all_agree("completing the checkpoint", layout, **longer):
+        if parts is None or copy.metadata is None:
             return 0
-        partial = self.folder.partial_checkpoint(saving.manifest.step)
-        files = write_parts(partial / store.MODEL, saving.metadata, parts)
-        store.seal(partial, saving.manifest, files, companions(self.config.model.path), saving.controller)
-        store.publish(self.folder, saving.manifest.step)
-        store.retain(self.folder, self.config.checkpoint)
-        return sum(part.size for part in parts)
+        files = write_parts(path / store.MODEL, copy.metadata, parts)
+        store.seal(path, manifest, files, companions(config.model.path), controller)
+    return sum(part.size for part in parts)
 
 
 def save_weights(config: RunConfig, actor: Actor, state: TrainState, path: Path) -> None:
@@ -131,15 +135,8 @@ def save_weights(config: RunConfig, actor: Actor, state: TrainState, path: Path)
         if layout.rank == 0:
             (path / store.MODEL).mkdir(parents=True)
     copy = copy_state(state_of(actor, "weights", is_loading=False), layout)
-    with all_agree(f"writing {path}", layout, may_take_long=True):
-        written = write_copy(copy, path / store.MODEL, layout.rank)
-    parts: list[Any] | None = [None] * layout.world_size if layout.rank == 0 else None
-    dist.gather_object(written, parts, dst=0, group=layout.waiting)
-    with all_agree(f"completing {path}", layout, may_take_long=True):
-        if parts is not None and copy.metadata is not None:
-            files = write_parts(path / store.MODEL, copy.metadata, parts)
-            manifest = manifest_of(config, actor, "weights", state, None, {})
-            store.seal(path, manifest, files, companions(config.model.path))
+    manifest = manifest_of(config, actor, "weights", state, None, {})
+    write_sealed(config, layout, copy, manifest, path, None, in_background=False)
 
 
 def manifest_of(
@@ -165,25 +162,6 @@ def manifest_of(
         audit=audit,
         libraries=libraries(),
     )
-
-
-@dataclass(frozen=True)
-class _Saving:
-    """A checkpoint that is on its way to the disk."""
-
-    manifest: Manifest
-    """As it will be, but for its files."""
-    controller: bytes
-    metadata: Metadata | None
-    """Of all ranks' parts, on rank 0."""
-    written: BackgroundCall[Written]
-    began: float
-    published: BackgroundCall[int] | None = None
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether this rank has nothing to wait for."""
-        return (self.published or self.written).is_done
 
 
 def state_of(actor: Actor, format: Format, *, is_loading: bool, world: int | None = None) -> dict[str, Any]:
