@@ -118,6 +118,8 @@ class RunConfig(Section):
                 f"engine.call_timeout_s={self.engine_call_timeout_s:g} must be less than "
                 f"trainer.collective_timeout_s={t.collective_timeout_s:g}: the ranks wait for each other's calls"
             )
+        if self.engine.deterministic and (self.engine.replicas > 1 or r.max_policy_lag):
+            raise ValueError("engine.deterministic needs engine.replicas=1 and rollout.max_policy_lag=0")
         if self.precision.fp8_param_gather and self.precision.fp8 == "off":
             raise ValueError("precision.fp8_param_gather needs an FP8 recipe: set precision.fp8")
         return self

@@ -14,6 +14,8 @@ import asyncio
 import itertools
 import logging
 import time
+from collections.abc import Callable
+from functools import partial
 
 from dapo_megatron.actor.packing_demands import packing_rules
 from dapo_megatron.batching.build import build_step_batch
@@ -21,6 +23,7 @@ from dapo_megatron.batching.wire import encode
 from dapo_megatron.config import RunConfig
 from dapo_megatron.data.prompts import LoadedPrompts, load_prompts
 from dapo_megatron.data.tokenizer import check_tags, load_tokenizer
+from dapo_megatron.engines.seeds import sampling_seed
 from dapo_megatron.engines.stop_tokens import stop_token_ids
 from dapo_megatron.engines.wire import SamplingParams
 from dapo_megatron.errors import DapoError, EngineError
@@ -109,7 +112,8 @@ class Controller:
                 self._heard_of(version)
                 self.reporter.phase("evaluate", f"step {step}")
                 held_out = self.held_out.prompts if self.held_out else []
-                return Evaluation(await evaluate(self.config.evaluation, held_out, self.params, self.sample_group))
+                sample_group = partial(self.sample_group, purpose=f"evaluation {step}")
+                return Evaluation(await evaluate(self.config.evaluation, held_out, self.params, sample_group))
             case Goodbye():
                 return Done()
 
@@ -164,12 +168,21 @@ class Controller:
         group = await self.sample_group(prompt, order, self.params, self.config.rollout.group_size)
         return score_group(group, self.config)
 
-    async def sample_group(self, prompt: Prompt, order: int, params: SamplingParams, size: int) -> Group:
-        """Generate and grade `size` responses to one prompt."""
-        return Group(order, prompt, await all_or_first_error(self._respond(prompt, params, i) for i in range(size)))
+    async def sample_group(
+        self, prompt: Prompt, order: int, params: SamplingParams, size: int, *, purpose: str = "training"
+    ) -> Group:
+        """Generate and grade `size` responses to one prompt; `purpose` keeps the seeds of two uses apart."""
+        seed = partial(sampling_seed, self.config.seed, purpose, order, prompt.id)
+        return Group(
+            order, prompt, await all_or_first_error(self._respond(prompt, params, i, seed) for i in range(size))
+        )
 
-    async def _respond(self, prompt: Prompt, params: SamplingParams, sample: int) -> Response:
-        response = await self.rollout(prompt, Engine(self.sampler, self.tokenizer, params, sample))
+    async def _respond(
+        self, prompt: Prompt, params: SamplingParams, sample: int, seed: Callable[[int, int], int]
+    ) -> Response:
+        """`seed` is of (sample, request)."""
+        own_seed = partial(seed, sample) if self.config.engine.deterministic else None
+        response = await self.rollout(prompt, Engine(self.sampler, self.tokenizer, params, sample, own_seed))
         self._check_versions(response)
         if response.verdict is None and response.accuracy_reward is not None:
             response.verdict = "right" if response.accuracy_reward > 0 else "wrong"
