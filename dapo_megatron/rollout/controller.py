@@ -122,7 +122,7 @@ class Controller:
             raise DapoError("a trainer said hello to a controller that serves another one: start the run anew")
         cut = step if snapshot is not None else None
         config, prompts = self.config, self.prompts.prompts
-        buffer = GroupBuffer(prompts, seed=config.seed, shuffle=config.data.shuffle, state=snapshot)
+        buffer = GroupBuffer(prompts, seed=config.seed, shuffle=config.data.shuffle, state=snapshot, step=step)
         ledger = Ledger(self.folder.ledger, cut_to_step=cut)
         samples = SampleWriter(self.folder, resume_step=cut)
         producer = Producer(config, buffer, self.make_group, ledger, lambda: self.grading.trouble)
