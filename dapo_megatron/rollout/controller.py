@@ -45,6 +45,7 @@ from dapo_megatron.observe import catalog as m
 from dapo_megatron.observe.samples import SampleWriter
 from dapo_megatron.process import Reporter
 from dapo_megatron.records import Group, Prompt, Response, ScoredGroup
+from dapo_megatron.rollout.bank import RolloutBank, responses_digest
 from dapo_megatron.rollout.buffer import GroupBuffer
 from dapo_megatron.rollout.concurrency import all_or_first_error
 from dapo_megatron.rollout.engine import Engine, Sampler
@@ -97,9 +98,12 @@ class Controller:
 
     async def close(self) -> None:
         """Stop generating ahead."""
-        if self._session is not None and self._session.ahead is not None:
+        if self._session is None:
+            return
+        if self._session.ahead is not None:
             self._session.ahead.cancel()
             await asyncio.gather(self._session.ahead, return_exceptions=True)  # what failed has been told
+        self._session.bank.close()
 
     async def _answer(self, request: Request) -> Reply:
         match request:
@@ -125,8 +129,10 @@ class Controller:
         buffer = GroupBuffer(prompts, seed=config.seed, shuffle=config.data.shuffle, state=snapshot, step=step)
         ledger = Ledger(self.folder.ledger, cut_to_step=cut)
         samples = SampleWriter(self.folder, resume_step=cut)
-        producer = Producer(config, buffer, self.make_group, ledger, lambda: self.grading.trouble)
-        self._session = _Session(producer, samples)
+        bank = RolloutBank(self.folder, responses_digest(config), config.rollout.bank_bytes, cut)
+        make_group = partial(self._banked_group, bank)
+        producer = Producer(config, buffer, make_group, ledger, lambda: self.grading.trouble)
+        self._session = _Session(producer, samples, bank)
         longer = (p.input_ids for p in prompts if len(p.input_ids) > 1)
         return Welcome(list(itertools.islice(longer, config.resharding.verify_prompts)))
 
@@ -152,8 +158,7 @@ class Controller:
         )
         session.samples.write(step, produced.seen[: config.observe.groups_per_step])
         metrics = produced.metrics | response_metrics(produced.groups, produced.seen, version) | batch.metrics
-        metrics |= {m.GENERATE_SECONDS: waited, m.NO_VERDICT: float(sum(self.grading.unknown.values()))}
-        metrics[m.ROLLOUT_ERRORS] = float(self.rollout.errors)
+        metrics |= {m.GENERATE_SECONDS: waited, m.ROLLOUT_ERRORS: float(self.rollout.errors)}
         if config.rollout.max_policy_lag:
             session.ahead = asyncio.create_task(self._produce(session, step + 1, version))
         else:
@@ -161,7 +166,19 @@ class Controller:
         return Batch(encode(batch), metrics, produced.state)
 
     async def _produce(self, session: "_Session", step: int, version: int) -> StepGroups:
-        return await session.producer.produce(step, version, lambda text: self.reporter.phase("generate", text))
+        bank = session.bank
+        versions = range(version - self.config.rollout.max_policy_lag, version + 1)
+        await asyncio.to_thread(bank.begin_step, step, versions)
+        produced = await session.producer.produce(step, version, lambda text: self.reporter.phase("generate", text))
+        produced.metrics |= {m.GROUPS_FROM_BANK: float(bank.taken), m.GROUPS_NOT_BANKED: float(bank.missed)}
+        return produced
+
+    async def _banked_group(self, bank: RolloutBank, prompt: Prompt, order: int) -> ScoredGroup:
+        group = bank.take(order, prompt)
+        if group is None:
+            group = await self.make_group(prompt, order)
+            bank.add(group)
+        return group
 
     async def make_group(self, prompt: Prompt, order: int) -> ScoredGroup:
         """Generate, grade and score the responses to one prompt."""
@@ -217,6 +234,6 @@ class Controller:
 class _Session:
     """What begins with the trainer's hello."""
 
-    def __init__(self, producer: Producer, samples: SampleWriter):
-        self.producer, self.samples = producer, samples
+    def __init__(self, producer: Producer, samples: SampleWriter, bank: RolloutBank):
+        self.producer, self.samples, self.bank = producer, samples, bank
         self.ahead: asyncio.Task[StepGroups] | None = None
