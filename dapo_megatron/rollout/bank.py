@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 _PREFIX = struct.Struct("<QQ")
 """Bytes of the payload, and their XXH3 (64 bits)."""
+_encoder = msgspec.msgpack.Encoder()
 _NAME = re.compile(r"step_(\d{6,})\.bank")
 
 
@@ -81,6 +82,7 @@ class RolloutBank:
         self._folder, self._digest, self._limit = folder, digest, limit
         self._file: BinaryIO | None = None
         self._path, self._room, self._end = folder.banks, 0, 0
+        self._buffer = bytearray(_PREFIX.size)
         self._places: dict[int, tuple[int, int]] = {}
         self._versions = range(0)
         self.taken = 0
@@ -133,7 +135,7 @@ class RolloutBank:
         if self._limit == 0:
             return
         if self._file is not None:
-            record = _record(msgspec.msgpack.encode(group))
+            record = self._record(group)
             if self._end + len(record) > self._room:
                 self._close_for(f"rollout.bank_bytes={self._limit} are full")
             else:
@@ -149,7 +151,14 @@ class RolloutBank:
             self._file.close()
             self._file = None
 
-    def _write(self, record: bytes) -> None:
+    def _record(self, content: _Header | ScoredGroup) -> bytearray:
+        # One buffer for all groups: a new one of megabytes costs as much as encoding into it.
+        _encoder.encode_into(content, self._buffer, _PREFIX.size)
+        with memoryview(self._buffer)[_PREFIX.size :] as payload:
+            _PREFIX.pack_into(self._buffer, 0, len(payload), xxhash.xxh3_64_intdigest(payload))
+        return self._buffer
+
+    def _write(self, record: bytearray) -> None:
         assert self._file is not None
         written = self._file.write(record)
         if written != len(record):  # a disk that fills up takes a part
@@ -169,7 +178,7 @@ class RolloutBank:
                 )
             self._file.truncate(0)
             self._end = 0
-            self._write(_record(msgspec.msgpack.encode(header)))
+            self._write(self._record(header))
             return
         self._end = sum(first)
         for start, length in records:
@@ -196,10 +205,6 @@ class RolloutBank:
         for step, path in _files(self._folder):
             if step not in but:
                 path.unlink(missing_ok=True)
-
-
-def _record(payload: bytes) -> bytes:
-    return _PREFIX.pack(len(payload), xxhash.xxh3_64_intdigest(payload)) + payload
 
 
 def _records(file: BinaryIO) -> Iterator[tuple[int, int]]:
