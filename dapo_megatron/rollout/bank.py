@@ -105,7 +105,8 @@ class RolloutBank:
         self._path = self._folder.bank(step)
         try:
             # A checkpoint that is being written may be published while the next step is generated.
-            self._remove({step, step - 1, _newest_checkpoint(self._folder) + 1})
+            newest = _newest_checkpoint(self._folder)
+            self._remove({s for s in (step, step - 1, newest + 1) if s > newest})
             self._path.parent.mkdir(parents=True, exist_ok=True)
             others = sum(p.stat().st_size for _, p in _files(self._folder) if p != self._path)
             self._room = self._limit - others
@@ -144,6 +145,12 @@ class RolloutBank:
                 except OSError as e:
                     self._give_up(e)
         self.missed += self._file is None
+
+    def end(self) -> None:
+        """Close the bank, and remove what the published checkpoints have made useless."""
+        self.close()
+        newest = _newest_checkpoint(self._folder)
+        self._remove({step for step, _ in _files(self._folder) if step > newest})
 
     def close(self) -> None:
         """Close the file of the step."""

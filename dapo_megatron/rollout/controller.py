@@ -103,7 +103,7 @@ class Controller:
         if self._session.ahead is not None:
             self._session.ahead.cancel()
             await asyncio.gather(self._session.ahead, return_exceptions=True)  # what failed has been told
-        self._session.bank.close()
+        self._session.bank.end()
 
     async def _answer(self, request: Request) -> Reply:
         match request:

@@ -188,14 +188,17 @@ def test_files_of_steps_that_nobody_can_resume_are_removed(tmp_path):
         opened.add(group(1, step))
         return sorted(int(p.stem[5:]) for p in folder.banks.iterdir())
 
-    assert [left(1), left(2), left(3)] == [[1], [1, 2], [1, 2, 3]]  # the first step can be resumed from nothing, yet
-    assert left(4, 3) == [3, 4]
+    assert [left(1), left(2), left(3)] == [[1], [1, 2], [1, 2, 3]]
+    assert left(4, 3) == [4]
     assert [left(5), left(6), left(7)] == [[4, 5], [4, 5, 6], [4, 6, 7]]
     folder.partial_checkpoint(6).mkdir()
     assert left(8) == [4, 7, 8]
     assert left(9, 6) == [7, 8, 9]
-    RolloutBank(folder, DIGEST, 1 << 20, 6)  # killed in step 9
+    RolloutBank(folder, DIGEST, 1 << 20, 6).end()  # killed in step 9
     assert [p.name for p in folder.banks.iterdir()] == ["step_000007.bank"]
+    left(7, 7)
+    opened.end()
+    assert not list(folder.banks.iterdir())
 
 
 @pytest.mark.parametrize(
