@@ -67,6 +67,8 @@ def checked(response: Any, prompt: Prompt, sample: int, vocab: int, where: str) 
     if problem is not None:
         raise ConfigError(f"{where}: {problem}")
     assert isinstance(response, Response)
+    # Lone surrogates cannot be written down.
+    response.text = response.text.encode("utf-8", "replace").decode("utf-8")
     return response
 
 
@@ -127,6 +129,11 @@ def _verdict_problem(r: Response) -> str | None:
         return f"text is a {type(r.text).__name__}, text is expected"
     if r.verdict is not None and r.verdict not in get_args(Verdict):
         return f"verdict is {r.verdict!r}, one of {', '.join(get_args(Verdict))} or None is expected"
+    for name, values in r.token_arrays.items():
+        if hasattr(values, "tolist"):
+            values = r.token_arrays[name] = values.tolist()
+        if len(values) != len(r.token_ids) or not all(_is_finite(v) for v in values):
+            return f"token_arrays[{name!r}] is not one finite number a token"
     reward = r.accuracy_reward
     if reward is not None and not _is_finite(reward):
         return f"accuracy_reward is {reward!r}, a finite number or None is expected"

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.distributed.harness import actor_on_rank, run_ranks  # first: patches megatron-core on machines without CUDA
-from tests.distributed.test_checkpoint import CONTROLLER, updates
+from tests.distributed.test_checkpoint import controller_at, updates
 from tests.tiny import hf_folder, run_config
 
 from dapo_megatron.checkpoint import store
@@ -31,8 +31,7 @@ def three_checkpoints(config):
     checkpointer = Checkpointer(config, actor)
     for step in (1, 2, 3):
         updates(config, actor, 1)
-        controller = msgspec.json.decode(CONTROLLER) | {"next_order": step}
-        checkpointer.save(TrainState(step, step), msgspec.json.encode(controller), format="dp_reshardable")
+        checkpointer.save(TrainState(step, step), controller_at(step), format="dp_reshardable")
     checkpointer.finish()
 
 

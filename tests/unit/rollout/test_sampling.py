@@ -16,13 +16,14 @@ from aiohttp.test_utils import TestServer
 from dapo_megatron.batching.wire import decode_step_batch
 from dapo_megatron.engines.client import EngineClient
 from dapo_megatron.engines.coalescing import CoalescingClient
+from dapo_megatron.engines.seeds import sampling_seed
 from dapo_megatron.engines.wire import SamplingParams, generate_request
 from dapo_megatron.data.tokenizer import check_tags
 from dapo_megatron.errors import ConfigError, DapoError, EngineError
 from dapo_megatron.messages import Evaluate, Goodbye, Hello, NextBatch
 from dapo_megatron.observe.samples import read_samples
 from dapo_megatron.process import Reporter
-from dapo_megatron.records import Response
+from dapo_megatron.records import Response, VersionSpan
 from dapo_megatron.rollout.controller import Controller
 from dapo_megatron.rollout.ledger import read_ledger
 from dapo_megatron.run_folder import RunFolder
@@ -163,6 +164,45 @@ def test_the_engine_is_asked_for_what_the_recipe_says(tmp_path, recipe):
     (mini_batch,) = decode_step_batch(batch.payload).mini_batches
     labels = [label for shard in mini_batch.shards for m in shard for label in m.labels[m.active].tolist()]
     assert labels == [5, 7] * 8  # the end token is trained too
+
+
+async def two_turns(prompt, engine):
+    first = await engine.generate(prompt.input_ids)
+    last = await engine.generate(prompt.input_ids + first.token_ids + [5], max_new_tokens=4)
+    tokens, n = first.token_ids + last.token_ids, len(first.token_ids)
+    spans = first.version_spans + [VersionSpan(s.version, s.start + n, s.end + n) for s in last.version_spans]
+    logprobs = first.logprobs + last.logprobs
+    return Response(prompt.id, engine.sample, tokens, [True] * len(tokens), logprobs, spans, "stop", "")
+
+
+def test_every_request_of_a_deterministic_run_has_a_seed_of_its_own(tmp_path, recipe):
+    config = recipe.model_copy(
+        update={
+            "engine": recipe.engine.model_copy(update={"deterministic": True}),
+            "rollout": recipe.rollout.model_copy(update={"function": f"{__name__}:two_turns"}),
+        }
+    )
+
+    def asked(name, seed=0):
+        engine, link = Engine(), Link(Hello(None, 0), Evaluate(0, 0), NextBatch(1, 0), Evaluate(1, 0), Goodbye())
+        run = config.model_copy(update={"seed": seed, "data": config.data.model_copy(update={"shuffle": False})})
+        asyncio.run(serve(run, tmp_path / name, link, engine))
+        return engine.asked
+
+    first = asked("a")
+    seeds = [json.loads(params)["sampling_seed"] for _, params in first]
+    assert set(first.values()) == {1} and all(0 <= seed < 2**31 for seed in seeds)  # none travels with another
+    # 2 turns of 2 groups of 4, and twice those of 2 held-out prompts, 3 sampled and 1 greedy, whose seeds do not count.
+    sampled = [s for (_, params), s in zip(first, seeds, strict=True) if json.loads(params)["temperature"]]
+    assert len(set(sampled)) == len(sampled) == 2 * (2 * 4 + 2 * 2 * 3)
+    assert asked("b") == first
+    assert not {s for _, params in asked("c", seed=1) if (s := json.loads(params)["sampling_seed"]) in seeds}
+
+
+def test_a_seed_is_what_it_was_and_no_two_names_read_alike():
+    assert sampling_seed(0, "training", 12, "train.jsonl:7", 3, 0) == 1077635429
+    names = [(1, 23), (12, 3), ("1", "2", "3"), ("12", "3", ""), ("1:2", 3), ("1", ":2", 3)]
+    assert len({sampling_seed(*n) for n in names} | {sampling_seed(0, "training", i) for i in range(2000)}) == 2006
 
 
 @pytest.mark.parametrize(
