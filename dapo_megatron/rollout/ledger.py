@@ -48,7 +48,7 @@ class Ledger:
 
     def settle(self, entries: Sequence[Entry]) -> Counter[Fate]:
         """Write down fates and count them."""
-        append_lines(self.path, [msgspec.to_builtins(entry) for entry in entries])
+        append_lines(self.path, [msgspec.to_builtins(entry) for entry in entries], sync=True)
         return Counter(e.fate for e in entries)
 
 

@@ -135,11 +135,13 @@ def load_of(config, path):
         return str(e)
 
 
-def test_a_flipped_bit_loads_nothing_and_names_what_is_intact(original, run):
-    flip(run.checkpoint(3) / "model/__1_0.distcp", 0.4)
+@pytest.mark.parametrize("shard", [SHARD, "model/__1_0.distcp"])
+def test_a_flipped_bit_loads_nothing_and_names_what_is_intact(original, run, shard):
+    """Each rank hashes one of the two; both raise."""
+    flip(run.checkpoint(3) / shard, 0.4)
     config = original[1].model_copy(update={"run_dir": str(run.path)})
     for message in run_ranks(2, load_of, config, run.checkpoint(3)):
-        assert "model/__1_0.distcp is damaged" in message and "\n" not in message
+        assert f"{shard} is damaged" in message and "\n" not in message
         assert "step_000002 is the newest intact one, --resume=latest-intact goes on from there" in message
 
 
