@@ -18,6 +18,7 @@ from dapo_megatron.engines.client import EngineClient
 from dapo_megatron.engines.coalescing import CoalescingClient
 from dapo_megatron.engines.seeds import sampling_seed
 from dapo_megatron.engines.wire import SamplingParams, generate_request
+from dapo_megatron.data.snapshot import decode_snapshot, encode_snapshot
 from dapo_megatron.data.tokenizer import check_tags
 from dapo_megatron.errors import ConfigError, DapoError, EngineError
 from dapo_megatron.messages import Evaluate, Goodbye, Hello, NextBatch
@@ -223,6 +224,45 @@ def test_a_second_hello_does_not_empty_the_ledger(tmp_path, recipe):
     with pytest.raises(DapoError, match="a controller that serves another one"):
         asyncio.run(serve(recipe, tmp_path, link, Engine()))
     assert len(read_ledger(RunFolder(tmp_path).ledger)) == 2
+
+
+class Patient(Link):
+    """Says goodbye when what is generated ahead is finished."""
+
+    async def receive(self):
+        if isinstance(self.requests[0], Goodbye):
+            await asyncio.sleep(0.5)
+        return await super().receive()
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_what_was_generated_ahead_is_taken_back_by_a_resume_that_may_train_it(tmp_path, recipe, version):
+    lag = {"max_policy_lag": 1}
+    config = recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update=lag)})
+    first = Patient(Hello(None, 0), NextBatch(1, 0), Goodbye())
+    asyncio.run(serve(config, tmp_path, first, Engine("0")))
+    batch = first.replies[1]
+    assert batch.metrics["groups/from_bank"] == 0
+
+    engine, second = Engine(str(version)), Link(Hello(batch.snapshot, 1), NextBatch(2, version), Goodbye())
+    asyncio.run(serve(config, tmp_path, second, engine))
+    _, resumed, _ = second.replies
+    may = version == 1
+    assert resumed.metrics["groups/from_bank"] == (2 if may else 0) and resumed.metrics["groups/not_banked"] == 0
+    assert resumed.metrics["rollout/lag_max"] == (1 if may else 0)
+    trained = [e.order for e in read_ledger(RunFolder(tmp_path).ledger) if e.fate == "kept"]
+    assert trained == [0, 1, 2, 3]
+
+
+def test_a_snapshot_of_other_prompts_is_refused(tmp_path, recipe):
+    first = Link(Hello(None, 0), NextBatch(1, 0), Goodbye())
+    asyncio.run(serve(recipe, tmp_path, first, Engine()))
+    snapshot = decode_snapshot(first.replies[1].snapshot, 1)
+    snapshot.again.append((0, "train.jsonl:99"))
+    with pytest.raises(DapoError, match=r"prompt 'train.jsonl:99' \(number 0\) of the checkpoint is not in data.train"):
+        asyncio.run(serve(recipe, tmp_path, Link(Hello(encode_snapshot(snapshot), 1)), Engine()))
+    with pytest.raises(DapoError, match="it is of step 1, the checkpoint is of step 2"):
+        asyncio.run(serve(recipe, tmp_path, Link(Hello(first.replies[1].snapshot, 2)), Engine()))
 
 
 async def knows_its_verdict(prompt, engine):
