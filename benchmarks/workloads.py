@@ -46,7 +46,7 @@ class Workload:
             "actor.tensor_model_parallel_size=1",
             "actor.data_parallel_size=2",
             f"trainer.steps={steps}",
-            f"trainer.checkpoint_every={steps}",
+            f"checkpoint.every={steps}",
             f"evaluation.every={evaluate_every}",
             "evaluation.greedy=false",
             *self.overrides,

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -32,6 +32,7 @@ def _find_recipe(text: str) -> Path:
     return shipped if shipped.exists() and not path.is_file() else path
 
 
+ResumeFrom = Literal["latest", "latest-intact"]
 Recipe = Annotated[
     Path, typer.Argument(parser=_find_recipe, help="YAML file, or the name of a recipe that comes along, such as demo")
 ]
@@ -40,17 +41,33 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, 
 
 @app.command(
     epilog="Examples:  dapo-megatron run launch/recipes/demo.yaml trainer.steps=5   |   "
-    "dapo-megatron run launch/recipes/demo.yaml --resume   |   dapo-megatron run my.yaml --dry-run"
+    "dapo-megatron run launch/recipes/demo.yaml --resume   |   dapo-megatron run my.yaml --dry-run   |   "
+    "dapo-megatron run my.yaml run_dir=runs/second --resume-weights-only=runs/first/checkpoints/step_000010"
 )
 def run(
     recipe: Recipe,
     overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint in run_dir.")] = False,
+    resume: Annotated[
+        ResumeFrom | None,
+        typer.Option(
+            metavar="[=latest|latest-intact]",
+            help="Go on from the newest checkpoint in run_dir, or from the newest that is undamaged.",
+        ),
+    ] = None,
+    resume_weights_only: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="CHECKPOINT",
+            help="Begin a new run with the weights of a checkpoint; nothing else is taken from it.",
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option(help="Check everything, each row of the data too; start nothing.")] = False,
 ) -> None:
     """Run a job on this machine: engines, controller and trainer ranks."""
     config = load_config(recipe, overrides or [])
     check_inputs(config)
+    if resume is not None and resume_weights_only is not None:
+        raise ConfigError("give --resume or --resume-weights-only: one goes on with a run, the other begins a new one")
     if dry_run:
         _print_plan(config)
         _run_module("dapo_megatron.rollout.dry_run", [str(recipe), *(overrides or [])], dict(os.environ))
@@ -59,7 +76,7 @@ def run(
     from launch.local import run_local
 
     with _stopped_by_hand("go on with --resume"):
-        print(f"report: {run_local(config, resume=resume)}")
+        print(f"report: {run_local(config, resume=resume, weights=resume_weights_only)}")
 
 
 @app.command(
@@ -181,7 +198,9 @@ def _print_derived(config: RunConfig, console: Console) -> None:
 
 def main() -> None:
     """Entry point: a DapoError is one line on stderr and exit code 1."""
-    sys.exit(exit_code(app))
+    # typer has no option whose value may be left out.
+    arguments = ["--resume=latest" if argument == "--resume" else argument for argument in sys.argv[1:]]
+    sys.exit(exit_code(lambda: app(arguments)))
 
 
 if __name__ == "__main__":

@@ -17,8 +17,12 @@ class RunFolder:
 
     @property
     def config(self) -> Path:
-        """The resolved configuration."""
+        """The resolved configuration that the run began with."""
         return self.path / "config.yaml"
+
+    def resumed_config(self, number: int) -> Path:
+        """The configuration since a resume that changed something, counted from 1."""
+        return self.path / f"config.resume_{number:03d}.yaml"
 
     @property
     def lock(self) -> Path:
@@ -103,3 +107,7 @@ class RunFolder:
     def partial_checkpoint(self, step: int) -> Path:
         """Where the checkpoint after a step is written before it is published."""
         return self.checkpoints / f".step_{step:06d}.partial"
+
+    def replaced_checkpoint(self, step: int) -> Path:
+        """Where a checkpoint waits while one of the same step takes its place."""
+        return self.checkpoints / f".step_{step:06d}.replaced"

@@ -8,19 +8,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import yaml
 
-from dapo_megatron.checkpoint.store import latest
 from dapo_megatron.config import RunConfig
 from dapo_megatron.engines.command import engine_command, engine_environment
 from dapo_megatron.errors import ConfigError, DapoError, Preempted, told
-from dapo_megatron.keys import make_keys, write_keys
 from dapo_megatron.observe.display import ProgressDisplay
 from dapo_megatron.observe.report import write_report
-from dapo_megatron.process import Reporter, clear, read_statuses
+from dapo_megatron.process import Reporter, read_statuses
 from dapo_megatron.run_folder import RunFolder
 from launch.failures import failed, failure, hang
 from launch.heartbeats import Heartbeats
+from launch.job import Job, Resume, prepare_new, prepare_resume
 from launch.lock import locked
 from launch.ports import LOCALHOST, reserved_ports
 from launch.processes import Child, ProcessGroup, interruptible
@@ -34,22 +32,31 @@ LAST_WORDS_S = 1.5
 """After a first failure, for what fails with it to say why."""
 
 
-def run_local(config: RunConfig, *, resume: bool) -> Path:
+def run_local(config: RunConfig, *, resume: Resume | None = None, weights: Path | None = None) -> Path:
     """Run a whole job on this machine; returns the path of its report.
 
+    Args:
+        resume: which checkpoint of the run folder to go on from; None begins a new run.
+        weights: checkpoint whose weights a new run begins with.
+
     Raises:
-        DapoError: the run folder is taken (or empty, with resume), or a process died or hangs; names its log.
+        DapoError: the run folder is taken (or empty, with resume), its checkpoint is damaged, or a process died or
+            hangs; names its log.
         KeyboardInterrupt: Ctrl-C or SIGTERM.
     """
     folder = RunFolder(Path(config.run_dir))
-    if resume:
-        latest(folder)  # nothing is made where there is nothing to go on from
+    if resume is not None and not folder.checkpoints.is_dir():
+        # Nothing is made where there is nothing to go on from.
+        raise ConfigError(f"{folder.checkpoints} holds no complete checkpoint: start the run without --resume")
     _make_folder(folder)
     with interruptible() as check_interrupt, locked(folder.lock):
-        _prepare(config, folder, resume)
+        if resume is None:
+            job = prepare_new(config, folder, weights)
+        else:
+            job = prepare_resume(config, folder, resume)
         try:
             with reserved_ports(config.engine.replicas + 2) as ports, ProcessGroup(folder.logs) as group:
-                trainer = _start(config, folder, group, ports, resume)
+                trainer = _start(config, folder, group, ports, job)
                 with ProgressDisplay(folder, config.trainer.steps) as display:
                     _watch(config, folder, group, trainer, display, check_interrupt)
         except (DapoError, OSError, KeyboardInterrupt) as e:
@@ -75,15 +82,7 @@ def _make_folder(folder: RunFolder) -> None:
         raise ConfigError(f"run_dir={folder.path} is a file, or lies in one: choose another run_dir=...") from None
 
 
-def _prepare(config: RunConfig, folder: RunFolder, resume: bool) -> None:
-    if folder.metrics.exists() and not resume:
-        raise ConfigError(f"{folder.path} holds a run already: go on with --resume, or choose another run_dir=...")
-    clear(folder)
-    folder.config.write_text(yaml.safe_dump(config.model_dump(), sort_keys=False))
-    write_keys(folder, make_keys())
-
-
-def _start(config: RunConfig, folder: RunFolder, group: ProcessGroup, ports: list[int], resume: bool) -> list[Child]:
+def _start(config: RunConfig, folder: RunFolder, group: ProcessGroup, ports: list[int], job: Job) -> list[Child]:
     cpu = not torch.cuda.is_available()
     environment = dict(os.environ)
     if cpu:
@@ -94,11 +93,16 @@ def _start(config: RunConfig, folder: RunFolder, group: ProcessGroup, ports: lis
         command = engine_command(config, LOCALHOST, port, cpu=cpu, options_file=folder.engine_options)
         # An SGLang server waits five seconds after SIGTERM, and has nothing to lose.
         group.start(f"engine-{i}", command, engine_environment(environment, cpu=cpu), grace=False)
-    shared = ["--config", str(folder.config), "--link", f"tcp://{LOCALHOST}:{link_port}", "--engines", *urls]
+    shared = ["--config", str(job.config), "--link", f"tcp://{LOCALHOST}:{link_port}", "--engines", *urls]
     group.start("controller", [sys.executable, "-m", "dapo_megatron.rollout", *shared], environment)
-    arguments = shared + (["--resume"] if resume else [])
     return start_ranks(
-        group, "trainer", "dapo_megatron.trainer", arguments, config.world_size, meeting_port, environment
+        group,
+        "trainer",
+        "dapo_megatron.trainer",
+        shared + job.trainer_arguments,
+        config.world_size,
+        meeting_port,
+        environment,
     )
 
 

@@ -33,7 +33,8 @@ from dapo_megatron.weights.exporter import export_stage
 ONE_BY_ONE = {
     "rollout": {"concurrency": 1, "temperature": 0.9},
     "engine": {"max_running_requests": 1, "extra_args": ["--disable-radix-cache"]},
-    "trainer": {"steps": 3, "checkpoint_every": 3},
+    "trainer": {"steps": 3},
+    "checkpoint": {"every": 3},
 }
 NEVER_THE_SAME = ("time", "time/", "speed/", "sync/seconds")
 

@@ -1,77 +1,82 @@
 """Checkpoints in a run folder: written aside, published by one rename, found again by name.
 
 checkpoints/step_000010/
-    model/             megatron-core distributed checkpoint: weights, optimizer, schedule
-    controller.msgpack controller state that belongs to the step's batch
-    manifest.json      what was saved, for the comparison on resume
+    model/             megatron-core distributed checkpoint: weights, optimizer, schedule, random states
+    hf/                the model's config, tokenizer, ...: what a Hugging Face folder holds beside weights
+    controller.json    controller state that belongs to the step's batch
+    manifest.json      what the others are, with their hashes; written last
+
+Names that begin with a dot are no checkpoints: .step_000010.partial is being written (or was when somebody pulled the
+plug), .step_000010.replaced makes way for a step that was done again, .step_000010.damaged was set aside by a resume.
 """
 
 import os
+import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 
-from dapo_megatron.errors import ConfigError
+from dapo_megatron.checkpoint.integrity import check_files, intact_manifest, records_of
+from dapo_megatron.checkpoint.manifest import MANIFEST, FileRecord, Manifest, encode_manifest, read_manifest
+from dapo_megatron.checkpoint.retention import kept_steps
+from dapo_megatron.config import CheckpointConfig
+from dapo_megatron.errors import ConfigError, StorageError
 from dapo_megatron.run_folder import RunFolder
 
-MANIFEST = "manifest.json"
-CONTROLLER = "controller.msgpack"
+CONTROLLER = "controller.json"
+HF = "hf"
 MODEL = "model"
-SCHEMA = 2
-
-
-class Manifest(msgspec.Struct):
-    """What a checkpoint holds."""
-
-    step: int
-    version: int
-    """Policy version that was live."""
-    skipped: int
-    """Updates skipped in a row, up to then."""
-    updates: int
-    """Optimizer updates done; the schedule's position."""
-    architecture: str
-    layout: dict[str, int]
-    """Parallel sizes it was saved under; it can be loaded under any other."""
-    schema: int = SCHEMA
+_PUBLISHED = re.compile(r"step_\d{6,}")
 
 
 def published(folder: RunFolder) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    return sorted(p for p in folder.checkpoints.glob("step_*") if (p / MANIFEST).exists())
+    """Checkpoints by name, oldest first; what is in them is not looked at."""
+    found = [p for p in folder.checkpoints.glob("step_*") if _PUBLISHED.fullmatch(p.name)]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("step_")))
 
 
 def latest(folder: RunFolder) -> Path:
-    """The newest complete checkpoint.
+    """The newest checkpoint, whose manifest, file names and sizes are in order.
+
+    Raises:
+        ConfigError: there is none.
+        StorageError: it is damaged, or the folder holds something else; names the newest intact one.
+    """
+    strangers = [p for p in _visible(folder) if not _PUBLISHED.fullmatch(p.name)]
+    try:
+        if strangers:
+            raise StorageError(f"{strangers[0]} is not a checkpoint of this run: move it away")
+        path = _newest(folder)
+        check_files(path, read_manifest(path))
+    except StorageError as e:
+        raise with_intact(e, folder) from None
+    return path
+
+
+def latest_intact(folder: RunFolder) -> Path:
+    """The newest checkpoint all of whose hashes are right.
 
     Raises:
         ConfigError: there is none.
     """
-    found = published(folder)
-    if not found:
-        raise ConfigError(f"{folder.checkpoints} holds no complete checkpoint: start the run without --resume")
-    return found[-1]
+    for path in reversed(published(folder)):
+        try:
+            intact_manifest(path)
+        except StorageError:
+            continue
+        return path
+    raise ConfigError(f"{folder.checkpoints} holds no intact checkpoint: start the run without --resume")
 
 
-def controller_state(path: Path) -> bytes:
-    """The controller's state that a checkpoint holds."""
-    return (path / CONTROLLER).read_bytes()
-
-
-def read_manifest(path: Path) -> Manifest:
-    """The manifest of one checkpoint.
-
-    Raises:
-        ConfigError: it is unreadable or of another schema.
-    """
+def with_intact(error: StorageError, folder: RunFolder) -> StorageError:
+    """The same error, with what can be done about it."""
     try:
-        manifest = msgspec.json.decode((path / MANIFEST).read_bytes(), type=Manifest)
-    except (OSError, msgspec.MsgspecError) as e:
-        raise ConfigError(f"{path / MANIFEST} cannot be read ({e}): resume from another checkpoint") from None
-    if manifest.schema != SCHEMA:
-        raise ConfigError(f"{path} has checkpoint schema {manifest.schema}, this program reads {SCHEMA}")
-    return manifest
+        hint = f"{latest_intact(folder).name} is the newest intact one, --resume=latest-intact goes on from there"
+    except ConfigError:
+        hint = f"no checkpoint in {folder.checkpoints} is intact"
+    return StorageError(f"{error}; {hint}")
 
 
 def open_partial(folder: RunFolder, step: int) -> Path:
@@ -82,31 +87,107 @@ def open_partial(folder: RunFolder, step: int) -> Path:
     return partial
 
 
-def publish(folder: RunFolder, manifest: Manifest, controller: bytes, keep: int) -> Path:
-    """Complete a partial checkpoint, rename it into place and remove the oldest beyond `keep`."""
+def complete(
+    folder: RunFolder,
+    manifest: Manifest,
+    model_files: dict[str, FileRecord],
+    controller: bytes,
+    companions: Sequence[Path],
+) -> Path:
+    """Add to a partial checkpoint, whose model is written, what goes beside it, and publish it.
+
+    Args:
+        manifest: all but the files.
+        model_files: of the distributed checkpoint, by path in its folder.
+        companions: files of the model's Hugging Face folder.
+    """
+    partial = folder.partial_checkpoint(manifest.step)
+    (partial / HF).mkdir()
+    for file in companions:
+        write_synced(partial / HF / file.name, file.read_bytes())
+    write_synced(partial / CONTROLLER, controller)
+    files = {f"{MODEL}/{name}": record for name, record in model_files.items()}
+    files |= records_of(partial, [CONTROLLER, *(f"{HF}/{file.name}" for file in companions)])
+    return publish(folder, msgspec.structs.replace(manifest, files=files))
+
+
+def publish(folder: RunFolder, manifest: Manifest) -> Path:
+    """Write the manifest of a complete partial checkpoint and rename it into place."""
     partial, final = folder.partial_checkpoint(manifest.step), folder.checkpoint(manifest.step)
-    _write_synced(partial / CONTROLLER, controller)
-    _write_synced(partial / MANIFEST, msgspec.json.format(msgspec.json.encode(manifest)))
+    write_synced(partial / MANIFEST, encode_manifest(manifest))
+    for path in [partial, *(p for p in partial.rglob("*") if p.is_dir())]:
+        sync_folder(path)
     if final.exists():
-        # Only a resumed run writes a step again; the old one makes way first, and the partial one is complete.
-        shutil.rmtree(final)
-    os.replace(partial, final)
-    _sync_folder(final.parent)
-    for old in published(folder)[:-keep]:
-        shutil.rmtree(old)
+        replaced = folder.replaced_checkpoint(manifest.step)
+        shutil.rmtree(replaced, ignore_errors=True)
+        final.rename(replaced)
+    partial.rename(final)
+    sync_folder(final.parent)
+    shutil.rmtree(folder.replaced_checkpoint(manifest.step), ignore_errors=True)
     return final
 
 
-def _write_synced(path: Path, data: bytes) -> None:
+def retain(folder: RunFolder, config: CheckpointConfig) -> None:
+    """Remove the checkpoints that need not be kept; a damaged one stays, to be looked at."""
+    manifests = {}
+    for path in published(folder):
+        try:
+            manifests[path] = read_manifest(path)
+        except StorageError:
+            continue
+    kept = kept_steps(list(manifests.values()), config)
+    for path, manifest in manifests.items():
+        if manifest.step not in kept:
+            # Renamed first: a checkpoint that is half removed must not be found.
+            going = path.with_name(f".{path.name}.partial")
+            shutil.rmtree(going, ignore_errors=True)
+            path.rename(going)
+            shutil.rmtree(going)
+
+
+def clean(folder: RunFolder) -> None:
+    """Put in order what an interrupted save left; only the process that owns the run folder calls this."""
+    for path in folder.checkpoints.glob(".step_*.replaced"):
+        final = path.with_name(path.name.removeprefix(".").removesuffix(".replaced"))
+        shutil.rmtree(path) if final.exists() else path.rename(final)
+    for path in folder.checkpoints.glob(".step_*.partial"):
+        shutil.rmtree(path)
+
+
+def set_aside_after(folder: RunFolder, step: int) -> list[Path]:
+    """Rename the checkpoints of later steps than the one that the run goes on from; returns their new places."""
+    moved = []
+    for path in published(folder):
+        if int(path.name.removeprefix("step_")) > step:
+            aside = path.with_name(f".{path.name}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            moved.append(path.rename(aside))
+    return moved
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Write a file through to the disk."""
     with path.open("wb") as f:
         f.write(data)
         f.flush()
         os.fsync(f.fileno())
 
 
-def _sync_folder(path: Path) -> None:
+def sync_folder(path: Path) -> None:
+    """Write the names in a folder through to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _visible(folder: RunFolder) -> list[Path]:
+    return sorted(p for p in folder.checkpoints.glob("*") if not p.name.startswith("."))
+
+
+def _newest(folder: RunFolder) -> Path:
+    found = published(folder)
+    if not found:
+        raise ConfigError(f"{folder.checkpoints} holds no complete checkpoint: start the run without --resume")
+    return found[-1]

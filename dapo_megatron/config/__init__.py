@@ -6,6 +6,7 @@ their base; `run` puts them together and checks what concerns more than one.
 
 from dapo_megatron.config.actor import ActorConfig, OptimizerConfig, PrecisionConfig
 from dapo_megatron.config.algorithm import AlgorithmConfig
+from dapo_megatron.config.checkpoint import CheckpointConfig
 from dapo_megatron.config.data import DataConfig
 from dapo_megatron.config.engines import EngineConfig
 from dapo_megatron.config.grading import GradingConfig
@@ -21,6 +22,7 @@ from dapo_megatron.config.trainer import TrainerConfig
 __all__ = [
     "ActorConfig",
     "AlgorithmConfig",
+    "CheckpointConfig",
     "DataConfig",
     "EngineConfig",
     "EvaluationConfig",

@@ -1,6 +1,11 @@
 """What every section of the config has in common."""
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict
+
+EvaluationMetric = Literal["eval/accuracy", "eval/greedy_accuracy"]
+"""What an evaluation measures (observe.catalog); the larger the better."""
 
 
 class Section(BaseModel):

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from dapo_megatron.config.actor import ActorConfig, OptimizerConfig, PrecisionConfig
 from dapo_megatron.config.algorithm import AlgorithmConfig
 from dapo_megatron.config.base import Section
+from dapo_megatron.config.checkpoint import CheckpointConfig
 from dapo_megatron.config.data import DataConfig
 from dapo_megatron.config.engines import EngineConfig
 from dapo_megatron.config.grading import GradingConfig
@@ -36,6 +37,7 @@ class RunConfig(Section):
     precision: PrecisionConfig = PrecisionConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     trainer: TrainerConfig = TrainerConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     resharding: ReshardingConfig = ReshardingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     observe: ObserveConfig = ObserveConfig()
@@ -118,6 +120,14 @@ class RunConfig(Section):
                 f"engine.call_timeout_s={self.engine_call_timeout_s:g} must be less than "
                 f"trainer.collective_timeout_s={t.collective_timeout_s:g}: the ranks wait for each other's calls"
             )
+        goals = {"trainer.stop_at": list(t.stop_at)} if t.stop_at else {}
+        if self.checkpoint.keep_best:
+            goals["checkpoint.keep_best"] = [self.checkpoint.best_metric]
+        for option, names in goals.items():
+            if d.eval is None:
+                raise ValueError(f"{option} needs held-out prompts: set data.eval")
+            if "eval/greedy_accuracy" in names and not self.evaluation.greedy:
+                raise ValueError(f"{option} names eval/greedy_accuracy: set evaluation.greedy=true")
         if self.precision.fp8_param_gather and self.precision.fp8 == "off":
             raise ValueError("precision.fp8_param_gather needs an FP8 recipe: set precision.fp8")
         return self

@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from dapo_megatron.config.base import Section
+from dapo_megatron.config.base import EvaluationMetric, Section
 
 
 class TrainerConfig(Section):
@@ -10,10 +10,8 @@ class TrainerConfig(Section):
     """Rollout steps."""
     mini_batch_prompts: int = Field(32, ge=1)
     """Groups in one optimizer update."""
-    checkpoint_every: int = Field(10, ge=1)
-    """Rollout steps between checkpoints; the last step is always saved."""
-    keep_checkpoints: int = Field(2, ge=1)
-    """Checkpoints kept in the run folder."""
+    stop_at: dict[EvaluationMetric, float] = {}
+    """The run ends before its last step when the evaluation has reached all of these: {eval/accuracy: 0.5}."""
     max_skipped_updates: int = Field(3, ge=0)
     """Updates with a non-finite gradient (skipped) in a row before the run stops."""
     batch_timeout_s: float = Field(7200.0, gt=0)

@@ -26,6 +26,7 @@ class Layout:
     tp_rank: int
     pp_size: int
     pp_rank: int
+    vpp_size: int
     cp_size: int
     cp_rank: int
     ep_size: int
@@ -38,6 +39,23 @@ class Layout:
     """All ranks, gloo: only for what waits as long as for a batch, engines that start, or a slow disk."""
     collective_timeout_s: float
     waiting_timeout_s: float
+
+    @property
+    def world_size(self) -> int:
+        """All ranks."""
+        return self.tp_size * self.pp_size * self.cp_size * self.dp_size
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The parallel sizes by their short names."""
+        return {
+            "tp": self.tp_size,
+            "pp": self.pp_size,
+            "vpp": self.vpp_size,
+            "cp": self.cp_size,
+            "ep": self.ep_size,
+            "dp": self.dp_size,
+        }
 
     @property
     def is_last_stage(self) -> bool:
@@ -59,7 +77,10 @@ def init_parallel(config: RunConfig) -> Layout:
     trainer = config.trainer
     deadline = timedelta(seconds=trainer.collective_timeout_s)
     # Whoever waits for others gives up first, with a message that says what it waited for.
-    waiting_s = max(trainer.batch_timeout_s, config.engine.start_timeout_s) + trainer.collective_timeout_s
+    waiting_s = (
+        max(trainer.batch_timeout_s, config.engine.start_timeout_s, config.checkpoint.timeout_s)
+        + trainer.collective_timeout_s
+    )
     if not dist.is_initialized():
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=deadline)
     if dist.get_world_size() != config.world_size:
@@ -86,6 +107,7 @@ def init_parallel(config: RunConfig) -> Layout:
         tp_rank=mpu.get_tensor_model_parallel_rank(),
         pp_size=mpu.get_pipeline_model_parallel_world_size(),
         pp_rank=mpu.get_pipeline_model_parallel_rank(),
+        vpp_size=chunks,
         cp_size=mpu.get_context_parallel_world_size(),
         cp_rank=mpu.get_context_parallel_rank(),
         ep_size=mpu.get_expert_model_parallel_world_size(),

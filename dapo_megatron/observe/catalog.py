@@ -116,6 +116,9 @@ SYNC_DIFFERENCE = _metric(
     "sync/logprob_difference", "nats", "Largest |log-prob difference| of trainer and engine on tokens sampled after it."
 )
 
+CHECKPOINT_BYTES = _metric("checkpoint/bytes", "bytes", "Size of the checkpoint that was published last.")
+CHECKPOINT_SECONDS = _metric("checkpoint/seconds", "s", "From the copy of the state to the published checkpoint.")
+
 PHASES = ("generate", "old_logprobs", "update", "push", "verify", "checkpoint", "evaluate")
 """Of a rollout step, in order; each has its seconds under time/."""
 _PHASE_DOCS = {
@@ -125,7 +128,7 @@ _PHASE_DOCS = {
     "update": "All updates.",
     "push": "Sending the weights to the engines.",
     "verify": "Comparing trainer and engines.",
-    "checkpoint": "Writing the checkpoint of the step before.",
+    "checkpoint": "What training waited for checkpoints, up to the step before: the copy of its state.",
     "evaluate": "Sampling and grading the held-out prompts.",
 }
 

@@ -41,7 +41,7 @@ class GroupBuffer:
         self._sampler = PromptSampler(len(prompts), seed, shuffle)
         self.state = BufferState(self._sampler.state(), 0, 1.0, [], [])
         if state is not None:
-            self.state = msgspec.msgpack.decode(state, type=BufferState)
+            self.state = msgspec.json.decode(state, type=BufferState)
             self._sampler = PromptSampler.restore(self.state.sampler, len(prompts), seed)
         self.issued: dict[int, Prompt] = {}
         """With the engines, by order number."""
@@ -89,7 +89,7 @@ class GroupBuffer:
 
     def snapshot(self) -> bytes:
         """The state, for a checkpoint."""
-        return msgspec.msgpack.encode(self.state)
+        return msgspec.json.encode(self.state)
 
     def _end(self, groups: Sequence[ScoredGroup], fate: Fate) -> None:
         self._entries += [Entry(0, g.order, g.prompt.id, fate, g.oldest_version) for g in groups]

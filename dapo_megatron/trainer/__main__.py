@@ -16,7 +16,6 @@ prepare_trainer()
 from dapo_megatron.actor.actor import Actor
 from dapo_megatron.actor.layout_check import check_layout
 from dapo_megatron.actor.precision import require_precision
-from dapo_megatron.checkpoint.store import latest
 from dapo_megatron.config import load_config
 from dapo_megatron.distributed.layout import init_parallel
 from dapo_megatron.keys import read_keys
@@ -24,7 +23,7 @@ from dapo_megatron.process import Reporter, run_reported
 from dapo_megatron.resharding.push import Pusher
 from dapo_megatron.run_folder import RunFolder
 from dapo_megatron.trainer.controller_client import ControllerClient
-from dapo_megatron.trainer.loop import train
+from dapo_megatron.trainer.loop import Start, train
 from dapo_megatron.trainer.recorder import Recorder
 from dapo_megatron.weights.hf_config import read_model
 
@@ -35,7 +34,8 @@ def main() -> int:
     parser.add_argument("--config", required=True, type=Path, help="config.yaml in the run folder")
     parser.add_argument("--link", required=True, help="the controller's address")
     parser.add_argument("--engines", required=True, nargs="+", help="URLs of the SGLang servers")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the run folder")
+    parser.add_argument("--resume", type=Path, help="checkpoint to go on from")
+    parser.add_argument("--weights", type=Path, help="checkpoint of which only the weights are taken")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
@@ -55,11 +55,10 @@ def _train(args: argparse.Namespace, reporter: Reporter) -> None:
     actor = Actor(config, shape, layout)
     pusher = Pusher(config, actor, args.engines, keys.engine_api_key)
     controller = ControllerClient(config, layout, folder, args.link, keys)
-    resume = latest(folder) if args.resume else None
     recorder = Recorder(config, layout, reporter)
     try:
         gc.freeze()  # a collection of what start-up left takes 0.3 s, on one rank while the others wait for it
-        train(config, actor, controller, pusher, recorder, resume)
+        train(config, actor, controller, pusher, recorder, Start(args.resume, args.weights))
     finally:
         recorder.close()
         pusher.close()

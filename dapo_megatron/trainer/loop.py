@@ -4,10 +4,12 @@ controller.next_batch   groups of step k, sampled by the live version (older wit
 old log-probs           of all mini-batches but the first, before its update, on the updates' own micro-batches
 update                  one for each mini-batch
 push                    the next version goes live on the engines, and its log-probs are compared
+checkpoint              after some steps; written while the next ones run, published by a later one
 """
 
-from collections.abc import Sequence
-from dataclasses import replace
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,9 +17,12 @@ import torch
 from dapo_megatron.actor.actor import Actor
 from dapo_megatron.actor.training_objective import PolicyObjective
 from dapo_megatron.batching.batch import MicroBatch
-from dapo_megatron.checkpoint.distributed import load_checkpoint, save_checkpoint
+from dapo_megatron.checkpoint.distributed import Checkpointer
+from dapo_megatron.checkpoint.load import load_checkpoint, load_weights
+from dapo_megatron.checkpoint.manifest import Format
 from dapo_megatron.checkpoint.train_state import TrainState
-from dapo_megatron.config import RunConfig
+from dapo_megatron.config import CheckpointConfig, RunConfig
+from dapo_megatron.config.base import EvaluationMetric
 from dapo_megatron.errors import DapoError
 from dapo_megatron.observe import catalog as m
 from dapo_megatron.resharding.push import Pusher
@@ -26,24 +31,34 @@ from dapo_megatron.trainer.controller_client import ControllerClient
 from dapo_megatron.trainer.recorder import Recorder
 
 
+@dataclass(frozen=True)
+class Start:
+    """What a run begins with; neither: the model folder of the config."""
+
+    resume: Path | None = None
+    """Checkpoint to go on from."""
+    weights: Path | None = None
+    """Checkpoint of which only the weights are taken."""
+
+
 def train(
     config: RunConfig,
     actor: Actor,
     controller: ControllerClient,
     pusher: Pusher,
     recorder: Recorder,
-    resume: Path | None,
+    start: Start,
 ) -> None:
-    """Run all steps, from the checkpoint `resume` if there is one; every rank runs this.
+    """Run all steps; every rank runs this.
 
     Raises:
         DapoError: any part failed; the message says which and what to do.
     """
     with recorder.phase("load"):
-        state, snapshot = load(config, actor, resume)
+        state, snapshot = load(config, actor, start)
     with recorder.phase("start"):
         verifier = Verifier(config, actor, pusher, controller.hello(state, snapshot))
-        recorder.open(None if resume is None else state.step)
+        recorder.open(None if start.resume is None else state.step)
         pusher.connect()
         if config.resharding.verify_every:
             verifier.prime()
@@ -52,30 +67,53 @@ def train(
             verifier.verify(state.version)
     if state.step == 0:
         with recorder.phase("evaluate"):
-            evaluation = controller.evaluate(state)
-        recorder.record({m.STEP: 0, m.VERSION: state.version} | evaluation)
+            before = controller.evaluate(state)
+        recorder.record({m.STEP: 0, m.VERSION: state.version} | before)
 
-    objective = PolicyObjective(config.algorithm)
-    while state.step < config.trainer.steps:
+    objective, checkpointer = PolicyObjective(config.algorithm), Checkpointer(config, actor)
+    published: dict[str, float] = {}
+    is_over = state.step >= config.trainer.steps
+    while not is_over:
         state, metrics, snapshot = rollout_step(config, actor, controller, pusher, verifier, recorder, objective, state)
-        last = state.step == config.trainer.steps
-        if last or state.step % config.evaluation.every == 0:
+        evaluation: dict[str, float] = {}
+        is_over = state.step == config.trainer.steps
+        if is_over or state.step % config.evaluation.every == 0:
             with recorder.phase("evaluate"):
-                metrics |= controller.evaluate(state)
+                evaluation = controller.evaluate(state)
+            is_over = is_over or reached(config.trainer.stop_at, evaluation)
+        with recorder.phase("checkpoint"):
+            published |= checkpointer.poll()
         # Before the checkpoint, so that whoever goes on from it has the record of its step.
-        recorder.record({m.STEP: state.step, m.VERSION: state.version} | metrics)
-        if last or state.step % config.trainer.checkpoint_every == 0:
+        recorder.record({m.STEP: state.step, m.VERSION: state.version} | metrics | evaluation | published)
+        published = {}
+        if is_over or state.step % config.checkpoint.every == 0:
             with recorder.phase("checkpoint"):
-                save_checkpoint(config, actor, state, snapshot)
+                format = format_of(state.step, config.checkpoint, is_last=is_over)
+                published = checkpointer.save(state, snapshot, format=format, metrics=evaluation)
+    checkpointer.finish()
     controller.goodbye()
 
 
-def load(config: RunConfig, actor: Actor, resume: Path | None) -> tuple[TrainState, bytes | None]:
+def load(config: RunConfig, actor: Actor, start: Start) -> tuple[TrainState, bytes | None]:
     """The actor's weights (and what else the checkpoint holds), where training stands, and the controller's state."""
-    if resume is None:
+    if start.resume is not None:
+        return load_checkpoint(actor, start.resume)
+    if start.weights is not None:
+        load_weights(actor, start.weights)
+    else:
         actor.load_hf(config.model.path)
-        return TrainState(), None
-    return load_checkpoint(actor, resume)
+    return TrainState(), None
+
+
+def reached(goals: Mapping[EvaluationMetric, float], evaluation: dict[str, float]) -> bool:
+    """Whether the evaluation has reached every goal; never without goals, or without an evaluation."""
+    return bool(goals) and all(evaluation.get(name, -math.inf) >= value for name, value in goals.items())
+
+
+def format_of(step: int, config: CheckpointConfig, *, is_last: bool) -> Format:
+    """Whether the checkpoint after a step is loadable in any layout, or sooner written."""
+    is_nth = step % config.every == 0 and step // config.every % config.reshardable_every == 0
+    return "fully_reshardable" if is_last or is_nth else "dp_reshardable"
 
 
 def rollout_step(

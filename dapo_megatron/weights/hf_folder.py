@@ -21,6 +21,25 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 COMPARED_ROWS = 4096
 
 
+WEIGHTS = (
+    ".safetensors",
+    ".safetensors.index.json",
+    ".bin",
+    ".bin.index.json",
+    ".pt",
+    ".pth",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+)
+"""Ends of the names of files that hold weights, or say where they are."""
+
+
+def companions(path: str | Path) -> list[Path]:
+    """What a Hugging Face folder holds beside weights: configuration, tokenizer, chat template, ..."""
+    return sorted(p for p in Path(path).iterdir() if p.is_file() and not p.name.endswith(WEIGHTS))
+
+
 class HfFolder:
     """The tensors of a Hugging Face checkpoint folder, read one at a time.
 

@@ -12,8 +12,11 @@ from tests.tiny import hf_folder, run_config
 from dapo_megatron.actor.training_objective import PolicyObjective
 from dapo_megatron.checkpoint import store
 from dapo_megatron.checkpoint.train_state import TrainState
-from dapo_megatron.checkpoint.distributed import load_checkpoint, save_checkpoint
+from dapo_megatron.checkpoint.distributed import Checkpointer
+from dapo_megatron.checkpoint.load import load_checkpoint
 from dapo_megatron.errors import DapoError
+from dapo_megatron.records import Prompt
+from dapo_megatron.rollout.buffer import GroupBuffer
 from dapo_megatron.run_folder import RunFolder
 
 
@@ -23,17 +26,23 @@ def updates(config, actor, count):
     return [actor.update(shards[i % 2], PolicyObjective(config.algorithm), None) for i in range(count)]
 
 
-def two_steps_and_save(config):
+CONTROLLER = GroupBuffer([Prompt("p", [1], "1", "", 0)], seed=0, shuffle=True).snapshot()
+
+
+def two_steps_and_save(config, format="fully_reshardable"):
     actor = actor_on_rank(config)
     updates(config, actor, 2)
-    save_checkpoint(config, actor, TrainState(1, 7, 2), b"controller state")
-    return updates(config, actor, 3)
+    checkpointer = Checkpointer(config, actor)
+    checkpointer.save(TrainState(1, 7, 2), CONTROLLER, format=format)
+    after = updates(config, actor, 3)
+    checkpointer.finish()
+    return after
 
 
 def resume(config):
     actor = actor_on_rank(config)
     state, controller = load_checkpoint(actor, store.latest(RunFolder(Path(config.run_dir))))
-    assert (state, controller) == (TrainState(1, 7, 2), b"controller state")
+    assert (state, controller) == (TrainState(1, 7, 2), CONTROLLER)
     return state.step, updates(config, actor, 3)
 
 
@@ -92,7 +101,6 @@ def test_resume_in_any_layout_continues(tmp_path, dtype):
         for g, e in zip(got, expected, strict=True):
             for key in ("policy/loss", "optimizer/grad_norm", "optimizer/lr", "policy/entropy"):
                 assert g[key] == pytest.approx(e[key], rel=2e-4, abs=2e-6), (layout, key)
-    assert (store.latest(RunFolder(tmp_path / "run")) / "controller.msgpack").read_bytes() == b"controller state"
 
 
 @pytest.mark.parametrize(

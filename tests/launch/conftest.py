@@ -26,7 +26,8 @@ def recipe(folder, **sections):
     tree["algorithm"]["dynamic_sampling"] = False
     # At another temperature than 1, trainer and engine must divide by the same one.
     tree["rollout"] |= {"prompts_per_step": 4, "group_size": 4, "temperature": 0.8}
-    tree["trainer"] |= {"mini_batch_prompts": 2, "checkpoint_every": 1, "steps": 2}
+    tree["trainer"] |= {"mini_batch_prompts": 2, "steps": 2}
+    tree["checkpoint"] = {"every": 1}
     tree["optimizer"] = {"lr": 1e-3, "warmup_steps": 4}
     tree["run_dir"] = str(folder / "run")
     for name, section in sections.items():

@@ -21,7 +21,7 @@ def demo(tmp_path_factory):
 def run(demo, run_dir, steps, *overrides):
     """(metrics before the first step, metrics of all steps)."""
     files = [f"model.path={demo / 'model'}", f"data.train={demo / 'train.jsonl'}", f"data.eval={demo / 'eval.jsonl'}"]
-    schedule = [f"trainer.steps={steps}", f"evaluation.every={steps}", f"trainer.checkpoint_every={steps}"]
+    schedule = [f"trainer.steps={steps}", f"evaluation.every={steps}", f"checkpoint.every={steps}"]
     code, output, _ = finish(
         start("launch/recipes/demo.yaml", f"run_dir={run_dir}", *files, *schedule, *overrides), timeout=600
     )

@@ -22,7 +22,8 @@ def test_ahead_of_the_trainer_on_two_engines_with_a_rollout_of_ones_own(tmp_path
         tmp_path,
         rollout={"max_policy_lag": 1, "function": "tests.launch.two_turns:rollout"},
         engine={"replicas": 2},
-        trainer={"steps": 4, "checkpoint_every": 4},
+        trainer={"steps": 4},
+        checkpoint={"every": 4},
         observe={"dump_batches": True},
     )
     rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
@@ -53,7 +54,8 @@ def test_a_mixture_of_experts_spread_over_ranks(tmp_path):
     path = recipe(
         tmp_path,
         actor={"tensor_model_parallel_size": 1, "data_parallel_size": 2, "expert_model_parallel_size": 2},
-        trainer={"steps": 2, "checkpoint_every": 2},
+        trainer={"steps": 2},
+        checkpoint={"every": 2},
     )
     # The tokenizer of the demo with a Qwen3-MoE that has its vocabulary.
     hf_folder(tmp_path / "moe", "qwen3_moe", tied=False, vocab=16)

@@ -1,0 +1,77 @@
+"""Are the files of a checkpoint those that were written? Sizes, names and hashes against the manifest."""
+
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import xxhash
+
+from dapo_megatron.checkpoint.manifest import MANIFEST, FileRecord, Manifest, read_manifest
+from dapo_megatron.errors import StorageError
+
+BLOCK = 8 << 20
+"""Bytes read at a time."""
+READERS = 4
+"""Files read at a time by one process; hashing and reading hold no interpreter lock."""
+
+
+def record_of(path: Path) -> FileRecord:
+    """Size and hash of a file, read from the disk."""
+    digest, size = xxhash.xxh3_128(), 0
+    with path.open("rb", buffering=0) as file:
+        block = memoryview(bytearray(BLOCK))
+        while count := file.readinto(block):
+            digest.update(block[:count])
+            size += count
+    return FileRecord(size, digest.hexdigest())
+
+
+def records_of(folder: Path, names: Iterable[str]) -> dict[str, FileRecord]:
+    """Size and hash of some files of a folder, by their paths in it."""
+    return {name: record_of(folder / name) for name in names}
+
+
+def files_in(folder: Path) -> set[str]:
+    """Paths of all files of a checkpoint, in it, but for the manifest."""
+    return {str(p.relative_to(folder)) for p in folder.rglob("*") if not p.is_dir()} - {MANIFEST}
+
+
+def check_files(path: Path, manifest: Manifest) -> None:
+    """Compare names and sizes; nothing is read.
+
+    Raises:
+        StorageError: a file is missing, too many, or of another size.
+    """
+    found = files_in(path)
+    if missing := sorted(manifest.files.keys() - found):
+        raise StorageError(f"{path / missing[0]} is missing")
+    if extra := sorted(found - manifest.files.keys()):
+        raise StorageError(f"{path / extra[0]} does not belong to the checkpoint: its manifest does not list it")
+    for name, record in manifest.files.items():
+        if (size := (path / name).stat().st_size) != record.size:
+            raise StorageError(f"{path / name} has {size} bytes, {record.size} were written")
+
+
+def check_hashes(path: Path, manifest: Manifest, share: int = 0, shares: int = 1) -> None:
+    """Compare the hashes of one of `shares` equal shares of the files.
+
+    Raises:
+        StorageError: a file has other content than was written.
+    """
+    by_size = sorted(manifest.files, key=lambda name: (-manifest.files[name].size, name))
+    with ThreadPoolExecutor(READERS) as readers:
+        for name, found in readers.map(lambda name: (name, record_of(path / name)), by_size[share::shares]):
+            if found != manifest.files[name]:
+                raise StorageError(f"{path / name} is damaged: its content does not have the hash that was written")
+
+
+def intact_manifest(path: Path) -> Manifest:
+    """The manifest of a checkpoint all of whose files are as they were written.
+
+    Raises:
+        StorageError: says what is damaged.
+    """
+    manifest = read_manifest(path)
+    check_files(path, manifest)
+    check_hashes(path, manifest)
+    return manifest
