@@ -14,17 +14,18 @@ from pathlib import Path
 
 import msgspec
 import torch
-import xxhash
 
+from dapo_megatron.checkpoint.store import sync_folder, write_synced
 from dapo_megatron.errors import DapoError, StorageError
 from dapo_megatron.weights.hf_config import read_json
-from dapo_megatron.weights.hf_folder import INDEX, PICKLES, SINGLE
+from dapo_megatron.weights.hf_folder import INDEX, PICKLES, SINGLE, WEIGHTS
 
-MODEL, HF, LAYOUT, MANIFEST = "model", "hf", "layout.json", "manifest.json"
+LAYOUT = "layout.json"
+"""In a converted checkpoint, {file: safetensors header} of its source."""
 JOURNAL = "journal.json"
 JOURNAL_EVERY = 2**30
 """Bytes between two entries of the journal: what an interrupt can cost."""
-_OTHER_WEIGHTS = (".safetensors", *PICKLES, ".gguf", ".h5", ".msgpack", ".onnx", ".npz", ".distcp")
+_NOT_BESIDE = (*WEIGHTS, *PICKLES, ".onnx", ".onnx_data", ".ot")
 
 
 class Piece(msgspec.Struct, frozen=True):
@@ -37,7 +38,7 @@ class Piece(msgspec.Struct, frozen=True):
 
 
 class Part(msgspec.Struct, frozen=True):
-    """A file or a tensor that is on the disk."""
+    """A file or a tensor that is on the disk; the hash is as in the manifest."""
 
     size: int
     xxh3: str
@@ -128,14 +129,15 @@ def require_room(path: Path, needed: int) -> None:
 
 
 def side_files(folder: Path) -> list[str]:
-    """The files of a Hugging Face folder that are no weights: configuration, tokenizer, texts; hidden folders are not
-    looked into."""
-    stale = {INDEX} if (folder / SINGLE).exists() else set()
-    found = []
+    """The files of a Hugging Face folder that are no weights, and the index of those; hidden folders are left out.
+
+    An index beside model.safetensors, which goes before it, is left out too.
+    """
+    found = [INDEX] if (folder / INDEX).is_file() and not (folder / SINGLE).exists() else []
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
         hidden = any(part.startswith(".") for part in name.parts[:-1])
-        if path.is_file() and not hidden and path.suffix not in _OTHER_WEIGHTS and str(name) not in stale:
+        if path.is_file() and not hidden and not path.name.endswith(_NOT_BESIDE):
             found.append(str(name))
     return found
 
@@ -160,30 +162,3 @@ def stamps(folder: Path, names: list[str], prefix: str = "") -> dict[str, tuple[
     """{file: (bytes, time of change in ns)}."""
     found = {name: (folder / name).stat() for name in names}
     return {prefix + name: (s.st_size, s.st_mtime_ns) for name, s in found.items()}
-
-
-def hash_file(path: Path) -> Part:
-    """Size and xxh3 of a file."""
-    hasher, size = xxhash.xxh3_64(), 0
-    with path.open("rb") as f:
-        while piece := f.read(2**24):
-            hasher.update(piece)
-            size += len(piece)
-    return Part(size, str(hasher.hexdigest()))
-
-
-def write_synced(path: Path, data: bytes) -> None:
-    """Write a file; it is on the disk when this returns."""
-    with path.open("wb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-
-
-def sync_folder(path: Path) -> None:
-    """Return when the names in a folder are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -13,12 +13,15 @@ from rich.console import Console
 
 from dapo_megatron.checkpoint import conversion
 from dapo_megatron.checkpoint.conversion import Aside, Part
+from dapo_megatron.checkpoint.integrity import intact_manifest
+from dapo_megatron.checkpoint.manifest import MANIFEST, Manifest, model_numbers
+from dapo_megatron.checkpoint.store import HF, MODEL, write_synced
 from dapo_megatron.checkpoint.stored_keys import Place, account, places
 from dapo_megatron.checkpoint.stored_weights import StoredWeights
-from dapo_megatron.errors import DapoError
+from dapo_megatron.errors import ConfigError, DapoError
 from dapo_megatron.observe.progress import progress
 from dapo_megatron.weights.families import ModelShape
-from dapo_megatron.weights.hf_config import read_json, read_model
+from dapo_megatron.weights.hf_config import read_model
 from dapo_megatron.weights.hf_folder import INDEX, SINGLE, HfFolder
 from dapo_megatron.weights.hf_writer import HfWriter, index_text, parse_header, plain_layout, relaid, source_layout
 from dapo_megatron.weights.table import ParameterMapping, from_shards, hf_shapes
@@ -42,41 +45,40 @@ def convert_dist_to_hf(
     Raises:
         DapoError: the checkpoint is damaged or of another model, or `out` cannot be made.
     """
-    architecture = _read_architecture(checkpoint)
-    sides = like or checkpoint / conversion.HF
+    if not (checkpoint / MANIFEST).is_file():
+        raise ConfigError(
+            f"{checkpoint} has no {MANIFEST}: give one checkpoint, such as runs/demo/checkpoints/step_000010"
+        )
+    manifest = intact_manifest(checkpoint)
+    sides = like or checkpoint / HF
     if not (sides / "config.json").is_file():
-        raise DapoError(f"{sides} has no config.json: give a Hugging Face folder of the same model with --like")
-    shape, weights = read_model(sides), StoredWeights(checkpoint / conversion.MODEL)
-    if architecture != shape.family.architecture:
-        raise DapoError(f"{checkpoint} holds a {architecture}, {sides} is of a {shape.family.architecture}")
+        raise ConfigError(f"{sides} has no config.json: give a Hugging Face folder of the same model with --like")
+    shape, weights = read_model(sides), StoredWeights(checkpoint / MODEL)
+    _require_model(manifest, checkpoint, shape, sides)
     weights.check(shape)
     table = places(shape)
     account(table, shape)
     before = _known_layout(checkpoint, like)
     layout = _layout(table, shape, weights, before, dtype, checkpoint / conversion.LAYOUT)
     names = [n for n in conversion.side_files(sides) if n != INDEX or layout == before]
-    inputs = conversion.stamps(sides, names, "hf/") | conversion.stamps(
-        checkpoint, [str(p.relative_to(checkpoint)) for p in sorted(checkpoint.glob("model/*"))]
-    )
+    inputs = conversion.stamps(sides, names, f"{sides}/") | conversion.stamps(checkpoint, [MANIFEST])
     options = {"dtype": "as stored" if dtype is None else str(dtype).removeprefix("torch."), "to": "hf"}
     with conversion.written_aside(out, inputs, options) as aside:
         written = _write(aside, layout, table, shape, weights, console)
         conversion.copy_files(sides, names, aside.path)
         if len(layout) > 1 and INDEX not in names:
-            conversion.write_synced(aside.path / INDEX, index_text(layout).encode())
+            write_synced(aside.path / INDEX, index_text(layout).encode())
         types = {entry.dtype for header in layout.values() for entry in parse_header(header).values()}
         if len(types) == 1 and layout != before:
             conversion.set_config_dtype(aside.path / "config.json", types.pop())
     return written
 
 
-def _read_architecture(checkpoint: Path) -> str:
-    manifest = read_json(
-        checkpoint / conversion.MANIFEST,
-        f"{checkpoint} has no {conversion.MANIFEST}: give the folder of one checkpoint, such as "
-        "runs/demo/checkpoints/step_000010",
-    )
-    return str(manifest.get("architecture"))
+def _require_model(manifest: Manifest, checkpoint: Path, shape: ModelShape, sides: Path) -> None:
+    ours = model_numbers(shape)
+    for name, value in ours.items():
+        if manifest.model.get(name) != value:
+            raise ConfigError(f"{checkpoint} holds a model with {name}={manifest.model.get(name)}, {sides} has {value}")
 
 
 def _known_layout(checkpoint: Path, like: Path | None) -> dict[str, str]:

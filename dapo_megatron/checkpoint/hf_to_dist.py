@@ -4,7 +4,7 @@ OUT/
     model/         megatron-core distributed checkpoint, loadable under any layout
     hf/            configuration, tokenizer and the other files of the source that are no weights
     layout.json    {file: safetensors header} of the source: which tensor is in which of its files
-    manifest.json
+    manifest.json  as of every checkpoint
 
 torch's own FileSystemWriter writes it: each part of about 1 GB is to it one rank's plan, and the planner reads a tensor
 when the writer asks for its bytes.
@@ -32,6 +32,10 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from dapo_megatron.checkpoint import conversion
 from dapo_megatron.checkpoint.conversion import Aside, Part, Piece
+from dapo_megatron.checkpoint.integrity import files_in, record_of
+from dapo_megatron.checkpoint.manifest import MANIFEST, FileRecord, Manifest, encode_manifest, libraries, model_numbers
+from dapo_megatron.checkpoint.safe_metadata import COMMON
+from dapo_megatron.checkpoint.store import HF, MODEL, sync_folder, write_synced
 from dapo_megatron.checkpoint.stored_keys import Place, account, object_keys, places
 from dapo_megatron.errors import DapoError, StorageError
 from dapo_megatron.observe.progress import progress
@@ -78,12 +82,12 @@ def convert_hf_to_dist(source: Path, out: Path, dtype: torch.dtype | None, conso
     inputs = conversion.stamps(source, [*sides, *layout])
     with conversion.written_aside(out, inputs, {"dtype": _name(dtype), "to": "dist"}) as aside:
         _write_model(aside, folder, shape, chunks, console)
-        conversion.copy_files(source, sides, aside.path / conversion.HF)
+        conversion.copy_files(source, sides, aside.path / HF)
         if layout != before and len(layout) > 1:
-            conversion.write_synced(aside.path / conversion.HF / INDEX, index_text(layout).encode())
+            write_synced(aside.path / HF / INDEX, index_text(layout).encode())
         if dtype is not None:
-            conversion.set_config_dtype(aside.path / conversion.HF / "config.json", dtype)
-        conversion.write_synced(aside.path / conversion.LAYOUT, msgspec.json.encode(layout))
+            conversion.set_config_dtype(aside.path / HF / "config.json", dtype)
+        write_synced(aside.path / conversion.LAYOUT, msgspec.json.encode(layout))
         _write_manifest(aside, shape, set(types.values()))
     return sum(chunk.size for chunk in chunks)
 
@@ -142,7 +146,7 @@ def _chunks(shape: ModelShape, types: dict[str, torch.dtype]) -> list[_Chunk]:
 
 
 def _write_model(aside: Aside, folder: HfFolder, shape: ModelShape, chunks: list[_Chunk], console: Console) -> None:
-    path = aside.path / conversion.MODEL
+    path = aside.path / MODEL
     path.mkdir(exist_ok=True)
     parts = _parts(chunks, shape)
     done = aside.journal.done
@@ -159,9 +163,9 @@ def _write_model(aside: Aside, folder: HfFolder, shape: ModelShape, chunks: list
     writer.finish(metadata, results)
     common = io.BytesIO()
     torch.save({}, common)
-    conversion.write_synced(path / "common.pt", common.getvalue())
-    conversion.write_synced(path / "metadata.json", msgspec.json.encode(BACKENDS))
-    conversion.sync_folder(path)
+    write_synced(path / COMMON, common.getvalue())
+    write_synced(path / "metadata.json", msgspec.json.encode(BACKENDS))
+    sync_folder(path)
 
 
 def _parts(chunks: list[_Chunk], shape: ModelShape) -> list[list[WriteItem]]:
@@ -182,10 +186,10 @@ def _parts(chunks: list[_Chunk], shape: ModelShape) -> list[list[WriteItem]]:
 def _written(aside: Aside, writer: "_Writer", planner: "_Planner", plan: SavePlan) -> list[WriteResult]:
     """Write one part, unless it is there, and write that down."""
     file = f"{plan.storage_data.prefix}0.distcp"
-    path = aside.path / conversion.MODEL / file
+    path = aside.path / MODEL / file
     if file in aside.journal.done:
         part = aside.journal.done[file]
-        if not path.exists() or conversion.hash_file(path).xxh3 != part.xxh3:
+        if not path.exists() or record_of(path).xxh3 != part.xxh3:
             raise aside.differs(f"{path} is not what was written")
         pieces = {(p.key, p.offsets): p for p in part.pieces}
         if len(pieces) != len(plan.items):
@@ -210,8 +214,8 @@ def _written(aside: Aside, writer: "_Writer", planner: "_Planner", plan: SavePla
         )
         for r in results
     ]
-    found = conversion.hash_file(path)
-    conversion.sync_folder(path.parent)
+    found = record_of(path)
+    sync_folder(path.parent)
     aside.record({file: Part(found.size, found.xxh3, pieces_of)})
     return results
 
@@ -245,22 +249,17 @@ class _Writer(FileSystemWriter):
 
 def _write_manifest(aside: Aside, shape: ModelShape, types: set[torch.dtype]) -> None:
     files = {}
-    for path in sorted(p for p in aside.path.rglob("*") if p.is_file() and p.name != conversion.JOURNAL):
-        part = aside.journal.done.get(path.name) or conversion.hash_file(path)
-        files[str(path.relative_to(aside.path))] = {"size": part.size, "xxh3": part.xxh3}
-    manifest = {
-        "schema": 3,
-        "format": "weights",
-        "step": 0,
-        "version": 0,
-        "skipped": 0,
-        "updates": 0,
-        "architecture": shape.family.architecture,
-        "layout": {},
-        "dtype": _name(next(iter(types))) if len(types) == 1 else "mixed",
-        "files": files,
-    }
-    conversion.write_synced(aside.path / conversion.MANIFEST, msgspec.json.format(msgspec.json.encode(manifest)))
+    for name in sorted(files_in(aside.path) - {conversion.JOURNAL}):
+        part = aside.journal.done.get(Path(name).name)
+        files[name] = FileRecord(part.size, part.xxh3) if part else record_of(aside.path / name)
+    manifest = Manifest(
+        format="weights",
+        model=model_numbers(shape),
+        dtype=_name(next(iter(types))) if len(types) == 1 else "mixed",
+        files=files,
+        libraries=libraries(),
+    )
+    write_synced(aside.path / MANIFEST, encode_manifest(manifest))
 
 
 def _name(dtype: torch.dtype | None) -> str:

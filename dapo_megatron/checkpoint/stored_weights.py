@@ -29,7 +29,7 @@ class StoredWeights:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        metadata = read_metadata(folder / ".metadata")
+        metadata = read_metadata(folder)
         self._tensors = {
             key: entry
             for key, entry in metadata.state_dict_metadata.items()

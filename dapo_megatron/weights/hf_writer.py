@@ -60,9 +60,16 @@ def read_header(path: Path) -> str:
 
 
 def parse_header(text: str) -> dict[str, TensorEntry]:
-    """The tensors of a header, in the order of their bytes."""
+    """The tensors of a header, in the order of their bytes.
+
+    Raises:
+        DapoError: one has a type that needs scales.
+    """
     tree = json.loads(text)
     tree.pop("__metadata__", None)
+    for name, tensor in tree.items():
+        if tensor["dtype"] not in DTYPES:
+            raise DapoError(f"{name} has type {tensor['dtype']}: give weights in bfloat16, float16 or float32")
     entries = {n: TensorEntry(DTYPES[t["dtype"]], tuple(t["shape"]), t["data_offsets"][0]) for n, t in tree.items()}
     return dict(sorted(entries.items(), key=lambda pair: pair[1].begin))
 
@@ -125,7 +132,7 @@ class HfWriter:
     def __init__(self, folder: Path, layout: Mapping[str, str]):
         self.entries: dict[str, TensorEntry] = {}
         self._handles: dict[str, int] = {}
-        self._hashers: dict[str, xxhash.xxh3_64] = {}
+        self._hashers: dict[str, xxhash.xxh3_128] = {}
         self._places: dict[str, tuple[int, int]] = {}  # tensor -> (handle, first byte)
         for file, header in layout.items():
             data = header.encode()
@@ -143,7 +150,7 @@ class HfWriter:
         assert tensor.shape[1:] == entry.shape[1:] and row + tensor.shape[0] <= entry.shape[0], name
         data = tensor.to(entry.dtype).contiguous()
         view = memoryview(data.view(-1).view(torch.uint8).numpy())
-        self._hashers.setdefault(name, xxhash.xxh3_64()).update(view)
+        self._hashers.setdefault(name, xxhash.xxh3_128()).update(view)
         _pwrite(handle, view, start + row * prod(entry.shape[1:]) * entry.dtype.itemsize)
 
     def digest(self, name: str) -> str:
@@ -152,7 +159,7 @@ class HfWriter:
 
     def digest_on_disk(self, name: str) -> str:
         """xxh3 of the bytes of a tensor as they are in the file."""
-        hasher, (handle, start), size = xxhash.xxh3_64(), self._places[name], self.entries[name].size
+        hasher, (handle, start), size = xxhash.xxh3_128(), self._places[name], self.entries[name].size
         for begin in range(0, size, _PIECE):
             hasher.update(os.pread(handle, min(_PIECE, size - begin), start + begin))
         return str(hasher.hexdigest())
