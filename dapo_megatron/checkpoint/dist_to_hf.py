@@ -5,6 +5,7 @@ converted one gives the files of its source again, byte for byte: its layout.jso
 """
 
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
@@ -131,29 +132,36 @@ def _write(
     there = sum(part.size for part in aside.journal.done.values())
     conversion.require_room(aside.path, total - there)
     writer = HfWriter(aside.path, layout)
+    done = set(aside.journal.done)
     try:
-        for name in aside.journal.done:
+        for name in done:
             if name not in writer.entries or writer.digest_on_disk(name) != aside.journal.done[name].xxh3:
                 raise aside.differs(f"{name} is not what was written")
-        with progress("converting", total, console, there) as advance:
+        with progress("converting", total, console, there) as advance, ThreadPoolExecutor(1) as thread:
+            settled: list[Future[None]] = []
             pending: dict[str, Part] = {}
             for mapping, place in table:
-                if set(mapping.hf) <= aside.journal.done.keys():
+                if set(mapping.hf) <= done:
                     continue
                 for name in _write_parameter(writer, mapping, place, shape, weights):
                     pending[name] = Part(writer.entries[name].size, writer.digest(name))
                     advance(pending[name].size)
                 if sum(part.size for part in pending.values()) >= conversion.JOURNAL_EVERY:
-                    writer.sync()
-                    aside.record(pending)
+                    settled.append(thread.submit(_settle, aside, writer, pending))
                     pending = {}
-            writer.sync()
-            aside.record(pending)
+            settled.append(thread.submit(_settle, aside, writer, pending))
+            for past in settled:
+                past.result()
         if missing := writer.entries.keys() - aside.journal.done.keys():
             raise DapoError(f"{aside.path}: {sorted(missing)[0]} was not written")
     finally:
         writer.close()
     return total
+
+
+def _settle(aside: Aside, writer: HfWriter, written: dict[str, Part]) -> None:
+    writer.sync()
+    aside.record(written)
 
 
 def _write_parameter(

@@ -6,12 +6,10 @@ OUT/
     layout.json    {file: safetensors header} of the source: which tensor is in which of its files
     manifest.json  as of every checkpoint
 
-torch's own FileSystemWriter writes it: each part of about 1 GB is to it one rank's plan, and the planner reads a tensor
-when the writer asks for its bytes.
+A key of the model folder is stored as one or more chunks; one chunk is read, changed and written at a time.
 """
 
 import io
-from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -19,25 +17,21 @@ from pathlib import Path
 import msgspec
 import torch
 from rich.console import Console
-from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     MetadataIndex,
-    StorageMeta,
     TensorProperties,
 )
-from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
-from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from dapo_megatron.checkpoint import conversion
-from dapo_megatron.checkpoint.conversion import Aside, Part, Piece
+from dapo_megatron.checkpoint.conversion import Aside
 from dapo_megatron.checkpoint.integrity import files_in, record_of
+from dapo_megatron.checkpoint.lazy_writer import write_lazily
 from dapo_megatron.checkpoint.manifest import MANIFEST, FileRecord, Manifest, encode_manifest, libraries, model_numbers
 from dapo_megatron.checkpoint.safe_metadata import COMMON
 from dapo_megatron.checkpoint.store import HF, MODEL, sync_folder, write_synced
 from dapo_megatron.checkpoint.stored_keys import Place, account, object_keys, places
-from dapo_megatron.errors import DapoError, StorageError
 from dapo_megatron.observe.progress import progress
 from dapo_megatron.weights.families import ModelShape
 from dapo_megatron.weights.hf_config import read_model
@@ -148,19 +142,18 @@ def _chunks(shape: ModelShape, types: dict[str, torch.dtype]) -> list[_Chunk]:
 def _write_model(aside: Aside, folder: HfFolder, shape: ModelShape, chunks: list[_Chunk], console: Console) -> None:
     path = aside.path / MODEL
     path.mkdir(exist_ok=True)
-    parts = _parts(chunks, shape)
-    done = aside.journal.done
+    by_index = {chunk.item.index: chunk for chunk in chunks}
+    done = {(p.key, p.offsets) for part in aside.journal.done.values() for p in part.pieces}
+    there = sum(chunk.size for i, chunk in by_index.items() if (i.fqn, tuple(i.offset or ())) in done)
     total = sum(chunk.size for chunk in chunks)
-    there = sum(piece.length for part in done.values() for piece in part.pieces if piece.offsets is not None)
     conversion.require_room(path, total - there)
-    with progress("converting", total, console, min(there, total)) as advance:
-        planner = _Planner(chunks, lambda chunk: chunk.read(folder, shape), advance)
-        writer = _Writer(path, thread_count=1)
-        plans, metadata = planner.create_global_plan([SavePlan(items) for items in parts])
-        results = []
-        for plan in writer.prepare_global_plan(plans):
-            results.append(_written(aside, writer, planner, plan))
-    writer.finish(metadata, results)
+    with progress("converting", total, console, there) as advance:
+
+        def read(index: MetadataIndex) -> torch.Tensor:
+            advance(by_index[index].size)
+            return by_index[index].read(folder, shape)
+
+        write_lazily(aside, path, _parts(chunks, shape), read)
     common = io.BytesIO()
     torch.save({}, common)
     write_synced(path / COMMON, common.getvalue())
@@ -181,70 +174,6 @@ def _parts(chunks: list[_Chunk], shape: ModelShape) -> list[list[WriteItem]]:
         parts[-1].append(chunk.item)
         filled += chunk.size
     return parts
-
-
-def _written(aside: Aside, writer: "_Writer", planner: "_Planner", plan: SavePlan) -> list[WriteResult]:
-    """Write one part, unless it is there, and write that down."""
-    file = f"{plan.storage_data.prefix}0.distcp"
-    path = aside.path / MODEL / file
-    if file in aside.journal.done:
-        part = aside.journal.done[file]
-        if not path.exists() or record_of(path).xxh3 != part.xxh3:
-            raise aside.differs(f"{path} is not what was written")
-        pieces = {(p.key, p.offsets): p for p in part.pieces}
-        if len(pieces) != len(plan.items):
-            raise aside.differs(f"{path} holds other tensors")
-        return [
-            WriteResult(i.index, p.length, _StorageInfo(file, p.begin, p.length))
-            for i in plan.items
-            for p in [pieces[i.index.fqn, None if i.index.offset is None else tuple(i.index.offset)]]
-        ]
-    try:
-        results = writer.write_data(plan, planner).value()
-    except RuntimeError as e:  # what torch.save makes of a disk that is full
-        raise StorageError(
-            f"{path} cannot be written ({' '.join(str(e).split())[:200]}): make room on the disk"
-        ) from None
-    pieces_of = [
-        Piece(
-            r.index.fqn,
-            None if r.index.offset is None else tuple(r.index.offset),
-            r.storage_data.offset,
-            r.storage_data.length,
-        )
-        for r in results
-    ]
-    found = record_of(path)
-    sync_folder(path.parent)
-    aside.record({file: Part(found.size, found.xxh3, pieces_of)})
-    return results
-
-
-class _Planner(DefaultSavePlanner):
-    """Gives torch's writer each tensor when it asks for it."""
-
-    def __init__(self, chunks: list[_Chunk], read: Callable[[_Chunk], torch.Tensor], advance: Callable[[int], None]):
-        super().__init__(flatten_state_dict=False)
-        self._chunks = {chunk.item.index: chunk for chunk in chunks}
-        if len(self._chunks) != len(chunks):
-            raise DapoError("two chunks of the checkpoint have one place")
-        self._read, self._advance = read, advance
-
-    def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
-        if write_item.type == WriteItemType.BYTE_IO:
-            out = io.BytesIO()
-            torch.save([None], out)  # as megatron-core stores an object of one shard
-            return out
-        chunk = self._chunks[write_item.index]
-        self._advance(chunk.size)
-        return self._read(chunk)
-
-
-class _Writer(FileSystemWriter):
-    """torch's writer, whose metadata do not depend on where and when it wrote."""
-
-    def storage_meta(self) -> StorageMeta:
-        return StorageMeta()
 
 
 def _write_manifest(aside: Aside, shape: ModelShape, types: set[torch.dtype]) -> None:

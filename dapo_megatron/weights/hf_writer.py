@@ -149,7 +149,7 @@ class HfWriter:
         entry, (handle, start) = self.entries[name], self._places[name]
         assert tensor.shape[1:] == entry.shape[1:] and row + tensor.shape[0] <= entry.shape[0], name
         data = tensor.to(entry.dtype).contiguous()
-        view = memoryview(data.view(-1).view(torch.uint8).numpy())
+        view = data.view(-1).view(torch.uint8).numpy().data
         self._hashers.setdefault(name, xxhash.xxh3_128()).update(view)
         _pwrite(handle, view, start + row * prod(entry.shape[1:]) * entry.dtype.itemsize)
 
