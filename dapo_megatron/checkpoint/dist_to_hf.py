@@ -25,7 +25,7 @@ from dapo_megatron.weights.families import ModelShape
 from dapo_megatron.weights.hf_config import read_model
 from dapo_megatron.weights.hf_folder import INDEX, SINGLE, HfFolder
 from dapo_megatron.weights.hf_writer import HfWriter, index_text, parse_header, plain_layout, relaid, source_layout
-from dapo_megatron.weights.table import ParameterMapping, from_shards, hf_shapes
+from dapo_megatron.weights.table import ParameterMapping, from_shards, hf_shapes, row_ranges
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -168,12 +168,15 @@ def _write_parameter(
     writer: HfWriter, mapping: ParameterMapping, place: Place, shape: ModelShape, weights: StoredWeights
 ) -> list[str]:
     """Write all tensors of a parameter; their names."""
-    if mapping.kind != "rows":
+    if mapping.kind == "qkv":
         for name, tensor in zip(mapping.hf, from_shards(mapping, shape, [weights.parameter(place)]), strict=True):
             writer.write(name, tensor)
         return list(mapping.hf)
-    names = [*mapping.hf, *(n for n in [HEAD] if shape.tied and n in writer.entries)]
-    for row, block in weights.row_blocks(place):
-        for name in names:
-            writer.write(name, block, row)
-    return names
+    written = []
+    for name, first, end in row_ranges(mapping, shape):
+        names = [name, HEAD] if name == EMBEDDING and shape.tied and HEAD in writer.entries else [name]
+        for row, block in weights.row_blocks(place, first, end):
+            for target in names:
+                writer.write(target, block, row - first)
+        written += names
+    return written

@@ -37,7 +37,7 @@ from dapo_megatron.weights.families import ModelShape
 from dapo_megatron.weights.hf_config import read_model
 from dapo_megatron.weights.hf_folder import INDEX, HfFolder, check_weights
 from dapo_megatron.weights.hf_writer import index_text, parse_header, relaid, source_layout
-from dapo_megatron.weights.table import ParameterMapping, hf_names, to_shard
+from dapo_megatron.weights.table import ParameterMapping, hf_names, row_ranges, to_shard
 
 PART_BYTES = 2**30
 """Of one file of the checkpoint."""
@@ -48,8 +48,8 @@ BACKENDS = {
     "common_backend_version": 1,
 }
 """metadata.json of megatron-core 0.16.1 (dist_checkpointing/core.py), whose import would take seconds."""
-BLOCK_BYTES = 2**26
-"""Rows of the embedding and of the output layer that are read at a time."""
+CHUNK_BYTES = 2**24
+"""What is read and written at a time. The C library gives blocks of up to 32 MB the same memory again and again."""
 
 
 def convert_hf_to_dist(source: Path, out: Path, dtype: torch.dtype | None, console: Console) -> int:
@@ -88,13 +88,16 @@ def convert_hf_to_dist(source: Path, out: Path, dtype: torch.dtype | None, conso
 
 @dataclass(frozen=True)
 class _Chunk:
-    """What is written at once: a parameter, or some rows of one."""
+    """What is read and written at once: rows of one Hugging Face tensor, or q, k and v of one layer."""
 
     mapping: ParameterMapping
     place: Place
     dtype: torch.dtype
     row: int
+    """Of the parameter, the first."""
     shape: tuple[int, ...]
+    source: tuple[str, int] | None
+    """Hugging Face tensor, and its first row; None: all of the parameter's tensors."""
 
     @property
     def size(self) -> int:
@@ -102,26 +105,29 @@ class _Chunk:
 
     @property
     def item(self) -> WriteItem:
-        ones = len(self.place.index)
-        offsets = (*self.place.index, self.row, *(0 for _ in self.shape[1:]))
+        offsets = torch.Size((*self.place.index, self.row, *(0 for _ in self.shape[1:])))
         data = TensorWriteData(
-            ChunkStorageMetadata(torch.Size(offsets), torch.Size((1,) * ones + self.shape)),
+            ChunkStorageMetadata(offsets, torch.Size(self._stacked)),
             TensorProperties(dtype=self.dtype),
             torch.Size(self.place.stored_shape),
         )
         return WriteItem(MetadataIndex(self.place.key, offsets), WriteItemType.SHARD, tensor_data=data)
 
     def read(self, folder: HfFolder, shape: ModelShape) -> torch.Tensor:
-        if self.mapping.kind == "rows":
-            whole = folder.rows(self.mapping.hf[0], self.row, self.row + self.shape[0]).to(self.dtype)
+        if self.source is not None:
+            name, first = self.source
+            whole = folder.rows(name, first, first + self.shape[0]).to(self.dtype)
         else:
-            tensors = [folder.tensor(name).to(self.dtype) for name in self.mapping.hf]
-            whole = to_shard(self.mapping, shape, tensors, 1, 0)
-        return whole.reshape((1,) * len(self.place.index) + self.shape)
+            whole = to_shard(self.mapping, shape, [folder.tensor(n).to(self.dtype) for n in self.mapping.hf], 1, 0)
+        return whole.reshape(self._stacked)
+
+    @property
+    def _stacked(self) -> tuple[int, ...]:
+        return (1,) * len(self.place.index) + self.shape
 
 
 def _chunks(shape: ModelShape, types: dict[str, torch.dtype]) -> list[_Chunk]:
-    """All of the checkpoint, one stored tensor after the other: torch's writer keeps the last chunk of each."""
+    """All that is stored, one tensor after the other: torch's writer keeps the last chunk of each tensor of a file."""
     table = sorted(places(shape), key=lambda pair: (pair[1].key, pair[1].index))
     account(table, shape)
     # A stored tensor has one type: that which holds all of its layers' without loss.
@@ -131,11 +137,14 @@ def _chunks(shape: ModelShape, types: dict[str, torch.dtype]) -> list[_Chunk]:
             stored[place.key] = torch.promote_types(stored.get(place.key, types[name]), types[name])
     out = []
     for mapping, place in table:
-        dtype, rows = stored[place.key], place.shape[0]
-        row_bytes = prod(place.shape[1:]) * dtype.itemsize
-        step = max(1, BLOCK_BYTES // row_bytes) if mapping.kind == "rows" else rows
-        for row in range(0, rows, step):
-            out.append(_Chunk(mapping, place, dtype, row, (min(step, rows - row), *place.shape[1:])))
+        dtype, tail = stored[place.key], place.shape[1:]
+        if mapping.kind == "qkv":
+            out.append(_Chunk(mapping, place, dtype, 0, place.shape, None))
+        step = max(1, CHUNK_BYTES // (prod(tail) * dtype.itemsize))
+        for name, first, end in row_ranges(mapping, shape):
+            for row in range(first, end, step):
+                rows = min(step, end - row)
+                out.append(_Chunk(mapping, place, dtype, row, (rows, *tail), (name, row - first)))
     return out
 
 

@@ -73,14 +73,13 @@ class StoredWeights:
         """One whole parameter of one layer, as one tensor-parallel rank would hold it, without padding."""
         return self._read(place, (0,) * len(place.shape), place.shape)
 
-    def row_blocks(self, place: Place) -> Iterator[tuple[int, torch.Tensor]]:
-        """(first row, rows) of a parameter, block by block as they are stored, so that one is in memory at a time."""
-        rows, axis = place.shape[0], len(place.index)
-        starts = {c.offsets[axis] for c in self._tensors[place.key].chunks if c.offsets[axis] < rows}
-        ends = [*sorted(starts)[1:], rows]
-        for begin, end in zip(sorted(starts), ends, strict=True):
-            offsets = (begin, *(0 for _ in place.shape[1:]))
-            yield begin, self._read(place, offsets, (end - begin, *place.shape[1:]))
+    def row_blocks(self, place: Place, first: int, end: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """(row, block) of the rows from `first` to `end` of a parameter, cut as they are stored: one is in memory."""
+        axis = len(place.index)
+        inside = {c.offsets[axis] for c in self._tensors[place.key].chunks if first < c.offsets[axis] < end}
+        cuts = [first, *sorted(inside), end]
+        for row, after in zip(cuts, cuts[1:], strict=False):
+            yield row, self._read(place, (row, *(0 for _ in place.shape[1:])), (after - row, *place.shape[1:]))
 
     def _read(self, place: Place, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:
         box = ChunkStorageMetadata(torch.Size(place.index + offsets), torch.Size((1,) * len(place.index) + sizes))

@@ -161,6 +161,19 @@ def hf_shapes(mapping: ParameterMapping, shape: ModelShape) -> list[tuple[int, .
     ]
 
 
+def row_ranges(mapping: ParameterMapping, shape: ModelShape) -> list[tuple[str, int, int]]:
+    """(Hugging Face tensor, first row, end) of the rows of the whole parameter, with one tensor-parallel rank.
+
+    Empty for q, k, v, which are interleaved; every other parameter is its tensors one below the other.
+    """
+    out: list[tuple[str, int, int]] = []
+    if mapping.kind != "qkv":
+        for name, size in zip(mapping.hf, hf_shapes(mapping, shape), strict=True):
+            first = out[-1][2] if out else 0
+            out.append((name, first, first + size[0]))
+    return out
+
+
 def to_shard(
     mapping: ParameterMapping, shape: ModelShape, tensors: list[torch.Tensor], tp_size: int, tp_rank: int
 ) -> torch.Tensor:
