@@ -1,4 +1,4 @@
-"""The command line: dapo-megatron run | config | check | metrics | report | demo."""
+"""The command line: dapo-megatron run | config | check | metrics | report | replay | demo."""
 
 import os
 import subprocess
@@ -114,6 +114,19 @@ def check(model: Annotated[Path, typer.Argument(help="Hugging Face checkpoint fo
     """Compare a model's log-probs in the trainer with transformers' (CPU, float32); exit code 1 where they differ."""
     # Hidden from the process: with a GPU in sight, torch and megatron-core would compute there.
     _run_module("dapo_megatron.trainer.check_model", [str(model)], os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+
+
+@app.command(epilog="Example:  dapo-megatron replay runs/demo/dumps/step_000012")
+def replay(
+    dump: Annotated[Path, typer.Argument(help="Folder that a run left after too many skipped updates.")],
+    overrides: Overrides = None,
+) -> None:
+    """Run the skipped updates of a dump again, one micro-batch at a time, and show which gradients are not finite."""
+    from launch.replay import replay as run_replay
+
+    config = load_config(dump / "config.yaml", overrides or [])
+    with _stopped_by_hand("nothing was changed"):
+        print(run_replay(config, dump))
 
 
 @app.command(epilog="Example:  dapo-megatron report runs/demo")

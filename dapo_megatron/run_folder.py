@@ -100,6 +100,10 @@ class RunFolder:
         """The dumped training batch of a step."""
         return self.path / "batches" / f"step_{step:06d}.msgpack"
 
+    def dump(self, step: int) -> Path:
+        """What was kept of a step that ended the run."""
+        return self.path / "dumps" / f"step_{step:06d}"
+
     def checkpoint(self, step: int) -> Path:
         """The checkpoint after a step."""
         return self.checkpoints / f"step_{step:06d}"

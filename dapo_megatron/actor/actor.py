@@ -75,7 +75,21 @@ class Actor:
     def update(
         self, shard: list[MicroBatch], objective: Objective, old_logprobs: list[torch.Tensor] | None
     ) -> dict[str, float]:
-        """One optimizer update.
+        """One optimizer update; a non-finite gradient skips it.
+
+        Args and returns: as for `gradients`, with optimizer/skipped counted.
+        """
+        metrics = self.gradients(shard, objective, old_logprobs)
+        self.schedule.step(1)
+        finite = math.isfinite(metrics[m.GRAD_NORM])
+        if finite:
+            self.optimizer.step()
+        return metrics | {m.LR: self.optimizer.param_groups[0]["lr"], m.SKIPPED: float(not finite)}
+
+    def gradients(
+        self, shard: list[MicroBatch], objective: Objective, old_logprobs: list[torch.Tensor] | None
+    ) -> dict[str, float]:
+        """Loss and gradients of one mini-batch, for the optimizer; the weights stay as they are.
 
         Args:
             shard: this data-parallel rank's micro-batches of the mini-batch.
@@ -83,26 +97,16 @@ class Actor:
                 update's own (the ratio is 1).
 
         Returns:
-            The objective's metrics with policy/loss, policy/tokens (trained), optimizer/grad_norm, optimizer/lr and
-            optimizer/skipped, equal on all ranks. A non-finite gradient skips the update and is counted.
+            The objective's metrics with policy/loss, policy/tokens (trained) and optimizer/grad_norm, equal on all
+            ranks.
         """
         for chunk in self.model:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         stored = self._run(shard, partial(self._loss, objective=objective, old=old_logprobs), forward_only=False)
         metrics = self._reduce(objective, stored)
-
-        self.schedule.step(1)
         self.optimizer.prepare_grads()
-        grad_norm = float(self.optimizer.get_grad_norm())
-        finite = math.isfinite(grad_norm)
-        if finite:
-            self.optimizer.step()
-        return metrics | {
-            m.GRAD_NORM: grad_norm,
-            m.LR: self.optimizer.param_groups[0]["lr"],
-            m.SKIPPED: float(not finite),
-        }
+        return metrics | {m.GRAD_NORM: float(self.optimizer.get_grad_norm())}
 
     def own(self, micro_batch: MicroBatch) -> np.ndarray:
         """Positions of the trained labels that this rank evaluates; disjoint over the ranks of a stage. [n] int64."""

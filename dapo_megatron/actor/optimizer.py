@@ -15,7 +15,7 @@ def build_optimizer(config: RunConfig, model: list[DistributedDataParallel]) -> 
     """AdamW with float32 state, sharded over data parallelism."""
     o = config.optimizer
     dtype = DTYPES[config.model.dtype]
-    return get_megatron_optimizer(
+    optimizer = get_megatron_optimizer(
         McoreOptimizerConfig(
             optimizer="adam",
             lr=o.lr,
@@ -31,6 +31,10 @@ def build_optimizer(config: RunConfig, model: list[DistributedDataParallel]) -> 
         ),
         model,
     )
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        # Before the first update too, the optimizer has the state that a checkpoint of it holds.
+        part.init_state_fn(part.optimizer, part.config)
+    return optimizer
 
 
 def build_schedule(config: RunConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:

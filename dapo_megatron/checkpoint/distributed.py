@@ -1,13 +1,13 @@
 """The actor's distributed checkpoints: weights, optimizer, schedule and random states, saved while training goes on.
 
-save    copies the state                              every rank, about its equal share; all that training waits for
-                writes and hashes the copy                    a thread of every rank
-poll    when all have written, completes and publishes a thread of rank 0; `finish` waits for it
-load    hashes, then audits what came back            every rank
+    training waits for      a copy of the state: every rank copies about its equal share
+    a thread of each rank   writes and hashes its share; when all have, the one of rank 0 completes and publishes it
+    `poll`, `finish`        tell training what came of it
+
+The threads meet on a process group of their own, whose deadline is that of the disk.
 """
 
 import time
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as mpu
-from torch.distributed.checkpoint.metadata import Metadata
+from megatron.core.dist_checkpointing import LocalNonpersistentObject, ShardedTensor
 
 from dapo_megatron.actor.actor import Actor
 from dapo_megatron.checkpoint import store
@@ -25,10 +25,11 @@ from dapo_megatron.checkpoint.cursor import cursor_of
 from dapo_megatron.checkpoint.manifest import Audit, Format, Manifest, libraries, model_numbers
 from dapo_megatron.checkpoint.random_state import random_states, sharded
 from dapo_megatron.checkpoint.train_state import TrainState
-from dapo_megatron.checkpoint.writer import Written, copy_state, write_copy, write_metadata
+from dapo_megatron.checkpoint.writer import Copy, copy_state, write_copy, write_parts
 from dapo_megatron.config import RunConfig
 from dapo_megatron.config.changes import config_digest
-from dapo_megatron.distributed.agreement import all_agree, sum_over_ranks
+from dapo_megatron.distributed.agreement import all_agree, gather_on_first_rank, sum_over_ranks
+from dapo_megatron.distributed.layout import Layout
 from dapo_megatron.observe import catalog as m
 from dapo_megatron.run_folder import RunFolder
 from dapo_megatron.weights.hf_folder import companions
@@ -40,7 +41,7 @@ class Checkpointer:
     def __init__(self, config: RunConfig, actor: Actor):
         self.config, self.actor, self.layout = config, actor, actor.layout
         self.folder = RunFolder(Path(config.run_dir))
-        self._saving: _Saving | None = None
+        self._saving: BackgroundCall[dict[str, float]] | None = None
 
     def save(
         self, state: TrainState, controller: bytes, *, format: Format, metrics: dict[str, float] | None = None
@@ -52,108 +53,115 @@ class Checkpointer:
             metrics: the evaluation after the step, if there was one.
 
         Returns:
-            Metrics of the checkpoints that are published when this returns (all of them unless asynchronous).
+            Metrics of what is published when this returns (this checkpoint only where it is not asynchronous).
 
         Raises:
             StorageError: the disk is full or lost; the checkpoint before this one stays valid.
         """
         done, began = self.finish(), time.monotonic()
-        with all_agree("opening the checkpoint", self.layout, may_take_long=True):
-            if self.layout.rank == 0:
-                store.open_partial(self.folder, state.step)
-        manifest = self._manifest(state, controller, metrics or {}, format)
+        audit = Audit(
+            optimizer=optimizer_sums(self.actor.optimizer, self.layout),
+            rng=random_sum(random_states(), self.layout),
+            cursor=cursor_of(controller),
+        )
+        manifest = manifest_of(self.config, self.actor, format, state, audit, metrics or {})
         copy = copy_state(state_of(self.actor, format, is_loading=False), self.layout)
-        path, rank = self.folder.partial_checkpoint(state.step) / store.MODEL, self.layout.rank
-        written = BackgroundCall("writing the checkpoint", lambda: write_copy(copy, path, rank))
-        self._saving = _Saving(manifest, controller, copy.metadata, written, began)
+        self._saving = BackgroundCall("saving the checkpoint", lambda: self._save(manifest, copy, controller, began))
         return done if self.config.checkpoint.asynchronous else done | self.finish()
 
     def poll(self) -> dict[str, float]:
-        """Take the checkpoint that is being written one stage on, if every rank is ready for it, without waiting.
-
-        Returns:
-            Its metrics, when it is published.
-        """
+        """Metrics of the checkpoint that was being written, once it is published on all ranks; does not wait."""
         if self._saving is None:
             return {}
-        running = torch.tensor(0.0 if self._saving.is_ready else 1.0)
+        running = torch.tensor(0.0 if self._saving.is_done else 1.0)
         sum_over_ranks("asking for the checkpoint", running, self.layout)
-        return {} if running else self._advance(self._saving)
+        return {} if running else self.finish()
 
     def finish(self) -> dict[str, float]:
         """Wait until the checkpoint that is being written is published; returns its metrics."""
-        metrics: dict[str, float] = {}
-        while self._saving is not None:
-            metrics = self._advance(self._saving)
-        return metrics
-
-    def _advance(self, saving: "_Saving") -> dict[str, float]:
-        limit_s, layout = self.config.checkpoint.timeout_s, self.layout
-        self._saving = None
-        if saving.published is None:
-            with all_agree("writing the checkpoint", layout, may_take_long=True):
-                written = saving.written.result(limit_s)
-            parts: list[Any] | None = [None] * layout.world_size if layout.rank == 0 else None
-            dist.gather_object(written, parts, dst=0, group=layout.waiting)
-            published = BackgroundCall("publishing the checkpoint", lambda: self._publish(saving, parts))
-            self._saving = replace(saving, published=published)
+        if self._saving is None:
             return {}
-        with all_agree("publishing the checkpoint", layout, may_take_long=True):
-            size = saving.published.result(limit_s)
-        return {m.CHECKPOINT_BYTES: float(size), m.CHECKPOINT_SECONDS: time.monotonic() - saving.began}
+        saving, self._saving = self._saving, None
+        return saving.result(self.config.checkpoint.timeout_s)
 
-    def _publish(self, saving: "_Saving", parts: list[Written] | None) -> int:
-        """On rank 0, complete the checkpoint of which all `parts` are written; returns its bytes."""
-        if parts is None or saving.metadata is None:
+    def _save(self, manifest: Manifest, copy: Copy, controller: bytes, began: float) -> dict[str, float]:
+        folder, partial = self.folder, self.folder.partial_checkpoint(manifest.step)
+        with all_agree("opening the checkpoint", self.layout, in_background=True):
+            if self.layout.rank == 0:
+                store.open_partial(folder, manifest.step)
+        size = write_sealed(self.config, self.layout, copy, manifest, partial, controller, in_background=True)
+        with all_agree("publishing the checkpoint", self.layout, in_background=True):
+            if self.layout.rank == 0:
+                store.publish(folder, manifest.step)
+                store.retain(folder, self.config.checkpoint)
+        return {m.CHECKPOINT_BYTES: float(size), m.CHECKPOINT_SECONDS: time.monotonic() - began}
+
+
+def write_sealed(
+    config: RunConfig,
+    layout: Layout,
+    copy: Copy,
+    manifest: Manifest,
+    path: Path,
+    controller: bytes | None,
+    *,
+    in_background: bool,
+) -> int:
+    """Write all ranks' copies into the folder `path`, and what goes beside them; collective.
+
+    Returns:
+        Bytes of all tensors, on rank 0.
+    """
+    longer = {"may_take_long": True, "in_background": in_background}
+    with all_agree("writing the checkpoint", layout, **longer):
+        written = write_copy(copy, path / store.MODEL, layout.rank)
+    parts = gather_on_first_rank("writing the checkpoint", written, layout, **longer)
+    with all_agree("completing the checkpoint", layout, **longer):
+        if parts is None or copy.metadata is None:
             return 0
-        partial = self.folder.partial_checkpoint(saving.manifest.step)
-        files = write_metadata(partial / store.MODEL, saving.metadata, [part.results for part in parts])
-        for part in parts:
-            files |= part.files
-        store.complete(self.folder, saving.manifest, files, saving.controller, companions(self.config.model.path))
-        store.retain(self.folder, self.config.checkpoint)
-        return sum(part.size for part in parts)
-
-    def _manifest(self, state: TrainState, controller: bytes, metrics: dict[str, float], format: Format) -> Manifest:
-        actor, layout = self.actor, self.layout
-        audit = Audit(
-            optimizer=optimizer_sums(actor.optimizer, layout),
-            rng=random_sum(random_states(), layout),
-            cursor=cursor_of(controller),
-        )
-        return Manifest(
-            format=format,
-            step=state.step,
-            version=state.version,
-            skipped=state.skipped,
-            updates=actor.schedule.num_steps,
-            model=model_numbers(actor.shape),
-            dtype=self.config.model.dtype,
-            layout=layout.sizes,
-            config_digest=config_digest(self.config),
-            metrics=metrics,
-            audit=audit,
-            libraries=libraries(),
-        )
+        files = write_parts(path / store.MODEL, copy.metadata, parts)
+        store.seal(path, manifest, files, companions(config.model.path), controller)
+    return sum(part.size for part in parts)
 
 
-@dataclass(frozen=True)
-class _Saving:
-    """A checkpoint that is on its way to the disk."""
+def save_weights(config: RunConfig, actor: Actor, state: TrainState, path: Path) -> None:
+    """Write the weights alone into a new folder `path`, a checkpoint to begin a run with; collective, and waited for.
 
-    manifest: Manifest
-    """As it will be, but for its files."""
-    controller: bytes
-    metadata: Metadata | None
-    """Of all ranks' parts, on rank 0."""
-    written: BackgroundCall[Written]
-    began: float
-    published: BackgroundCall[int] | None = None
+    Raises:
+        StorageError: the disk is full or lost.
+    """
+    layout = actor.layout
+    with all_agree(f"opening {path}", layout, may_take_long=True):
+        if layout.rank == 0:
+            (path / store.MODEL).mkdir(parents=True)
+    copy = copy_state(state_of(actor, "weights", is_loading=False), layout)
+    manifest = manifest_of(config, actor, "weights", state, None, {})
+    write_sealed(config, layout, copy, manifest, path, None, in_background=False)
 
-    @property
-    def is_ready(self) -> bool:
-        """Whether this rank has nothing to wait for."""
-        return (self.published or self.written).is_done
+
+def manifest_of(
+    config: RunConfig,
+    actor: Actor,
+    format: Format,
+    state: TrainState,
+    audit: Audit | None,
+    metrics: dict[str, float],
+) -> Manifest:
+    """The manifest of what the actor holds now, but for the files."""
+    return Manifest(
+        format=format,
+        step=state.step,
+        version=state.version,
+        skipped=state.skipped,
+        updates=actor.schedule.num_steps,
+        model=model_numbers(actor.shape),
+        dtype=config.model.dtype,
+        layout=actor.layout.sizes,
+        config_digest=config_digest(config),
+        metrics=metrics,
+        audit=audit,
+        libraries=libraries(),
+    )
 
 
 def state_of(actor: Actor, format: Format, *, is_loading: bool, world: int | None = None) -> dict[str, Any]:
@@ -172,11 +180,26 @@ def state_of(actor: Actor, format: Format, *, is_loading: bool, world: int | Non
     if format == "weights":
         return state
     state["optimizer"] = actor.optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
+    _zero_padding(state["optimizer"])
     state["schedule"] = actor.schedule.state_dict()
     ranks = dist.get_world_size()
     if world in (None, ranks):
         state["random"] = sharded(random_states(), actor.layout, ranks)
     return state
+
+
+def _zero_padding(part: Any) -> None:
+    """megatron-core leaves the padding of its buckets uninitialised: equal states would not be equal on the disk."""
+    if not isinstance(part, dict | list):
+        return
+    if isinstance(part, dict) and isinstance(mark := part.get("padding"), LocalNonpersistentObject):
+        if mark.obj:
+            for value in part.values():
+                if isinstance(value, ShardedTensor):
+                    value.data.zero_()
+        return
+    for value in part.values() if isinstance(part, dict) else part:
+        _zero_padding(value)
 
 
 def read_state(actor: Actor, path: Path, format: Format, world: int) -> dict[str, Any]:

@@ -39,10 +39,8 @@ def load_checkpoint(actor: Actor, path: Path) -> tuple[TrainState, bytes]:
         raise ConfigError(f"{path} holds weights alone: start a run from them with --resume-weights-only={path}")
     require_loadable(manifest, path, actor)
     controller = (path / store.CONTROLLER).read_bytes()
-    if cursor_of(controller) != manifest.audit.cursor:
-        raise DapoError(
-            f"{path}: {cursor_of(controller)} in {store.CONTROLLER}, {manifest.audit.cursor} was saved; {FRESH}"
-        )
+    if (cursor := cursor_of(controller)) != manifest.audit.cursor:
+        raise DapoError(f"{path}: {store.CONTROLLER} holds {cursor}, {manifest.audit.cursor} was saved; {FRESH}")
     world = prod(manifest.layout[name] for name in ("tp", "pp", "cp", "dp"))
     loaded = read_state(actor, path / store.MODEL, manifest.format, world)
     for i, module in enumerate(actor.modules):
@@ -126,7 +124,8 @@ def audit_actor(actor: Actor, manifest: Manifest, path: Path) -> None:
     assert manifest.audit is not None
     if actor.schedule.num_steps != manifest.updates:
         raise DapoError(
-            f"{path}: the schedule came back at update {actor.schedule.num_steps}, the manifest says {manifest.updates}"
+            f"{path}: the schedule came back at update {actor.schedule.num_steps}, the manifest says "
+            f"{manifest.updates}; {FRESH}"
         )
     for name, found in optimizer_sums(actor.optimizer, actor.layout).items():
         if found != manifest.audit.optimizer[name]:

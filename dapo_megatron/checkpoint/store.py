@@ -87,43 +87,43 @@ def open_partial(folder: RunFolder, step: int) -> Path:
     return partial
 
 
-def complete(
-    folder: RunFolder,
+def seal(
+    path: Path,
     manifest: Manifest,
     model_files: dict[str, FileRecord],
-    controller: bytes,
     companions: Sequence[Path],
-) -> Path:
-    """Add to a partial checkpoint, whose model is written, what goes beside it, and publish it.
+    controller: bytes | None = None,
+) -> None:
+    """Add to a checkpoint, whose model is written, what goes beside it; the manifest last, through to the disk.
 
     Args:
         manifest: all but the files.
         model_files: of the distributed checkpoint, by path in its folder.
         companions: files of the model's Hugging Face folder.
     """
-    partial = folder.partial_checkpoint(manifest.step)
-    (partial / HF).mkdir()
+    (path / HF).mkdir()
     for file in companions:
-        write_synced(partial / HF / file.name, file.read_bytes())
-    write_synced(partial / CONTROLLER, controller)
-    files = {f"{MODEL}/{name}": record for name, record in model_files.items()}
-    files |= records_of(partial, [CONTROLLER, *(f"{HF}/{file.name}" for file in companions)])
-    return publish(folder, msgspec.structs.replace(manifest, files=files))
+        write_synced(path / HF / file.name, file.read_bytes())
+    beside = [f"{HF}/{file.name}" for file in companions]
+    if controller is not None:
+        write_synced(path / CONTROLLER, controller)
+        beside.append(CONTROLLER)
+    files = {f"{MODEL}/{name}": record for name, record in model_files.items()} | records_of(path, beside)
+    write_synced(path / MANIFEST, encode_manifest(msgspec.structs.replace(manifest, files=files)))
+    for place in (path / MODEL, path / HF, path):
+        sync_folder(place)
 
 
-def publish(folder: RunFolder, manifest: Manifest) -> Path:
-    """Write the manifest of a complete partial checkpoint and rename it into place."""
-    partial, final = folder.partial_checkpoint(manifest.step), folder.checkpoint(manifest.step)
-    write_synced(partial / MANIFEST, encode_manifest(manifest))
-    for path in [partial, *(p for p in partial.rglob("*") if p.is_dir())]:
-        sync_folder(path)
+def publish(folder: RunFolder, step: int) -> Path:
+    """Rename the sealed partial checkpoint of a step into place."""
+    partial, final = folder.partial_checkpoint(step), folder.checkpoint(step)
+    replaced = folder.replaced_checkpoint(step)
     if final.exists():
-        replaced = folder.replaced_checkpoint(manifest.step)
         shutil.rmtree(replaced, ignore_errors=True)
         final.rename(replaced)
     partial.rename(final)
     sync_folder(final.parent)
-    shutil.rmtree(folder.replaced_checkpoint(manifest.step), ignore_errors=True)
+    shutil.rmtree(replaced, ignore_errors=True)
     return final
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
@@ -28,6 +27,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from dapo_megatron.checkpoint.integrity import records_of
 from dapo_megatron.checkpoint.manifest import FileRecord
 from dapo_megatron.checkpoint.safe_metadata import COMMON, METADATA
+from dapo_megatron.distributed.agreement import gather_on_first_rank
 from dapo_megatron.distributed.layout import Layout
 
 CONFIG = "metadata.json"
@@ -65,8 +65,7 @@ def copy_state(state: dict[str, Any], layout: Layout) -> Copy:
     planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
     planner.set_up_planner(mcore_to_pyt_state_dict(by_key, False), is_coordinator=layout.rank == 0)
     plan = planner.create_local_plan()
-    plans: list[SavePlan] | None = [plan] * dist.get_world_size() if layout.rank == 0 else None
-    dist.gather_object(plan, plans, dst=0, group=layout.control)
+    plans = gather_on_first_rank("planning the checkpoint", plan, layout)
     metadata = planner.create_global_plan(plans)[1] if plans is not None else None
     items = {item.index: _copy(planner.resolve_data(item)) for item in plan.items}
     return Copy(plan, items, common if layout.rank == 0 else None, metadata)
@@ -112,7 +111,10 @@ def write_copy(copy: Copy, path: Path, rank: int) -> Written:
     return Written(results, records_of(path, sorted(names)), copy.size)
 
 
-def write_metadata(path: Path, metadata: Metadata, results: list[list[WriteResult]]) -> dict[str, FileRecord]:
-    """Complete a distributed checkpoint whose parts are all written; returns the file's record."""
-    FileSystemWriter(path).finish(metadata, results)
-    return records_of(path, [METADATA])
+def write_parts(path: Path, metadata: Metadata, parts: list[Written]) -> dict[str, FileRecord]:
+    """Complete a distributed checkpoint whose parts are all written; returns the records of all its files."""
+    FileSystemWriter(path).finish(metadata, [part.results for part in parts])
+    files = records_of(path, [METADATA])
+    for part in parts:
+        files |= part.files
+    return files

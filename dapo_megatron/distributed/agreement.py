@@ -34,11 +34,12 @@ class Failure:
 
 
 @contextmanager
-def all_agree(what: str, layout: Layout, *, may_take_long: bool = False) -> Iterator[None]:
+def all_agree(what: str, layout: Layout, *, may_take_long: bool = False, in_background: bool = False) -> Iterator[None]:
     """Run a phase on every rank, then let all know whether it failed on one of them.
 
     Args:
         may_take_long: wait for each other as long as for a batch, not as long as for a collective.
+        in_background: among the threads that write a checkpoint, as long as for a disk.
 
     Raises:
         DapoError: of the first rank that failed, on every rank; or not all ranks came within the deadline.
@@ -49,7 +50,7 @@ def all_agree(what: str, layout: Layout, *, may_take_long: bool = False) -> Iter
     except (DapoError, OSError) as e:
         failure = _failure(e, layout)
     failures: list[Failure | None] = [None] * dist.get_world_size()
-    group, limit = _group(layout, may_take_long)
+    group, limit = _group(layout, may_take_long, in_background)
     with _deadline(what, limit):
         dist.all_gather_object(failures, failure, group=group)
     for found in failures:
@@ -92,14 +93,27 @@ def broadcast_bytes(data: bytes, layout: Layout) -> bytes:
     return flat.numpy().tobytes()
 
 
+def gather_on_first_rank(
+    what: str, value: T, layout: Layout, *, may_take_long: bool = False, in_background: bool = False
+) -> list[T] | None:
+    """Every rank's (picklable) value, in rank order, on rank 0; None on the others. Arguments as for all_agree."""
+    values: list[T | None] | None = [None] * dist.get_world_size() if layout.rank == 0 else None
+    group, limit = _group(layout, may_take_long, in_background)
+    with _deadline(what, limit):
+        dist.gather_object(value, values, dst=0, group=group)
+    return values  # type: ignore[return-value]  # every place is filled
+
+
 def sum_over_ranks(what: str, values: torch.Tensor, layout: Layout) -> None:
     """Add up a CPU tensor over all ranks, in place."""
     with _deadline(what, layout.collective_timeout_s):
         dist.all_reduce(values, group=layout.control)
 
 
-def _group(layout: Layout, may_take_long: bool) -> tuple[dist.ProcessGroup, float]:
+def _group(layout: Layout, may_take_long: bool, in_background: bool = False) -> tuple[dist.ProcessGroup, float]:
     """(group, its deadline in seconds)."""
+    if in_background:
+        return layout.saving, layout.saving_timeout_s
     if may_take_long:
         return layout.waiting, layout.waiting_timeout_s
     return layout.control, layout.collective_timeout_s

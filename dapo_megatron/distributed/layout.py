@@ -1,6 +1,7 @@
-"""The trainer's process groups: megatron-core's model-parallel groups, and two gloo groups for messages.
+"""The trainer's process groups: megatron-core's model-parallel groups, and three gloo groups for messages.
 
-The two differ in their deadline: an agreement takes a minute at most, a batch may take hours.
+The three differ in their deadline: an agreement takes a minute at most, a batch may take hours, a disk as long as it is
+allowed to.
 """
 
 import math
@@ -37,8 +38,11 @@ class Layout:
     """All ranks, gloo: for verdicts and small messages; a rank that hangs is noticed after collective_timeout_s."""
     waiting: dist.ProcessGroup
     """All ranks, gloo: only for what waits as long as for a batch, engines that start, or a slow disk."""
+    saving: dist.ProcessGroup
+    """All ranks, gloo: only for the threads that write checkpoints, beside whatever the ranks do meanwhile."""
     collective_timeout_s: float
     waiting_timeout_s: float
+    saving_timeout_s: float
 
     @property
     def world_size(self) -> int:
@@ -77,10 +81,8 @@ def init_parallel(config: RunConfig) -> Layout:
     trainer = config.trainer
     deadline = timedelta(seconds=trainer.collective_timeout_s)
     # Whoever waits for others gives up first, with a message that says what it waited for.
-    waiting_s = (
-        max(trainer.batch_timeout_s, config.engine.start_timeout_s, config.checkpoint.timeout_s)
-        + trainer.collective_timeout_s
-    )
+    waiting_s = max(trainer.batch_timeout_s, config.engine.start_timeout_s) + trainer.collective_timeout_s
+    saving_s = config.checkpoint.timeout_s
     if not dist.is_initialized():
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=deadline)
     if dist.get_world_size() != config.world_size:
@@ -115,6 +117,8 @@ def init_parallel(config: RunConfig) -> Layout:
         dp_rank=mpu.get_data_parallel_rank(),
         control=dist.new_group(backend="gloo", timeout=deadline),
         waiting=dist.new_group(backend="gloo", timeout=timedelta(seconds=waiting_s)),
+        saving=dist.new_group(backend="gloo", timeout=timedelta(seconds=saving_s)),
         collective_timeout_s=trainer.collective_timeout_s,
         waiting_timeout_s=waiting_s,
+        saving_timeout_s=saving_s,
     )

@@ -8,7 +8,7 @@ checkpoint              after some steps; written while the next ones run, publi
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,12 +23,12 @@ from dapo_megatron.checkpoint.manifest import Format
 from dapo_megatron.checkpoint.train_state import TrainState
 from dapo_megatron.config import CheckpointConfig, RunConfig
 from dapo_megatron.config.base import EvaluationMetric
-from dapo_megatron.errors import DapoError
 from dapo_megatron.observe import catalog as m
 from dapo_megatron.resharding.push import Pusher
 from dapo_megatron.resharding.verify import Verifier
 from dapo_megatron.trainer.controller_client import ControllerClient
 from dapo_megatron.trainer.recorder import Recorder
+from dapo_megatron.trainer.skipped import count_skipped, dump_skipped
 
 
 @dataclass(frozen=True)
@@ -135,8 +135,12 @@ def rollout_step(
         with recorder.phase("old_logprobs"):
             old = old_logprobs(config, actor, shards)
         with recorder.phase("update"):
-            updates = [actor.update(s, objective, o) for s, o in zip(shards, old, strict=True)]
-        skipped = count_skipped(updates, state.skipped, config.trainer.max_skipped_updates)
+            updates, skipped = [], state.skipped
+            for shard, own in zip(shards, old, strict=True):
+                updates.append(actor.update(shard, objective, own))
+                skipped = count_skipped(skipped, updates[-1])
+                if skipped > config.trainer.max_skipped_updates:
+                    raise dump_skipped(config, actor, batch, updates, replace(state, skipped=skipped))
         metrics |= m.reduce_updates([u | {m.GRAD_NORM_MIN: u[m.GRAD_NORM]} for u in updates])
         version = state.version + 1
         with recorder.phase("push"):
@@ -155,19 +159,3 @@ def old_logprobs(config: RunConfig, actor: Actor, shards: list[list[MicroBatch]]
     if config.algorithm.old_logprobs == "rollout":
         return [[actor.own_column(mb, mb.rollout_logprobs) for mb in shard] for shard in shards]
     return [None, *(actor.logprobs(shard) for shard in shards[1:])]
-
-
-def count_skipped(updates: Sequence[dict[str, float]], before: int, limit: int) -> int:
-    """Non-finite updates in a row up to now.
-
-    Raises:
-        DapoError: more than `limit`.
-    """
-    for update in updates:
-        before = before + 1 if update[m.SKIPPED] else 0
-        if before > limit:
-            raise DapoError(
-                f"{before} updates in a row had a non-finite gradient: lower optimizer.lr, or look at the last batch "
-                "(observe.dump_batches=true keeps them)"
-            )
-    return before

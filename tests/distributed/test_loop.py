@@ -11,10 +11,14 @@ from tests.distributed.harness import actor_on_rank, run_ranks  # first: patches
 from tests.distributed.test_actor import step_batch
 from tests.tiny import groups, hf_folder, run_config
 
+from typing import get_args
+
 from dapo_megatron.actor.training_objective import PolicyObjective
 from dapo_megatron.checkpoint.train_state import TrainState
-from dapo_megatron.observe.catalog import reduce_updates
-from dapo_megatron.trainer.loop import old_logprobs, rollout_step
+from dapo_megatron.config import CheckpointConfig
+from dapo_megatron.config.base import EvaluationMetric
+from dapo_megatron.observe.catalog import CATALOG, reduce_updates
+from dapo_megatron.trainer.loop import format_of, old_logprobs, reached, rollout_step
 from dapo_megatron.weights.exporter import export_stage
 
 
@@ -103,3 +107,20 @@ def test_updates_become_one_record():
         "optimizer/lr": 0.2,
         "optimizer/skipped": 1.0,
     }
+
+
+def test_a_run_ends_early_when_the_evaluation_has_reached_every_goal():
+    goals = {"eval/accuracy": 0.5, "eval/greedy_accuracy": 0.8}
+    assert reached(goals, {"eval/accuracy": 0.5, "eval/greedy_accuracy": 0.9})
+    assert not reached(goals, {"eval/accuracy": 0.5, "eval/greedy_accuracy": 0.7})
+    assert not reached(goals, {"eval/accuracy": 0.6})
+    assert not reached(goals, {}) and not reached({}, {"eval/accuracy": 1.0})
+    assert set(get_args(EvaluationMetric)) <= CATALOG.keys()
+
+
+def test_every_nth_checkpoint_and_the_last_can_be_resumed_in_any_layout():
+    config = CheckpointConfig(every=2, reshardable_every=3)
+    full = [s for s in range(1, 15) if format_of(s, config, is_last=s == 13) == "fully_reshardable"]
+    assert full == [6, 12, 13]
+    assert format_of(4, config, is_last=False) == "dp_reshardable"
+    assert format_of(3, CheckpointConfig(every=3, reshardable_every=1), is_last=False) == "fully_reshardable"

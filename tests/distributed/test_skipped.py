@@ -1,0 +1,116 @@
+"""A non-finite gradient is skipped on every rank, and too many in a row leave a dump that finds the micro-batch."""
+
+import subprocess
+import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+from tests.distributed.harness import actor_on_rank, run_ranks  # first: patches megatron-core on machines without CUDA
+from tests.distributed.test_actor import step_batch
+from tests.tiny import hf_folder, run_config
+
+from dapo_megatron.actor.training_objective import PolicyObjective
+from dapo_megatron.checkpoint.integrity import intact_manifest
+from dapo_megatron.checkpoint.train_state import TrainState
+from dapo_megatron.errors import DapoError
+from dapo_megatron.trainer.loop import rollout_step
+from dapo_megatron.trainer.skipped import count_skipped, read_dump
+
+
+def poisoned_batch(config):
+    """A step's batch of two updates; the second has a bad advantage in the last micro-batch of its last replica."""
+    batch = step_batch(config, 24)
+    batch.step = 5
+    bad = batch.mini_batches[1].shards[-1][-1]
+    bad.advantages[np.flatnonzero(bad.active)[-1]] = np.nan
+    return batch, bad.sequences
+
+
+def poisoned_step(config, skipped_before):
+    actor = actor_on_rank(config)
+    batch, sequences = poisoned_batch(config)
+    before = [p.detach().clone() for p in actor.modules[0].parameters()]
+    losses = []
+    update = actor.update
+
+    def noted(*arguments):
+        metrics = update(*arguments)
+        losses.append([torch.equal(p, b) for p, b in zip(actor.modules[0].parameters(), before, strict=True)])
+        before[:] = [p.detach().clone() for p in actor.modules[0].parameters()]
+        return metrics
+
+    actor.update = noted
+    try:
+        state, metrics, _ = rollout_step(
+            config,
+            actor,
+            SimpleNamespace(next_batch=lambda step, version: (batch, {}, b"state")),
+            SimpleNamespace(push=lambda version: {}),
+            SimpleNamespace(verify=lambda version: 0.0),
+            SimpleNamespace(phase=lambda name: nullcontext()),
+            PolicyObjective(config.algorithm),
+            TrainState(4, 4, skipped_before),
+        )
+    except DapoError as e:
+        return str(e), sequences
+    return state, metrics["optimizer/skipped"], [all(same) for same in losses], any(losses[0])
+
+
+def config_of(tmp_path, **actor):
+    path = hf_folder(tmp_path / "hf", vocab=67)
+    config = run_config(path, actor=actor, trainer={"max_skipped_updates": 1, "mini_batch_prompts": 2})
+    return config.model_copy(update={"run_dir": str(tmp_path / "run")})
+
+
+def test_one_skipped_update_is_counted_and_changes_nothing_on_any_rank(tmp_path):
+    config = config_of(tmp_path, data_parallel_size=2)
+    for state, skipped, unchanged, _ in run_ranks(2, poisoned_step, config, 0):
+        assert (state.step, state.skipped, skipped) == (5, 1, 1.0)
+        assert unchanged == [False, True]
+
+
+def test_too_many_leave_a_dump_and_the_replay_finds_the_micro_batch(tmp_path):
+    config = config_of(tmp_path, data_parallel_size=2)
+    # The first update of the step is finite and ends a series: 1 before and 1 now are not 2 in a row.
+    assert run_ranks(2, poisoned_step, config, 1)[0][0].skipped == 1
+    config = config.model_copy(update={"trainer": config.trainer.model_copy(update={"max_skipped_updates": 0})})
+    (message, sequences), (other, _) = run_ranks(2, poisoned_step, config, 0)
+    path = tmp_path / "run/dumps/step_000005"
+    assert message == other and f"dapo-megatron replay {path}" in message and "\n" not in message
+    dump, batch = read_dump(path)
+    assert (dump.step, dump.in_a_row, [u.update for u in dump.updates]) == (5, 1, [1])
+    assert dump.updates[0].micro_batches[-1][-1] == sequences and dump.updates[0].grad_norm == "nan"
+    assert np.isnan(batch.mini_batches[1].shards[-1][-1].advantages).sum() == 1
+    assert intact_manifest(path / "weights").format == "weights"
+
+    found = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "dapo_megatron.cli", "replay", str(path), "actor.data_parallel_size=1"],
+        capture_output=True, text=True, timeout=180,
+    )  # fmt: skip
+    assert found.returncode == 0, found.stderr
+    marked = [line for line in found.stdout.splitlines() if "!" in line]
+    total = sum(len(shard) for shard in batch.mini_batches[1].shards)
+    assert f"1 of {total} micro-batches have no finite gradient" in found.stdout
+    assert len(marked) == 1 and sequences[0][0] in marked[0] and "nan" in marked[0]
+
+
+def test_what_is_no_dump_is_one_line(tmp_path):
+    (tmp_path / "config.yaml").write_text("{model: {path: x}, data: {train: x}}")
+    found = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "dapo_megatron.cli", "replay", str(tmp_path)],
+        capture_output=True, text=True, timeout=180,
+    )  # fmt: skip
+    assert found.returncode == 1 and "is no dump of skipped updates" in found.stderr
+
+
+def test_the_count_starts_anew_after_a_finite_update():
+    def after(*skipped):
+        count = 0
+        for s in skipped:
+            count = count_skipped(count, {"optimizer/skipped": s})
+        return count
+
+    assert (after(1.0, 1.0), after(1.0, 0.0), after(1.0, 0.0, 1.0), after()) == (2, 0, 1, 0)
