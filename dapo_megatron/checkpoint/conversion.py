@@ -142,6 +142,13 @@ def side_files(folder: Path) -> list[str]:
     return found
 
 
+def check_file_names(layout: Mapping[str, str], where: Path) -> None:
+    """Raise a DapoError unless all files of a layout are in the folder itself."""
+    for file in layout:
+        if Path(file).name != file:
+            raise DapoError(f"{where} names {file}, which is not in the folder itself: move all weights there")
+
+
 def copy_files(source: Path, names: list[str], target: Path) -> None:
     """Copy files byte for byte, with the folders that they are in."""
     target.mkdir(exist_ok=True)

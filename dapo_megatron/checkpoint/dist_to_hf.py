@@ -85,14 +85,20 @@ def _require_model(manifest: Manifest, checkpoint: Path, shape: ModelShape, side
 def _known_layout(checkpoint: Path, like: Path | None) -> dict[str, str]:
     """{file: header} as the source had it; empty where nothing is known of it."""
     if like is not None:
-        return source_layout(HfFolder(like)) if (like / SINGLE).exists() or (like / INDEX).exists() else {}
+        if not (like / SINGLE).exists() and not (like / INDEX).exists():
+            return {}
+        layout = source_layout(HfFolder(like))
+        conversion.check_file_names(layout, like / INDEX)
+        return layout
     path = checkpoint / conversion.LAYOUT
     if not path.exists():
         return {}
     try:
-        return msgspec.json.decode(path.read_bytes(), type=dict[str, str])
+        layout = msgspec.json.decode(path.read_bytes(), type=dict[str, str])
     except msgspec.MsgspecError as e:
         raise DapoError(f"{path} is damaged ({e}): use another checkpoint") from None
+    conversion.check_file_names(layout, path)
+    return layout
 
 
 def _layout(
@@ -125,9 +131,6 @@ def _write(
     weights: StoredWeights,
     console: Console,
 ) -> int:
-    for file in layout:
-        if Path(file).name != file:
-            raise DapoError(f"{aside.path}: the layout names {file}, which is no file of the folder")
     total = sum(entry.size for header in layout.values() for entry in parse_header(header).values())
     there = sum(part.size for part in aside.journal.done.values())
     conversion.require_room(aside.path, total - there)

@@ -86,9 +86,7 @@ class StoredWeights:
         entry = self._tensors[place.key]
         items = create_read_items_for_chunk_list(place.key, entry, [box])
         if sum(prod(item.lengths) for item in items) != prod(sizes):
-            raise DapoError(
-                f"{self.folder}: the stored pieces of {place.key} leave gaps or overlap: use another checkpoint"
-            )
+            raise DapoError(f"{self.folder}: the pieces of {place.key} leave gaps or overlap: use another checkpoint")
         target = _Target(torch.empty(box.sizes, dtype=entry.properties.dtype))
         try:
             self._reader.read_data(LoadPlan(items), target).wait()
