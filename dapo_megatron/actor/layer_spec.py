@@ -45,6 +45,9 @@ def torch_block_spec(config: TransformerConfig, vp_stage: int | None) -> Transfo
     for layer in block.layer_specs:
         parts = layer.submodules
         parts.input_layernorm = parts.pre_mlp_layernorm = TorchRMSNorm
+        if config.num_moe_experts is not None:
+            # TransformerEngine's layers name this norm so in checkpoints: either kind of layer reads the other's.
+            parts.sharded_state_dict_keys_map = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
         attention = parts.self_attention.submodules
         attention.core_attention = PackedAttention
         for name in ("q_layernorm", "k_layernorm"):

@@ -11,11 +11,13 @@ from safetensors import SafetensorError, safe_open
 from dapo_megatron.errors import DapoError
 from dapo_megatron.weights.families import ModelShape
 from dapo_megatron.weights.hf_config import read_json
-from dapo_megatron.weights.table import check_names, hf_shapes, parameter_mappings
+from dapo_megatron.weights.table import check_names, hf_shapes, parameter_mappings, some_names
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = ("F32", "BF16", "F16", "F64")
 """safetensors' names of the types that hold weights as they are; any other needs scales."""
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+"""Endings of files that only unpickling reads: it can run anything, so they are never opened."""
 COMPARED_ROWS = 4096
 
 
@@ -44,7 +46,8 @@ class HfFolder:
     `model.safetensors` goes before an index, as in transformers (a folder may hold both, of different ages).
 
     Raises:
-        DapoError: no safetensors, an unreadable file or index, or a tensor that is not where the index says.
+        DapoError: no safetensors, an unreadable file or index, a tensor that is not where the index says, or one that
+            several files hold.
     """
 
     def __init__(self, path: str | Path):
@@ -55,12 +58,17 @@ class HfFolder:
         elif (self.path / INDEX).exists():
             self.files = self._indexed()
         else:
-            raise DapoError(f"{self.path}: no {SINGLE} and no index: give a Hugging Face checkpoint folder")
+            raise DapoError(self._no_weights())
 
     def tensor(self, name: str) -> torch.Tensor:
         """One whole tensor, on the CPU, in its own type."""
         with self._open(self.files[name]) as f:
             return f.get_tensor(name)
+
+    def rows(self, name: str, begin: int, end: int) -> torch.Tensor:
+        """Some rows of a tensor: nothing else of it is read."""
+        with self._open(self.files[name]) as f:
+            return f.get_slice(name)[begin:end]
 
     def headers(self) -> Iterator[tuple[str, str, tuple[int, ...]]]:
         """(name, safetensors' type, shape) of every tensor, without reading any."""
@@ -80,17 +88,35 @@ class HfFolder:
                 for i in range(0, rows, COMPARED_ROWS)
             )
 
+    def _no_weights(self) -> str:
+        if not self.path.is_dir():
+            return f"{self.path} is not a folder: give a Hugging Face checkpoint folder"
+        pickled = sorted(p.name for p in self.path.iterdir() if p.suffix in PICKLES)
+        if pickled:
+            return (
+                f"{self.path / pickled[0]} is a pickle, which can run code and is never opened: load the model in "
+                "transformers where you trust it, and save_pretrained writes safetensors"
+            )
+        return f"{self.path}: no {SINGLE} and no index: give a Hugging Face checkpoint folder"
+
     def _indexed(self) -> dict[str, str]:
         index = self.path / INDEX
         files = read_json(index, "").get("weight_map")
         if not isinstance(files, dict) or not files or not all(isinstance(f, str) for f in files.values()):
             raise DapoError(f"{index} has no weight_map of tensor and file names: download the checkpoint again")
         held: dict[str, str] = {}
+        twice: set[str] = set()
         for file in sorted(set(files.values())):
             if not (self.path / file).is_file():
                 raise DapoError(f"{index} names {file}, which does not exist: download the checkpoint again")
             with self._open(file) as f:
+                twice |= held.keys() & set(f.keys())
                 held |= dict.fromkeys(f.keys(), file)
+        if twice:
+            raise DapoError(
+                f"{self.path}: {len(twice)} tensors are in more than one file, and readers choose differently: "
+                f"{some_names(twice)}: download the checkpoint again"
+            )
         for name, file in files.items():
             if held.get(name) != file:
                 raise DapoError(f"{index} has {name} in {file}, which does not hold it: download the checkpoint again")
@@ -118,10 +144,14 @@ def check_weights(folder: HfFolder, shape: ModelShape) -> None:
         if kind not in FLOATS:
             raise DapoError(f"{folder.path}: {name} has type {kind}: give a checkpoint in bfloat16, float16 or float32")
     check_names(set(found), shape, str(folder.path))
-    for mapping in parameter_mappings(shape).values():
-        for name, expected in zip(mapping.hf, hf_shapes(mapping, shape), strict=True):
-            if found[name][1] != expected:
-                raise DapoError(f"{folder.path}: {name} has shape {found[name][1]}, config.json says {expected}")
+    wrong = [
+        f"{name} has shape {found[name][1]}, config.json says {expected}"
+        for mapping in parameter_mappings(shape).values()
+        for name, expected in zip(mapping.hf, hf_shapes(mapping, shape), strict=True)
+        if found[name][1] != expected
+    ]
+    if wrong:
+        raise DapoError(f"{folder.path}: {some_names(wrong, order=False)}")
     embedding, head = "model.embed_tokens.weight", "lm_head.weight"
     if shape.tied and head in found and not folder.equal(embedding, head):
         raise DapoError(

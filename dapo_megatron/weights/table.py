@@ -7,6 +7,7 @@ both (megatron-core mlp.py, gated_linear_unit).
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -82,8 +83,8 @@ def _mlp_mappings(m: str, h: str, expert: int | None) -> list[ParameterMapping]:
     ]
 
 
-# TransformerEngine's fused layers hold the preceding norm under the linear's own name.
-_ALIASES = (
+# TransformerEngine's fused layers hold the preceding norm under the linear's own name, and so do all checkpoints.
+ALIASES = (
     (".self_attention.linear_qkv.layer_norm_weight", ".input_layernorm.weight"),
     (".mlp.linear_fc1.layer_norm_weight", ".pre_mlp_layernorm.weight"),
 )
@@ -97,7 +98,7 @@ def canonical_name(name: str, first_layer: int, first_expert: int = 0) -> str:
         first_layer: model-wide number (from 0) of the chunk's first layer.
         first_expert: number of this rank's first expert.
     """
-    for alias, plain in _ALIASES:
+    for alias, plain in ALIASES:
         name = name.replace(alias, plain)
     name = re.sub(r"(?<=local_experts\.)\d+", lambda m: str(int(m[0]) + first_expert), name)
     return re.sub(r"(?<=decoder\.layers\.)\d+", lambda m: str(int(m[0]) + first_layer), name)
@@ -112,17 +113,26 @@ def check_names(present: set[str], shape: ModelShape, where: str) -> None:
     """Account for every tensor of a checkpoint.
 
     Raises:
-        DapoError: names a missing or an unexpected tensor.
+        DapoError: names the missing and the unexpected tensors.
     """
     expected = hf_names(shape)
     # A tied checkpoint may repeat the embedding under the head's name; old ones carry rotary buffers.
     present = {
         n for n in present if not n.endswith("rotary_emb.inv_freq") and not (shape.tied and n == "lm_head.weight")
     }
-    if missing := sorted(expected - present):
-        raise DapoError(f"{where}: {len(missing)} tensors are missing, the first is {missing[0]}")
-    if extra := sorted(present - expected):
-        raise DapoError(f"{where}: {len(extra)} tensors are not part of the model, the first is {extra[0]}")
+    missing, extra = expected - present, present - expected
+    faults = [f"{len(missing)} tensors are missing: {some_names(missing)}"] if missing else []
+    if extra:
+        faults.append(f"{len(extra)} tensors are not part of the model: {some_names(extra)}")
+    if faults:
+        raise DapoError(f"{where}: {'; '.join(faults)}")
+
+
+def some_names(names: Iterable[str], *, order: bool = True) -> str:
+    """The first few names of many, in one line."""
+    listed = sorted(names) if order else list(names)
+    more = f" and {len(listed) - 6} more" if len(listed) > 6 else ""
+    return ", ".join(listed[:6]) + more
 
 
 def hf_shapes(mapping: ParameterMapping, shape: ModelShape) -> list[tuple[int, ...]]:
@@ -149,6 +159,19 @@ def hf_shapes(mapping: ParameterMapping, shape: ModelShape) -> list[tuple[int, .
             else shape.hidden,
         )
     ]
+
+
+def row_ranges(mapping: ParameterMapping, shape: ModelShape) -> list[tuple[str, int, int]]:
+    """(Hugging Face tensor, first row, end) of the rows of the whole parameter, with one tensor-parallel rank.
+
+    Empty for q, k, v, which are interleaved; every other parameter is its tensors one below the other.
+    """
+    out: list[tuple[str, int, int]] = []
+    if mapping.kind != "qkv":
+        for name, size in zip(mapping.hf, hf_shapes(mapping, shape), strict=True):
+            first = out[-1][2] if out else 0
+            out.append((name, first, first + size[0]))
+    return out
 
 
 def to_shard(

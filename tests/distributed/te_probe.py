@@ -32,6 +32,7 @@ def families() -> dict:
     from safetensors.torch import load_file
 
     from dapo_megatron.actor.model import build_model
+    from dapo_megatron.checkpoint.stored_keys import object_keys, places
     from dapo_megatron.weights.exporter import export_stage
     from dapo_megatron.weights.hf_config import read_model
     from dapo_megatron.weights.importer import load_hf_weights, named_parameters
@@ -54,8 +55,18 @@ def families() -> dict:
                 "exported": sorted(exported),
                 "changed": [n for n, t in exported.items() if not t.equal(original[n].bfloat16())],
                 "layers": sorted({type(m).__name__ for m in modules[0].decoder.modules()}),
+                "asked": asked(modules),
+                "stored": sorted({place.key for _, place in places(shape)} | set(object_keys(shape))),
             }
     return out
+
+
+def asked(modules) -> list[str]:
+    """Keys of all that a load of the weights wants from a distributed checkpoint."""
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+    entries = [e for m in modules for e in m.sharded_state_dict(metadata={"singleton_local_shards": False}).values()]
+    return sorted({e.unique_key if isinstance(e, ShardedObject) else e.key for e in entries})
 
 
 def recipes() -> dict:

@@ -47,6 +47,11 @@ def test_weights_go_in_and_out_unchanged(probed):
     }
 
 
+def test_a_converted_checkpoint_holds_all_that_the_layers_ask_for(probed):
+    for name, family in probed["families"].items():
+        assert set(family["asked"]) == set(family["stored"]), name
+
+
 def test_the_layers_are_transformer_engines(probed):
     for name, family in probed["families"].items():
         assert set(family["layers"]) >= LAYERS, name

@@ -120,9 +120,9 @@ def test_missing_and_extra_tensors_are_named():
     shape = shape_of()
     names = hf_names(shape)
     check_names(names, shape, "here")
-    with pytest.raises(DapoError, match="1 tensors are missing, the first is model.norm.weight"):
+    with pytest.raises(DapoError, match="1 tensors are missing: model.norm.weight"):
         check_names(names - {"model.norm.weight"}, shape, "here")
-    with pytest.raises(DapoError, match="not part of the model, the first is model.vision.weight"):
+    with pytest.raises(DapoError, match="not part of the model: model.vision.weight"):
         check_names(names | {"model.vision.weight"}, shape, "here")
 
 

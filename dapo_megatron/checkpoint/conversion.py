@@ -1,0 +1,171 @@
+"""What both directions of a conversion share: the output written aside, its journal, and the files beside the weights.
+
+Everything is written in `<out>.partial`. Its journal says from what and how it is made, and which parts are on the disk
+with their hashes, so that an interrupted conversion goes on; a whole one is published by a rename.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+import torch
+
+from dapo_megatron.checkpoint.store import sync_folder, write_synced
+from dapo_megatron.errors import DapoError, StorageError
+from dapo_megatron.weights.hf_config import read_json
+from dapo_megatron.weights.hf_folder import INDEX, PICKLES, SINGLE, WEIGHTS
+
+LAYOUT = "layout.json"
+"""In a converted checkpoint, {file: safetensors header} of its source."""
+JOURNAL = "journal.json"
+JOURNAL_EVERY = 2**30
+"""Bytes between two entries of the journal: what an interrupt can cost."""
+_NOT_BESIDE = (*WEIGHTS, *PICKLES, ".onnx", ".onnx_data", ".ot")
+
+
+class Piece(msgspec.Struct, frozen=True):
+    """Where torch's writer put one tensor of a part: its key, its offsets in the stored tensor, and its bytes."""
+
+    key: str
+    offsets: tuple[int, ...] | None
+    begin: int
+    length: int
+
+
+class Part(msgspec.Struct, frozen=True):
+    """A file or a tensor that is on the disk; the hash is as in the manifest."""
+
+    size: int
+    xxh3: str
+    pieces: list[Piece] = []
+
+
+class Journal(msgspec.Struct):
+    """How far a conversion is."""
+
+    inputs: dict[str, tuple[int, int]]
+    """Bytes and time of change (ns) of every file that it reads."""
+    options: dict[str, str]
+    done: dict[str, Part] = {}
+
+
+class Aside:
+    """The folder in which the output is made."""
+
+    def __init__(self, path: Path, journal: Journal):
+        self.path, self.journal = path, journal
+
+    def record(self, parts: Mapping[str, Part]) -> None:
+        """Write down parts that are on the disk."""
+        self.journal.done |= parts
+        write_synced(self.path / (JOURNAL + ".new"), msgspec.json.encode(self.journal))
+        os.replace(self.path / (JOURNAL + ".new"), self.path / JOURNAL)
+        sync_folder(self.path)
+
+    def differs(self, what: str) -> DapoError:
+        """The refusal to go on."""
+        return DapoError(f"{self.path} cannot be gone on with: {what}: remove it, and the conversion begins anew")
+
+
+@contextmanager
+def written_aside(out: Path, inputs: dict[str, tuple[int, int]], options: dict[str, str]) -> Iterator[Aside]:
+    """A folder beside `out`, new or as an interrupted conversion left it; renamed to `out` at the end of the block.
+
+    Raises:
+        DapoError: `out` exists, another process is at it, or what was left is of another source or of other options.
+    """
+    if out.exists():
+        raise DapoError(f"{out} exists: remove it, or choose another folder")
+    path = out.with_name(out.name + ".partial")
+    path.mkdir(parents=True, exist_ok=True)
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DapoError(f"{path} is being written by another process: wait, or choose another folder") from None
+        aside = Aside(path, Journal(inputs, options))
+        _take_up(aside)
+        yield aside
+        (path / JOURNAL).unlink()
+        sync_folder(path)
+        os.rename(path, out)
+        sync_folder(out.parent)
+    finally:
+        os.close(handle)
+
+
+def _take_up(aside: Aside) -> None:
+    if not (aside.path / JOURNAL).exists():
+        if any(p.name != JOURNAL + ".new" for p in aside.path.iterdir()):
+            raise aside.differs("it has no journal")
+        aside.record({})
+        return
+    try:
+        left = msgspec.json.decode((aside.path / JOURNAL).read_bytes(), type=Journal)
+    except msgspec.MsgspecError as e:
+        raise aside.differs(f"its journal is damaged ({e})") from None
+    now = aside.journal
+    if left.options != now.options:
+        raise aside.differs(f"it was made with {_options(left)}, now it is {_options(now)}")
+    if changed := sorted(k for k in left.inputs.keys() | now.inputs.keys() if left.inputs.get(k) != now.inputs.get(k)):
+        raise aside.differs(f"{changed[0]} of the source has changed since")
+    aside.journal = left
+
+
+def _options(journal: Journal) -> str:
+    return ", ".join(f"{k}={v}" for k, v in sorted(journal.options.items()))
+
+
+def require_room(path: Path, needed: int) -> None:
+    """Raise a StorageError where the disk has not that many bytes."""
+    if (free := shutil.disk_usage(path).free) < needed:
+        raise StorageError(f"{path} needs {needed / 1e9:.1f} GB more, {free / 1e9:.1f} are free: make room")
+
+
+def side_files(folder: Path) -> list[str]:
+    """The files of a Hugging Face folder that are no weights, and the index of those; hidden folders are left out.
+
+    An index beside model.safetensors, which goes before it, is left out too.
+    """
+    found = [INDEX] if (folder / INDEX).is_file() and not (folder / SINGLE).exists() else []
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        hidden = any(part.startswith(".") for part in name.parts[:-1])
+        if path.is_file() and not hidden and not path.name.endswith(_NOT_BESIDE):
+            found.append(str(name))
+    return found
+
+
+def check_file_names(layout: Mapping[str, str], where: Path) -> None:
+    """Raise a DapoError unless all files of a layout are in the folder itself."""
+    for file in layout:
+        if Path(file).name != file:
+            raise DapoError(f"{where} names {file}, which is not in the folder itself: move all weights there")
+
+
+def copy_files(source: Path, names: list[str], target: Path) -> None:
+    """Copy files byte for byte, with the folders that they are in."""
+    target.mkdir(exist_ok=True)
+    for name in names:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        write_synced(target / name, (source / name).read_bytes())
+
+
+def set_config_dtype(config: Path, dtype: torch.dtype) -> None:
+    """Where config.json names the type of the weights, name this one."""
+    tree, name = read_json(config, ""), str(dtype).removeprefix("torch.")
+    changed = {key: name for key in ("dtype", "torch_dtype") if tree.get(key) not in (None, name)}
+    if changed:
+        write_synced(config, (json.dumps(tree | changed, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def stamps(folder: Path, names: list[str], prefix: str = "") -> dict[str, tuple[int, int]]:
+    """{file: (bytes, time of change in ns)}."""
+    found = {name: (folder / name).stat() for name in names}
+    return {prefix + name: (s.st_size, s.st_mtime_ns) for name, s in found.items()}

@@ -1,0 +1,185 @@
+"""A distributed checkpoint -> a Hugging Face folder, in one process, a parameter in memory at a time.
+
+The checkpoint is a converted one or one of a run, saved under any layout; the optimizer's state is not read. A
+converted one gives the files of its source again, byte for byte: its layout.json holds their headers.
+"""
+
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import msgspec
+import torch
+from rich.console import Console
+
+from dapo_megatron.checkpoint import conversion
+from dapo_megatron.checkpoint.conversion import Aside, Part
+from dapo_megatron.checkpoint.integrity import intact_manifest
+from dapo_megatron.checkpoint.manifest import MANIFEST, Manifest, model_numbers
+from dapo_megatron.checkpoint.store import HF, MODEL, write_synced
+from dapo_megatron.checkpoint.stored_keys import Place, account, places
+from dapo_megatron.checkpoint.stored_weights import StoredWeights
+from dapo_megatron.errors import ConfigError, DapoError
+from dapo_megatron.observe.progress import progress
+from dapo_megatron.weights.families import ModelShape
+from dapo_megatron.weights.hf_config import read_model
+from dapo_megatron.weights.hf_folder import INDEX, SINGLE, HfFolder
+from dapo_megatron.weights.hf_writer import HfWriter, index_text, parse_header, plain_layout, relaid, source_layout
+from dapo_megatron.weights.table import ParameterMapping, from_shards, hf_shapes, row_ranges
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def convert_dist_to_hf(
+    checkpoint: Path, out: Path, dtype: torch.dtype | None, like: Path | None, console: Console
+) -> int:
+    """Convert and publish `out`; goes on where an interrupted call with the same arguments was.
+
+    Args:
+        dtype: type of all weights; None keeps what is stored.
+        like: folder with config.json, tokenizer and so on, for a checkpoint that holds none; where it has weights, they
+            say which tensor goes into which file.
+
+    Returns:
+        Bytes of weights that were written.
+
+    Raises:
+        DapoError: the checkpoint is damaged or of another model, or `out` cannot be made.
+    """
+    if not (checkpoint / MANIFEST).is_file():
+        raise ConfigError(
+            f"{checkpoint} has no {MANIFEST}: give one checkpoint, such as runs/demo/checkpoints/step_000010"
+        )
+    manifest = intact_manifest(checkpoint)
+    sides = like or checkpoint / HF
+    if not (sides / "config.json").is_file():
+        raise ConfigError(f"{sides} has no config.json: give a Hugging Face folder of the same model with --like")
+    shape, weights = read_model(sides), StoredWeights(checkpoint / MODEL)
+    _require_model(manifest, checkpoint, shape, sides)
+    weights.check(shape)
+    table = places(shape)
+    account(table, shape)
+    before = _known_layout(checkpoint, like)
+    layout = _layout(table, shape, weights, before, dtype, checkpoint / conversion.LAYOUT)
+    names = [n for n in conversion.side_files(sides) if n != INDEX or layout == before]
+    inputs = conversion.stamps(sides, names, f"{sides}/") | conversion.stamps(checkpoint, [MANIFEST])
+    options = {"dtype": "as stored" if dtype is None else str(dtype).removeprefix("torch."), "to": "hf"}
+    with conversion.written_aside(out, inputs, options) as aside:
+        written = _write(aside, layout, table, shape, weights, console)
+        conversion.copy_files(sides, names, aside.path)
+        if len(layout) > 1 and INDEX not in names:
+            write_synced(aside.path / INDEX, index_text(layout).encode())
+        types = {entry.dtype for header in layout.values() for entry in parse_header(header).values()}
+        if len(types) == 1 and layout != before:
+            conversion.set_config_dtype(aside.path / "config.json", types.pop())
+    return written
+
+
+def _require_model(manifest: Manifest, checkpoint: Path, shape: ModelShape, sides: Path) -> None:
+    ours = model_numbers(shape)
+    for name, value in ours.items():
+        if manifest.model.get(name) != value:
+            raise ConfigError(f"{checkpoint} holds a model with {name}={manifest.model.get(name)}, {sides} has {value}")
+
+
+def _known_layout(checkpoint: Path, like: Path | None) -> dict[str, str]:
+    """{file: header} as the source had it; empty where nothing is known of it."""
+    if like is not None:
+        if not (like / SINGLE).exists() and not (like / INDEX).exists():
+            return {}
+        layout = source_layout(HfFolder(like))
+        conversion.check_file_names(layout, like / INDEX)
+        return layout
+    path = checkpoint / conversion.LAYOUT
+    if not path.exists():
+        return {}
+    try:
+        layout = msgspec.json.decode(path.read_bytes(), type=dict[str, str])
+    except msgspec.MsgspecError as e:
+        raise DapoError(f"{path} is damaged ({e}): use another checkpoint") from None
+    conversion.check_file_names(layout, path)
+    return layout
+
+
+def _layout(
+    table: list[tuple[ParameterMapping, Place]],
+    shape: ModelShape,
+    weights: StoredWeights,
+    before: dict[str, str],
+    dtype: torch.dtype | None,
+    recorded: Path,
+) -> dict[str, str]:
+    """{file: header} of the output."""
+    stored = {name: weights.dtype(place) for mapping, place in table for name in mapping.hf}
+    sizes = {n: s for mapping, _ in table for n, s in zip(mapping.hf, hf_shapes(mapping, shape), strict=True)}
+    known = {name: entry for header in before.values() for name, entry in parse_header(header).items()}
+    if shape.tied and HEAD in known:
+        stored[HEAD], sizes[HEAD] = stored[EMBEDDING], sizes[EMBEDDING]
+    # What is recorded beside the weights is their type: one stored tensor holds layers that may differ in theirs.
+    own = {name: entry.dtype for name, entry in known.items()} if recorded.exists() else {}
+    types = {name: dtype or own.get(name, kind) for name, kind in stored.items()}
+    if {name: known[name].shape for name in types if name in known} != sizes:
+        return plain_layout({name: (types[name], sizes[name]) for name in sizes})
+    return {file: relaid(header, types) for file, header in before.items()}
+
+
+def _write(
+    aside: Aside,
+    layout: Mapping[str, str],
+    table: list[tuple[ParameterMapping, Place]],
+    shape: ModelShape,
+    weights: StoredWeights,
+    console: Console,
+) -> int:
+    total = sum(entry.size for header in layout.values() for entry in parse_header(header).values())
+    there = sum(part.size for part in aside.journal.done.values())
+    conversion.require_room(aside.path, total - there)
+    writer = HfWriter(aside.path, layout)
+    done = set(aside.journal.done)
+    try:
+        for name in done:
+            if name not in writer.entries or writer.digest_on_disk(name) != aside.journal.done[name].xxh3:
+                raise aside.differs(f"{name} is not what was written")
+        with progress("converting", total, console, there) as advance, ThreadPoolExecutor(1) as thread:
+            settled: list[Future[None]] = []
+            pending: dict[str, Part] = {}
+            for mapping, place in table:
+                if set(mapping.hf) <= done:
+                    continue
+                for name in _write_parameter(writer, mapping, place, shape, weights):
+                    pending[name] = Part(writer.entries[name].size, writer.digest(name))
+                    advance(pending[name].size)
+                if sum(part.size for part in pending.values()) >= conversion.JOURNAL_EVERY:
+                    settled.append(thread.submit(_settle, aside, writer, pending))
+                    pending = {}
+            settled.append(thread.submit(_settle, aside, writer, pending))
+            for past in settled:
+                past.result()
+        if missing := writer.entries.keys() - aside.journal.done.keys():
+            raise DapoError(f"{aside.path}: {sorted(missing)[0]} was not written")
+    finally:
+        writer.close()
+    return total
+
+
+def _settle(aside: Aside, writer: HfWriter, written: dict[str, Part]) -> None:
+    writer.sync()
+    aside.record(written)
+
+
+def _write_parameter(
+    writer: HfWriter, mapping: ParameterMapping, place: Place, shape: ModelShape, weights: StoredWeights
+) -> list[str]:
+    """Write all tensors of a parameter; their names."""
+    if mapping.kind == "qkv":
+        for name, tensor in zip(mapping.hf, from_shards(mapping, shape, [weights.parameter(place)]), strict=True):
+            writer.write(name, tensor)
+        return list(mapping.hf)
+    written = []
+    for name, first, end in row_ranges(mapping, shape):
+        names = [name, HEAD] if name == EMBEDDING and shape.tied and HEAD in writer.entries else [name]
+        for row, block in weights.row_blocks(place, first, end):
+            for target in names:
+                writer.write(target, block, row - first)
+        written += names
+    return written
