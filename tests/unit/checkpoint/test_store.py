@@ -1,5 +1,7 @@
 """Published, found, retained; the manifest as a file."""
 
+import time
+
 import msgspec
 import pytest
 
@@ -7,7 +9,7 @@ from dapo_megatron.checkpoint import store
 from dapo_megatron.checkpoint.background import BackgroundCall
 from dapo_megatron.checkpoint.manifest import MANIFEST, Manifest, encode_manifest, read_manifest
 from dapo_megatron.config import CheckpointConfig
-from dapo_megatron.errors import ConfigError, DapoError, StorageError
+from dapo_megatron.errors import ConfigError, StorageError
 from dapo_megatron.run_folder import RunFolder
 
 
@@ -78,9 +80,8 @@ def test_a_background_call_gives_its_result_or_its_error():
     assert BackgroundCall("adding", lambda: 1 + 1).result(5) == 2
     with pytest.raises(ConfigError, match="own"):
         BackgroundCall("x", lambda: fails(ConfigError("own"))).result(5)
-    with pytest.raises(StorageError, match="No space left on device"):
-        BackgroundCall("x", lambda: fails(OSError(28, "No space left on device"))).result(5)
-    with pytest.raises(StorageError, match="writing: stream failed"):
-        BackgroundCall("writing", lambda: fails(RuntimeError("stream\nfailed"))).result(5)
-    with pytest.raises(DapoError):
-        BackgroundCall("x", lambda: fails(DapoError("y"))).result(5)
+    for error in (OSError(28, "No space left on device"), KeyError("x"), RuntimeError("y")):
+        with pytest.raises(type(error)):
+            BackgroundCall("x", lambda error=error: fails(error)).result(5)
+    with pytest.raises(StorageError, match="writing takes more than checkpoint.timeout_s=0.1 s"):
+        BackgroundCall("writing", lambda: time.sleep(2)).result(0.1)
