@@ -75,7 +75,7 @@ def audit(data: bytes, step: int) -> Audit:
 
 
 def _refused(problem: str) -> ConfigError:
-    return ConfigError(f"the controller's state in the checkpoint is damaged: {problem}; resume from another checkpoint")
+    return ConfigError(f"the checkpoint's controller state is damaged: {problem}; resume from another checkpoint")
 
 
 def _problem(s: Snapshot, step: int) -> str | None:
