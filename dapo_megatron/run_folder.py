@@ -84,6 +84,15 @@ class RunFolder:
         """Folder of the checkpoints."""
         return self.path / "checkpoints"
 
+    @property
+    def banks(self) -> Path:
+        """Folder of finished groups of the step in progress."""
+        return self.path / "bank"
+
+    def bank(self, step: int) -> Path:
+        """Finished groups of one step."""
+        return self.banks / f"step_{step:06d}.bank"
+
     def log(self, process: str) -> Path:
         """Output of one process."""
         return self.logs / f"{process}.log"

@@ -41,6 +41,7 @@ def prepare_new(config: RunConfig, folder: RunFolder, weights: Path | None) -> J
         raise ConfigError(f"{folder.path} holds a run already: go on with --resume, or choose another run_dir=...")
     if weights is not None:
         check_files(weights, read_manifest(weights))
+    store.clean(folder)
     _begin(folder)
     folder.config.write_text(_yaml(config))
     return Job(folder.config, [] if weights is None else ["--weights", str(weights)])

@@ -87,6 +87,10 @@ def _start(config: RunConfig, folder: RunFolder, group: ProcessGroup, ports: lis
     environment = dict(os.environ)
     if cpu:
         environment["OMP_NUM_THREADS"] = "1"
+    if config.engine.deterministic:
+        environment["PYTHONHASHSEED"] = (
+            "0"  # sets of strings (sympy's symbols) then have the same order in every process
+        )
     link_port, meeting_port, *engine_ports = ports
     urls = [f"http://{LOCALHOST}:{port}" for port in engine_ports]
     for i, port in enumerate(engine_ports):

@@ -21,13 +21,13 @@ from dapo_megatron.actor.actor import Actor
 from dapo_megatron.checkpoint import store
 from dapo_megatron.checkpoint.audit import optimizer_sums, random_sum
 from dapo_megatron.checkpoint.background import BackgroundCall
-from dapo_megatron.checkpoint.cursor import cursor_of
 from dapo_megatron.checkpoint.manifest import Audit, Format, Manifest, libraries, model_numbers
 from dapo_megatron.checkpoint.random_state import random_states, sharded
 from dapo_megatron.checkpoint.train_state import TrainState
 from dapo_megatron.checkpoint.writer import Copy, copy_state, write_copy, write_parts
 from dapo_megatron.config import RunConfig
 from dapo_megatron.config.changes import config_digest
+from dapo_megatron.data.snapshot import cursor_of
 from dapo_megatron.distributed.agreement import all_agree, gather_on_first_rank, sum_over_ranks
 from dapo_megatron.distributed.layout import Layout
 from dapo_megatron.observe import catalog as m
@@ -62,7 +62,7 @@ class Checkpointer:
         audit = Audit(
             optimizer=optimizer_sums(self.actor.optimizer, self.layout),
             rng=random_sum(random_states(), self.layout),
-            cursor=cursor_of(controller),
+            cursor=cursor_of(controller, state.step),
         )
         manifest = manifest_of(self.config, self.actor, format, state, audit, metrics or {})
         copy = copy_state(state_of(self.actor, format, is_loading=False), self.layout)

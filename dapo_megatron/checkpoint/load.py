@@ -8,13 +8,13 @@ import torch
 from dapo_megatron.actor.actor import Actor
 from dapo_megatron.checkpoint import store
 from dapo_megatron.checkpoint.audit import optimizer_sums, random_sum
-from dapo_megatron.checkpoint.cursor import cursor_of
 from dapo_megatron.checkpoint.distributed import read_state
 from dapo_megatron.checkpoint.integrity import check_files, check_hashes
 from dapo_megatron.checkpoint.manifest import Manifest, model_numbers, read_manifest
 from dapo_megatron.checkpoint.random_state import random_states, set_random_states
 from dapo_megatron.checkpoint.safe_metadata import check_objects
 from dapo_megatron.checkpoint.train_state import TrainState
+from dapo_megatron.data.snapshot import cursor_of
 from dapo_megatron.distributed.agreement import all_agree, on_first_rank
 from dapo_megatron.distributed.layout import Layout
 from dapo_megatron.errors import ConfigError, DapoError, StorageError
@@ -38,8 +38,8 @@ def load_checkpoint(actor: Actor, path: Path) -> tuple[TrainState, bytes]:
     if manifest.format == "weights" or manifest.audit is None:
         raise ConfigError(f"{path} holds weights alone: start a run from them with --resume-weights-only={path}")
     require_loadable(manifest, path, actor)
-    controller = (path / store.CONTROLLER).read_bytes()
-    if (cursor := cursor_of(controller)) != manifest.audit.cursor:
+    controller = store.controller_state(path)
+    if (cursor := cursor_of(controller, manifest.step)) != manifest.audit.cursor:
         raise DapoError(f"{path}: {store.CONTROLLER} holds {cursor}, {manifest.audit.cursor} was saved; {FRESH}")
     world = prod(manifest.layout[name] for name in ("tp", "pp", "cp", "dp"))
     loaded = read_state(actor, path / store.MODEL, manifest.format, world)

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 import xxhash
 
+from dapo_megatron.data.snapshot import DataCursor
 from dapo_megatron.errors import StorageError
 from dapo_megatron.weights.families import ModelShape
 
@@ -26,18 +27,6 @@ class FileRecord(msgspec.Struct, frozen=True):
     """Bytes."""
     xxh3: str
     """128-bit XXH3, hexadecimal."""
-
-
-class DataCursor(msgspec.Struct, frozen=True):
-    """Where the controller's state stands in the data."""
-
-    epoch: Count
-    position: Count
-    """Prompts of the epoch that were given out."""
-    next_order: Count
-    """Order number of the next group."""
-    carried: Count
-    """Finished groups that wait for the next step."""
 
 
 class Audit(msgspec.Struct, frozen=True):

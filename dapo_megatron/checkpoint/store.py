@@ -70,6 +70,11 @@ def latest_intact(folder: RunFolder) -> Path:
     raise ConfigError(f"{folder.checkpoints} holds no intact checkpoint: start the run without --resume")
 
 
+def controller_state(path: Path) -> bytes:
+    """The controller's state that a checkpoint holds (data.snapshot)."""
+    return (path / CONTROLLER).read_bytes()
+
+
 def with_intact(error: StorageError, folder: RunFolder) -> StorageError:
     """The same error, with what can be done about it."""
     try:

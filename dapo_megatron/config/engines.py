@@ -24,6 +24,9 @@ class EngineConfig(Section):
     """Type of the engine's weights; null is model.dtype."""
     seed: int = Field(0, ge=0, lt=2**31)
     """SGLang's --random-seed."""
+    deterministic: bool = False
+    """Sample so that the same run gives the same tokens, bit for bit: every request has its own seed, one runs at a
+    time, nothing is cached between them, graders are limited by CPU time. Slow: for tests and for hunting faults."""
     python: str | None = None
     """Python of the engine's virtual environment; null is this one."""
     extra_args: list[str] = []

@@ -15,7 +15,8 @@ class GradingConfig(Section):
     workers: int = Field(2, ge=1)
     """Grading processes."""
     timeout_s: float = Field(10.0, gt=0)
-    """Seconds of wall-clock and CPU time for one answer; beyond, the verdict is unknown."""
+    """Seconds of wall-clock and CPU time for one answer (engine.deterministic: CPU time alone); beyond, the verdict is
+    unknown."""
     memory_mib: int = Field(1024, ge=128)
     """Memory of one grading process in MiB."""
     unknown: Literal["wrong", "mask"] = "wrong"

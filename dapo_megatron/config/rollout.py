@@ -26,6 +26,9 @@ class RolloutConfig(Section):
     """When rollout.function raises: call it again for the same sample, or end the run."""
     max_reissues: int = Field(3, ge=0)
     """Most times that one sample is issued again; then the run ends."""
+    bank_bytes: int = Field(8 << 30, ge=0)
+    """Bytes in the run folder for finished groups of the step in progress, which a resume takes back; 0: none are
+    kept."""
     concurrency: int = Field(1024, ge=1)
     """Most responses in flight on all engines together."""
     request_timeout_s: float = Field(1800.0, gt=0)

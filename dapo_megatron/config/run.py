@@ -128,6 +128,8 @@ class RunConfig(Section):
                 raise ValueError(f"{option} needs held-out prompts: set data.eval")
             if "eval/greedy_accuracy" in names and not self.evaluation.greedy:
                 raise ValueError(f"{option} names eval/greedy_accuracy: set evaluation.greedy=true")
+        if self.engine.deterministic and (self.engine.replicas > 1 or r.max_policy_lag):
+            raise ValueError("engine.deterministic needs engine.replicas=1 and rollout.max_policy_lag=0")
         if self.precision.fp8_param_gather and self.precision.fp8 == "off":
             raise ValueError("precision.fp8_param_gather needs an FP8 recipe: set precision.fp8")
         return self

@@ -37,7 +37,7 @@ def engine_command(
         "--tp-size", str(e.tensor_parallel_size),
         "--context-length", str(e.context_length),
         "--mem-fraction-static", str(e.mem_fraction),
-        "--max-running-requests", str(e.max_running_requests),
+        "--max-running-requests", str(1 if e.deterministic else e.max_running_requests),
         "--random-seed", str(e.seed),
         "--skip-tokenizer-init",
         "--skip-server-warmup",
@@ -46,6 +46,9 @@ def engine_command(
     ]  # fmt: skip
     if e.max_total_tokens is not None:
         command += ["--max-total-tokens", str(e.max_total_tokens)]
+    if e.deterministic:
+        # On CPU compat/sglang_cpu makes the sampler honour seeds; what this option does there needs Triton.
+        command += ["--disable-radix-cache", *([] if cpu else ["--enable-deterministic-inference"])]
     if options_file is not None:
         command += ["--config", str(options_file)]
     return command + (_CPU_ARGS if cpu else []) + list(e.extra_args)

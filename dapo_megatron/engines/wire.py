@@ -15,6 +15,8 @@ class SamplingParams(msgspec.Struct, frozen=True):
     temperature: float = 1.0
     top_p: float = 1.0
     stop_token_ids: list[int] = []
+    sampling_seed: int | msgspec.UnsetType = msgspec.UNSET
+    """Of this response alone; unset, it is not sent. Copies of one request with a seed would be clones."""
 
 
 class Completion(msgspec.Struct):

@@ -13,6 +13,7 @@ import asyncio
 import logging
 import math
 import multiprocessing
+import signal
 from collections import Counter
 
 from pebble import ProcessExpired, ProcessPool
@@ -22,7 +23,7 @@ from dapo_megatron.config import RunConfig
 from dapo_megatron.errors import ConfigError
 from dapo_megatron.grading.answers import compare_quickly
 from dapo_megatron.grading.extraction import extract_answer, without_thought
-from dapo_megatron.grading.worker import check_grader, grade_in_worker, start_worker
+from dapo_megatron.grading.worker import check_grader, grade_for_cpu_time, grade_in_worker, start_worker
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,8 @@ EQUIVALENCE = "dapo_megatron.grading.equivalence:equivalent"
 """What its workers run: extraction and integers are done by the caller."""
 START_TIMEOUT_S = 120.0
 """Seconds for workers to start and import the grader."""
+WAITING = 20.0
+"""Wall-clock seconds for one of CPU time, where that alone is to decide."""
 TASKS_PER_WORKER = 2000
 """A worker is replaced after so many answers: sympy's caches grow against the memory limit."""
 
@@ -53,6 +56,7 @@ class GradingPool:
         *,
         thinking: tuple[str, str] | None = None,
         boxed_only: bool = False,
+        by_cpu_time: bool = False,
     ) -> None:
         """
         Args:
@@ -63,6 +67,8 @@ class GradingPool:
             thinking: opening and closing tag of thoughts: only what follows the last closing one is graded, and a
                 response without it is wrong. For any grader.
             boxed_only: to the built-in grader, only a box is an answer.
+            by_cpu_time: timeout_s is CPU time alone, so that no verdict depends on what else the machine does; a
+                grader that waits is stopped after WAITING times as long.
         """
         self._quick = grader is None or grader == DEFAULT_GRADER
         self._reference = EQUIVALENCE if grader is None or self._quick else grader
@@ -70,6 +76,8 @@ class GradingPool:
         self._boxed_only = boxed_only
         self._workers = workers
         self._timeout_s = timeout_s
+        self._by_cpu_time = by_cpu_time
+        self._wall_s = timeout_s * WAITING if by_cpu_time else timeout_s
         self._memory_mib = memory_mib
         self._in_flight = 0
         self._context = multiprocessing.get_context("forkserver")
@@ -154,19 +162,22 @@ class GradingPool:
 
     async def _ask(self, pool: ProcessPool, text: str, truths: tuple[str, ...]) -> Verdict:
         limits = (self._reference, self._memory_mib, self._timeout_s)
-        future = pool.schedule(grade_in_worker, (*limits, text, truths), timeout=self._timeout_s)
+        grade = grade_for_cpu_time if self._by_cpu_time else grade_in_worker
+        future = pool.schedule(grade, (*limits, text, truths), timeout=self._wall_s)
         # The pool's own time limit starts with the work; this one also bounds the wait in the queue.
         rounds = math.ceil(self._in_flight / self._workers) + 1
         try:
             waiter = asyncio.wrap_future(future)
-            done, _ = await asyncio.wait([waiter], timeout=START_TIMEOUT_S + rounds * self._timeout_s)
+            done, _ = await asyncio.wait([waiter], timeout=START_TIMEOUT_S + rounds * self._wall_s)
             if not done:
                 self._replace(pool)
                 return self._unknown("timeout", f"no verdict within {self._timeout_s:g} s")
             outcome, told = waiter.result()
         except TimeoutError:
             return self._unknown("timeout", f"no verdict within {self._timeout_s:g} s")
-        except ProcessExpired:
+        except ProcessExpired as e:
+            if e.exitcode == -signal.SIGPROF:
+                return self._unknown("timeout", f"no verdict within {self._timeout_s:g} s of CPU time")
             return self._unknown("crashed", "the grader's process died")
         finally:
             future.cancel()  # of the waiting task: kills the worker; of a finished future: nothing
@@ -212,4 +223,12 @@ def grading_pool(config: RunConfig) -> GradingPool:
     g = config.grading
     thinking = (g.thinking[0], g.thinking[1]) if g.thinking else None
     boxed_only = config.data.template == "boxed"
-    return GradingPool(g.grader, g.workers, g.timeout_s, g.memory_mib, thinking=thinking, boxed_only=boxed_only)
+    return GradingPool(
+        g.grader,
+        g.workers,
+        g.timeout_s,
+        g.memory_mib,
+        thinking=thinking,
+        boxed_only=boxed_only,
+        by_cpu_time=config.engine.deterministic,
+    )

@@ -32,6 +32,7 @@ def start_worker(reference: str, memory_mib: int) -> None:
     """Initializer of a worker process: nothing it does may outlive its time limit or its parent."""
     # Pebble's SIGTERM handler is Python code, which a long computation in C does not get to.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
     threading.Thread(target=_die_with_the_caller, daemon=True).start()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own time limits are off
@@ -50,6 +51,15 @@ def _die_with_the_caller() -> None:
 def check_grader(reference: str, memory_mib: int) -> None:
     """Raises the ConfigError of `load_function` in the caller, if there is one."""
     _limited_grader(reference, memory_mib)
+
+
+def grade_for_cpu_time(reference: str, memory_mib: int, cpu_s: float, text: str, truths: tuple[str, ...]) -> Outcome:
+    """As grade_in_worker, and SIGPROF ends the process at `cpu_s` seconds of CPU time, not at the next full ones."""
+    signal.setitimer(signal.ITIMER_PROF, cpu_s)
+    try:
+        return grade_in_worker(reference, memory_mib, cpu_s, text, truths)
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0.0)
 
 
 def grade_in_worker(reference: str, memory_mib: int, cpu_s: float, text: str, truths: tuple[str, ...]) -> Outcome:

@@ -102,10 +102,14 @@ GROUPS_ALL_WRONG = _metric("groups/all_wrong", "groups", "Groups filtered becaus
 GROUPS_STALE = _metric("groups/stale", "groups", "Carried groups that became too old and are issued again.")
 GROUPS_CARRIED_IN = _metric("groups/carried_in", "groups", "Groups carried over from the step before.")
 GROUPS_SURPLUS = _metric("groups/surplus", "groups", "Groups kept for the next step.")
+GROUPS_FROM_BANK = _metric("groups/from_bank", "groups", "Finished groups that a resume took back from the bank.")
+GROUPS_NOT_BANKED = _metric("groups/not_banked", "groups", "Finished groups for which the bank had no room or no disk.")
 GROUPS_KEPT_SHARE = _metric("groups/kept_share", "of groups", "Mixed groups among those generated.")
-NO_VERDICT = _metric("grading/unknown", "responses", "Responses without a verdict since the start.")
+NO_VERDICT = _metric("grading/unknown", "responses", "Responses of the step without a verdict.")
 
-ROLLOUT_ERRORS = _metric("rollout/errors", "calls", "Calls of the rollout function that raised, since the start.")
+ROLLOUT_ERRORS = _metric(
+    "rollout/errors", "calls", "Calls of the rollout function that raised, since the controller's start."
+)
 
 EVAL_ACCURACY = _metric("eval/accuracy", "of responses", "avg@k on the held-out prompts.")
 EVAL_GREEDY_ACCURACY = _metric("eval/greedy_accuracy", "of prompts", "Greedy accuracy on the held-out prompts.")

@@ -14,10 +14,13 @@ def append_line(path: Path, row: dict[str, Any]) -> None:
     append_lines(path, [row])
 
 
-def append_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Append each row as one line."""
+def append_lines(path: Path, rows: Sequence[dict[str, Any]], *, sync: bool = False) -> None:
+    """Append each row as one line; with `sync`, through to the disk: a checkpoint that follows must not outlive it."""
     with path.open("a", encoding="ascii") as file:
         file.write("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+        if sync:
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:

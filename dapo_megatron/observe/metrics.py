@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dapo_megatron.errors import ConfigError
-from dapo_megatron.observe.jsonl import append_line, cut_after, read_lines
+from dapo_megatron.observe.jsonl import append_lines, cut_after, read_lines
 from dapo_megatron.run_folder import RunFolder
 
 Record = dict[str, float]
@@ -42,7 +42,7 @@ class MetricsWriter:
         record = {name: _plain(value) for name, value in record.items()}
         step = int(record["step"])
         # JSON has no NaN or infinity: null is what every other reader of the file understands.
-        append_line(self._path, {k: v if math.isfinite(v) else None for k, v in record.items()})
+        append_lines(self._path, [{k: v if math.isfinite(v) else None for k, v in record.items()}], sync=True)
         if self._tensorboard is not None:
             for name, value in record.items():
                 if name not in ("step", "time"):

@@ -11,6 +11,7 @@ before the first push.
 
 import dataclasses
 
+import msgspec
 import numpy as np
 import torch
 
@@ -20,6 +21,7 @@ from dapo_megatron.batching.build import shard_samples
 from dapo_megatron.batching.sample import TrainingSample
 from dapo_megatron.config import RunConfig
 from dapo_megatron.distributed.agreement import all_agree, on_first_rank, sum_over_ranks
+from dapo_megatron.engines.seeds import sampling_seed
 from dapo_megatron.engines.wire import Completion, SamplingParams
 from dapo_megatron.errors import EngineError
 from dapo_megatron.resharding.push import Pusher
@@ -33,6 +35,8 @@ class Verifier:
         self.tolerance = config.resharding.verify_tolerance
         length = min(config.resharding.verify_tokens, config.rollout.max_response_tokens)
         self.params = SamplingParams(max_new_tokens=length, temperature=config.rollout.temperature)
+        if config.engine.deterministic:
+            self.params = msgspec.structs.replace(self.params, sampling_seed=sampling_seed(config.seed, "verification"))
 
     def prime(self) -> None:
         """Sample the prompts once, under whatever the engines serve; collective over all ranks."""

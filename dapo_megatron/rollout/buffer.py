@@ -13,36 +13,38 @@ from collections.abc import Sequence
 
 import msgspec
 
-from dapo_megatron.data.sampler import PromptSampler, SamplerState
+from dapo_megatron.data.sampler import PromptSampler
+from dapo_megatron.data.snapshot import Snapshot, decode_snapshot, encode_snapshot
+from dapo_megatron.errors import DapoError
 from dapo_megatron.records import Prompt, ScoredGroup
 from dapo_megatron.rollout.ledger import Entry, Fate
 from dapo_megatron.rollout.selection import Verdicted, by_age, take, updated_share
 
 
-class BufferState(msgspec.Struct):
-    """What a checkpoint needs to go on: the data cursor, the next order number and the groups carried over."""
-
-    sampler: SamplerState
-    next_order: int
-    kept_share: float
-    """Running share of groups kept: sizes the next round."""
-    carried: list[ScoredGroup]
-    again: list[tuple[int, str]]
-    """(order, prompt id) of groups that became stale and must be issued again."""
-
-
 class GroupBuffer:
     """Holds the groups of one step after another."""
 
-    def __init__(self, prompts: Sequence[Prompt], *, seed: int, shuffle: bool, state: bytes | None = None):
-        """`state` is an earlier snapshot to go on from."""
+    def __init__(
+        self, prompts: Sequence[Prompt], *, seed: int, shuffle: bool, state: bytes | None = None, step: int = 0
+    ):
+        """`state` is the snapshot to go on from, which belongs to `step`.
+
+        Raises:
+            DapoError: it is damaged, or of other data or another seed.
+        """
         self._prompts = prompts
         self._by_id = {p.id: p for p in prompts}
         self._sampler = PromptSampler(len(prompts), seed, shuffle)
-        self.state = BufferState(self._sampler.state(), 0, 1.0, [], [])
+        self.state = Snapshot(0, self._sampler.state(), 0, 1.0, [], [])
         if state is not None:
-            self.state = msgspec.json.decode(state, type=BufferState)
+            self.state = decode_snapshot(state, step)
             self._sampler = PromptSampler.restore(self.state.sampler, len(prompts), seed)
+            for order, prompt_id in [(g.order, g.prompt.id) for g in self.state.carried] + self.state.again:
+                if prompt_id not in self._by_id:
+                    raise DapoError(
+                        f"cannot resume: prompt '{prompt_id}' (number {order}) of the checkpoint is not in data.train; "
+                        "use the same data, or start a new run"
+                    )
         self.issued: dict[int, Prompt] = {}
         """With the engines, by order number."""
         self.kept: list[ScoredGroup] = []
@@ -83,13 +85,13 @@ class GroupBuffer:
         self.kept = []
         self._end(used, "kept")
         self._end(self.state.carried, "carried")
-        self.state.sampler = self._sampler.state()
+        self.state.sampler, self.state.step = self._sampler.state(), step
         entries, self._entries = self._entries, []
         return used, [msgspec.structs.replace(e, step=step) for e in entries]
 
     def snapshot(self) -> bytes:
         """The state, for a checkpoint."""
-        return msgspec.json.encode(self.state)
+        return encode_snapshot(self.state)
 
     def _end(self, groups: Sequence[ScoredGroup], fate: Fate) -> None:
         self._entries += [Entry(0, g.order, g.prompt.id, fate, g.oldest_version) for g in groups]

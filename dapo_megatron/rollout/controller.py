@@ -14,6 +14,8 @@ import asyncio
 import itertools
 import logging
 import time
+from collections.abc import Callable
+from functools import partial
 
 from dapo_megatron.actor.packing_demands import packing_rules
 from dapo_megatron.batching.build import build_step_batch
@@ -21,6 +23,7 @@ from dapo_megatron.batching.wire import encode
 from dapo_megatron.config import RunConfig
 from dapo_megatron.data.prompts import LoadedPrompts, load_prompts
 from dapo_megatron.data.tokenizer import check_tags, load_tokenizer
+from dapo_megatron.engines.seeds import sampling_seed
 from dapo_megatron.engines.stop_tokens import stop_token_ids
 from dapo_megatron.engines.wire import SamplingParams
 from dapo_megatron.errors import DapoError, EngineError
@@ -42,6 +45,7 @@ from dapo_megatron.observe import catalog as m
 from dapo_megatron.observe.samples import SampleWriter
 from dapo_megatron.process import Reporter
 from dapo_megatron.records import Group, Prompt, Response, ScoredGroup
+from dapo_megatron.rollout.bank import RolloutBank, responses_digest
 from dapo_megatron.rollout.buffer import GroupBuffer
 from dapo_megatron.rollout.concurrency import all_or_first_error
 from dapo_megatron.rollout.engine import Engine, Sampler
@@ -94,9 +98,12 @@ class Controller:
 
     async def close(self) -> None:
         """Stop generating ahead."""
-        if self._session is not None and self._session.ahead is not None:
+        if self._session is None:
+            return
+        if self._session.ahead is not None:
             self._session.ahead.cancel()
             await asyncio.gather(self._session.ahead, return_exceptions=True)  # what failed has been told
+        self._session.bank.end()
 
     async def _answer(self, request: Request) -> Reply:
         match request:
@@ -109,7 +116,8 @@ class Controller:
                 self._heard_of(version)
                 self.reporter.phase("evaluate", f"step {step}")
                 held_out = self.held_out.prompts if self.held_out else []
-                return Evaluation(await evaluate(self.config.evaluation, held_out, self.params, self.sample_group))
+                sample_group = partial(self.sample_group, purpose=f"evaluation {step}")
+                return Evaluation(await evaluate(self.config.evaluation, held_out, self.params, sample_group))
             case Goodbye():
                 return Done()
 
@@ -118,11 +126,13 @@ class Controller:
             raise DapoError("a trainer said hello to a controller that serves another one: start the run anew")
         cut = step if snapshot is not None else None
         config, prompts = self.config, self.prompts.prompts
-        buffer = GroupBuffer(prompts, seed=config.seed, shuffle=config.data.shuffle, state=snapshot)
+        buffer = GroupBuffer(prompts, seed=config.seed, shuffle=config.data.shuffle, state=snapshot, step=step)
         ledger = Ledger(self.folder.ledger, cut_to_step=cut)
         samples = SampleWriter(self.folder, resume_step=cut)
-        producer = Producer(config, buffer, self.make_group, ledger, lambda: self.grading.trouble)
-        self._session = _Session(producer, samples)
+        bank = RolloutBank(self.folder, responses_digest(config), config.rollout.bank_bytes, cut)
+        make_group = partial(self._banked_group, bank)
+        producer = Producer(config, buffer, make_group, ledger, lambda: self.grading.trouble)
+        self._session = _Session(producer, samples, bank)
         longer = (p.input_ids for p in prompts if len(p.input_ids) > 1)
         return Welcome(list(itertools.islice(longer, config.resharding.verify_prompts)))
 
@@ -148,8 +158,7 @@ class Controller:
         )
         session.samples.write(step, produced.seen[: config.observe.groups_per_step])
         metrics = produced.metrics | response_metrics(produced.groups, produced.seen, version) | batch.metrics
-        metrics |= {m.GENERATE_SECONDS: waited, m.NO_VERDICT: float(sum(self.grading.unknown.values()))}
-        metrics[m.ROLLOUT_ERRORS] = float(self.rollout.errors)
+        metrics |= {m.GENERATE_SECONDS: waited, m.ROLLOUT_ERRORS: float(self.rollout.errors)}
         if config.rollout.max_policy_lag:
             session.ahead = asyncio.create_task(self._produce(session, step + 1, version))
         else:
@@ -157,19 +166,40 @@ class Controller:
         return Batch(encode(batch), metrics, produced.state)
 
     async def _produce(self, session: "_Session", step: int, version: int) -> StepGroups:
-        return await session.producer.produce(step, version, lambda text: self.reporter.phase("generate", text))
+        bank = session.bank
+        versions = range(version - self.config.rollout.max_policy_lag, version + 1)
+        await asyncio.to_thread(bank.begin_step, step, versions)
+        produced = await session.producer.produce(step, version, lambda text: self.reporter.phase("generate", text))
+        produced.metrics |= {m.GROUPS_FROM_BANK: float(bank.taken), m.GROUPS_NOT_BANKED: float(bank.missed)}
+        return produced
+
+    async def _banked_group(self, bank: RolloutBank, prompt: Prompt, order: int) -> ScoredGroup:
+        group = bank.take(order, prompt)
+        if group is None:
+            group = await self.make_group(prompt, order)
+            bank.add(group)
+        return group
 
     async def make_group(self, prompt: Prompt, order: int) -> ScoredGroup:
         """Generate, grade and score the responses to one prompt."""
         group = await self.sample_group(prompt, order, self.params, self.config.rollout.group_size)
         return score_group(group, self.config)
 
-    async def sample_group(self, prompt: Prompt, order: int, params: SamplingParams, size: int) -> Group:
-        """Generate and grade `size` responses to one prompt."""
-        return Group(order, prompt, await all_or_first_error(self._respond(prompt, params, i) for i in range(size)))
+    async def sample_group(
+        self, prompt: Prompt, order: int, params: SamplingParams, size: int, *, purpose: str = "training"
+    ) -> Group:
+        """Generate and grade `size` responses to one prompt; `purpose` keeps the seeds of two uses apart."""
+        seed = partial(sampling_seed, self.config.seed, purpose, order, prompt.id)
+        return Group(
+            order, prompt, await all_or_first_error(self._respond(prompt, params, i, seed) for i in range(size))
+        )
 
-    async def _respond(self, prompt: Prompt, params: SamplingParams, sample: int) -> Response:
-        response = await self.rollout(prompt, Engine(self.sampler, self.tokenizer, params, sample))
+    async def _respond(
+        self, prompt: Prompt, params: SamplingParams, sample: int, seed: Callable[[int, int], int]
+    ) -> Response:
+        """`seed` is of (sample, request)."""
+        own_seed = partial(seed, sample) if self.config.engine.deterministic else None
+        response = await self.rollout(prompt, Engine(self.sampler, self.tokenizer, params, sample, own_seed))
         self._check_versions(response)
         if response.verdict is None and response.accuracy_reward is not None:
             response.verdict = "right" if response.accuracy_reward > 0 else "wrong"
@@ -204,6 +234,6 @@ class Controller:
 class _Session:
     """What begins with the trainer's hello."""
 
-    def __init__(self, producer: Producer, samples: SampleWriter):
-        self.producer, self.samples = producer, samples
+    def __init__(self, producer: Producer, samples: SampleWriter, bank: RolloutBank):
+        self.producer, self.samples, self.bank = producer, samples, bank
         self.ahead: asyncio.Task[StepGroups] | None = None

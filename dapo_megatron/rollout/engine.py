@@ -1,5 +1,6 @@
 """What a rollout function sees of the engines: sampling for one sample of one group, and the tokenizer."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 import msgspec
@@ -19,17 +20,29 @@ class Sampler(Protocol):
 class Engine:
     """Handle of one sample of one group."""
 
-    def __init__(self, sampler: Sampler, tokenizer: PreTrainedTokenizerBase, params: SamplingParams, sample: int):
+    def __init__(
+        self,
+        sampler: Sampler,
+        tokenizer: PreTrainedTokenizerBase,
+        params: SamplingParams,
+        sample: int,
+        seed: Callable[[int], int] | None = None,
+    ):
+        """`seed` gives each request's own, by its number from 0 (turns, and calls that are made again); None: none."""
         self.tokenizer = tokenizer
         self.params = params
         self.sample = sample
         """Index within the group, from 0."""
-        self._sampler = sampler
+        self._sampler, self._seed, self._requests = sampler, seed, 0
 
     async def generate(self, input_ids: list[int], max_new_tokens: int | None = None) -> Completion:
         """Sample a continuation of input_ids; max_new_tokens lowers the run's limit (for further turns)."""
         limit = self.params.max_new_tokens if max_new_tokens is None else max_new_tokens
-        return await self._sampler.generate(input_ids, msgspec.structs.replace(self.params, max_new_tokens=limit))
+        params = msgspec.structs.replace(self.params, max_new_tokens=limit)
+        if self._seed is not None:
+            params = msgspec.structs.replace(params, sampling_seed=self._seed(self._requests))
+            self._requests += 1
+        return await self._sampler.generate(input_ids, params)
 
     def decode(self, token_ids: list[int]) -> str:
         """Text of a response without its special tokens."""

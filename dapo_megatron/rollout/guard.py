@@ -67,6 +67,8 @@ def checked(response: Any, prompt: Prompt, sample: int, vocab: int, where: str) 
     if problem is not None:
         raise ConfigError(f"{where}: {problem}")
     assert isinstance(response, Response)
+    # Lone surrogates cannot be written down.
+    response.text = response.text.encode("utf-8", "replace").decode("utf-8")
     return response
 
 
@@ -82,7 +84,12 @@ def _problem(response: Any, prompt: Prompt, sample: int, vocab: int) -> str | No
             return f"{name} is a {type(value).__name__}, a list or an array of one entry a token is expected"
     if (response.prompt_id, response.sample) != (prompt.id, sample):
         return f"the response says it is of prompt '{response.prompt_id}', sample {response.sample}"
-    return _tokens_problem(response, vocab) or _spans_problem(response) or _verdict_problem(response)
+    return (
+        _tokens_problem(response, vocab)
+        or _spans_problem(response)
+        or _verdict_problem(response)
+        or _arrays_problem(response)
+    )
 
 
 def _tokens_problem(r: Response, vocab: int) -> str | None:
@@ -130,6 +137,17 @@ def _verdict_problem(r: Response) -> str | None:
     reward = r.accuracy_reward
     if reward is not None and not _is_finite(reward):
         return f"accuracy_reward is {reward!r}, a finite number or None is expected"
+    return None
+
+
+def _arrays_problem(r: Response) -> str | None:
+    if not isinstance(r.token_arrays, dict):
+        return f"token_arrays is a {type(r.token_arrays).__name__}, a dictionary is expected"
+    for name, value in r.token_arrays.items():
+        values = value.tolist() if hasattr(value, "tolist") else value
+        if not isinstance(values, list) or len(values) != len(r.token_ids) or not all(map(_is_finite, values)):
+            return f"token_arrays[{name!r}] is not one finite number a token"
+        r.token_arrays[name] = values
     return None
 
 

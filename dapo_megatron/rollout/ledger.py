@@ -1,18 +1,30 @@
 """The ledger knows the fate of every prompt that was issued, one line each in the run folder.
 
-A line belongs to a rollout step, so a resumed run cuts the ledger back to its checkpoint and writes history anew.
+A line belongs to a rollout step, so a resumed run cuts the ledger back to its checkpoint and writes history anew. What
+is left proves that no prompt was skipped or used twice (`check_exactly_once`):
+
+    number   its lines, in their order
+    17       carried, kept           settled by the last
+    18       carried, stale          waits to be issued again, under its number
+    19       all_wrong               settled
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 
+from dapo_megatron.errors import DataError
 from dapo_megatron.observe.jsonl import append_lines, cut_after, read_lines
 
 Fate = Literal["kept", "carried", "all_right", "all_wrong", "stale"]
+SETTLED: tuple[Fate, ...] = ("kept", "all_right", "all_wrong")
+"""Nothing comes after these."""
+SHOWN = 5
+"""Most problems of one kind that are told."""
 
 
 class Entry(msgspec.Struct):
@@ -36,10 +48,95 @@ class Ledger:
 
     def settle(self, entries: Sequence[Entry]) -> Counter[Fate]:
         """Write down fates and count them."""
-        append_lines(self.path, [msgspec.to_builtins(entry) for entry in entries])
+        append_lines(self.path, [msgspec.to_builtins(entry) for entry in entries], sync=True)
         return Counter(e.fate for e in entries)
 
 
 def read_ledger(path: Path) -> list[Entry]:
-    """All whole lines; a line torn by a kill is left out."""
-    return [msgspec.convert(row, Entry) for row in read_lines(path)]
+    """All whole lines; a line torn by a kill is left out.
+
+    Raises:
+        DataError: a line that is no entry.
+    """
+    entries = []
+    for number, row in enumerate(read_lines(path), start=1):
+        try:
+            entries.append(msgspec.convert(row, Entry))
+        except msgspec.ValidationError as e:
+            raise DataError(f"{path}, line {number}: no entry of a ledger ({e})") from None
+    return entries
+
+
+class LedgerAudit(msgspec.Struct):
+    """What a ledger shows."""
+
+    issued: int
+    """Numbers issued, from 0."""
+    settled: int
+    waiting: list[int]
+    """Numbers whose group is carried or stale."""
+    frontier: int
+    """Every number below it is settled."""
+    epochs: int
+    """Finished epochs; 0 where the number of prompts is not known."""
+    problems: list[str]
+    """One line each; none: every number was settled exactly once, or waits."""
+
+
+def check_exactly_once(entries: Sequence[Entry], prompts: int | None = None) -> LedgerAudit:
+    """Look through a whole ledger.
+
+    Args:
+        prompts: in the data set; then each epoch is looked at too: no prompt twice, and every one in a finished epoch.
+    """
+    histories: dict[int, list[Entry]] = {}
+    for entry in entries:
+        histories.setdefault(entry.order, []).append(entry)
+    issued = max(histories, default=-1) + 1
+    lost = [order for order in range(issued) if order not in histories]
+    settled = {order for order, lines in histories.items() if lines[-1].fate in SETTLED}
+    problems = _first(f"number {order} was issued and is not in the ledger" for order in lost)
+    problems += _first(problem for order in sorted(histories) if (problem := _history_problem(order, histories[order])))
+    epochs = 0
+    if prompts is not None:
+        epochs, found = _epochs({order: lines[0].prompt_id for order, lines in histories.items()}, settled, prompts)
+        problems += found
+    frontier = next((order for order in range(issued) if order not in settled), issued)
+    waiting = sorted(histories.keys() - settled)
+    return LedgerAudit(issued, len(settled), waiting, frontier, epochs, problems)
+
+
+def _history_problem(order: int, lines: Sequence[Entry]) -> str | None:
+    told = ", ".join(f"{e.fate} in step {e.step}" for e in lines)
+    who = f"number {order} (prompt '{lines[0].prompt_id}')"
+    if len(ids := {e.prompt_id for e in lines}) > 1:
+        return f"number {order} is of {len(ids)} prompts: {', '.join(sorted(ids)[:SHOWN])}"
+    if any(e.fate in SETTLED for e in lines[:-1]):
+        return f"{who} was settled, and used again: {told}"
+    before: Fate | None = None
+    for entry in lines:
+        if entry.fate == "stale" and before != "carried":
+            return f"{who} went stale without having been carried: {told}"
+        before = entry.fate
+    if any(a.step > b.step for a, b in pairwise(lines)):
+        return f"{who} has its steps in disorder: {told}"
+    return None
+
+
+def _epochs(prompt_of: dict[int, str], settled: set[int], size: int) -> tuple[int, list[str]]:
+    """(finished epochs, problems): the numbers of one epoch are size * e .. size * (e + 1) - 1."""
+    seen: dict[int, Counter[str]] = {}
+    for order, prompt_id in prompt_of.items():
+        seen.setdefault(order // size, Counter())[prompt_id] += 1
+    twice = [(e, p, n) for e in sorted(seen) for p, n in seen[e].items() if n > 1]
+    problems = _first(f"prompt '{p}' was issued {n} times in epoch {e}" for e, p, n in twice)
+    finished = [e for e in seen if all(order in settled for order in range(size * e, size * (e + 1)))]
+    everyone = set().union(*(seen[e] for e in finished))
+    for e in finished:
+        problems += _first(f"prompt '{p}' is missing from epoch {e}" for p in sorted(everyone - seen[e].keys()))
+    return len(finished), problems
+
+
+def _first(problems: Iterable[str]) -> list[str]:
+    found = list(problems)
+    return found[:SHOWN] + ([f"... and {len(found) - SHOWN} more like it"] if len(found) > SHOWN else [])

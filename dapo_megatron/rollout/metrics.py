@@ -42,5 +42,6 @@ def response_metrics(trained: Sequence[Group], generated: Sequence[Group], versi
         m.LENGTH_MAX: float(max(lengths)),
         m.TRUNCATED: sum(r.finish_reason == "length" for r in responses) / n,
         m.RESPONSE_TOKENS: float(sum(lengths)),
+        m.NO_VERDICT: float(sum(r.verdict == "unknown" for g in generated for r in g.responses)),
         m.LAG_MAX: float(version - min(g.oldest_version for g in trained)),
     }

@@ -13,9 +13,9 @@ from dapo_megatron.checkpoint import store
 from dapo_megatron.checkpoint.train_state import TrainState
 from dapo_megatron.checkpoint.distributed import Checkpointer
 from dapo_megatron.checkpoint.load import load_checkpoint
+from dapo_megatron.data.sampler import SamplerState
+from dapo_megatron.data.snapshot import Snapshot, encode_snapshot
 from dapo_megatron.errors import DapoError
-from dapo_megatron.records import Prompt
-from dapo_megatron.rollout.buffer import GroupBuffer
 from dapo_megatron.run_folder import RunFolder
 
 
@@ -25,14 +25,16 @@ def updates(config, actor, count):
     return [actor.update(shards[i % 2], PolicyObjective(config.algorithm), None) for i in range(count)]
 
 
-CONTROLLER = GroupBuffer([Prompt("p", [1], "1", "", 0)], seed=0, shuffle=True).snapshot()
+def controller_at(step):
+    """The controller's state that belongs to a step."""
+    return encode_snapshot(Snapshot(step, SamplerState(0, 0, step, 9, True), step, 0.5, [], []))
 
 
 def two_steps_and_save(config, format="fully_reshardable"):
     actor = actor_on_rank(config)
     updates(config, actor, 2)
     checkpointer = Checkpointer(config, actor)
-    checkpointer.save(TrainState(1, 7, 2), CONTROLLER, format=format)
+    checkpointer.save(TrainState(1, 7, 2), controller_at(1), format=format)
     after = updates(config, actor, 3)
     checkpointer.finish()
     return after
@@ -41,7 +43,7 @@ def two_steps_and_save(config, format="fully_reshardable"):
 def resume(config):
     actor = actor_on_rank(config)
     state, controller = load_checkpoint(actor, store.latest(RunFolder(Path(config.run_dir))))
-    assert (state, controller) == (TrainState(1, 7, 2), CONTROLLER)
+    assert (state, controller) == (TrainState(1, 7, 2), controller_at(1))
     return state.step, updates(config, actor, 3)
 
 

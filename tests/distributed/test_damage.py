@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.distributed.harness import actor_on_rank, run_ranks  # first: patches megatron-core on machines without CUDA
-from tests.distributed.test_checkpoint import CONTROLLER, updates
+from tests.distributed.test_checkpoint import controller_at, updates
 from tests.tiny import hf_folder, run_config
 
 from dapo_megatron.checkpoint import store
@@ -31,8 +31,7 @@ def three_checkpoints(config):
     checkpointer = Checkpointer(config, actor)
     for step in (1, 2, 3):
         updates(config, actor, 1)
-        controller = msgspec.json.decode(CONTROLLER) | {"next_order": step}
-        checkpointer.save(TrainState(step, step), msgspec.json.encode(controller), format="dp_reshardable")
+        checkpointer.save(TrainState(step, step), controller_at(step), format="dp_reshardable")
     checkpointer.finish()
 
 
@@ -136,11 +135,13 @@ def load_of(config, path):
         return str(e)
 
 
-def test_a_flipped_bit_loads_nothing_and_names_what_is_intact(original, run):
-    flip(run.checkpoint(3) / "model/__1_0.distcp", 0.4)
+@pytest.mark.parametrize("shard", [SHARD, "model/__1_0.distcp"])
+def test_a_flipped_bit_loads_nothing_and_names_what_is_intact(original, run, shard):
+    """Each rank hashes one of the two; both raise."""
+    flip(run.checkpoint(3) / shard, 0.4)
     config = original[1].model_copy(update={"run_dir": str(run.path)})
     for message in run_ranks(2, load_of, config, run.checkpoint(3)):
-        assert "model/__1_0.distcp is damaged" in message and "\n" not in message
+        assert f"{shard} is damaged" in message and "\n" not in message
         assert "step_000002 is the newest intact one, --resume=latest-intact goes on from there" in message
 
 

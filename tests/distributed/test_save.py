@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.distributed.harness import actor_on_rank, run_ranks  # first: patches megatron-core on machines without CUDA
-from tests.distributed.test_checkpoint import CONTROLLER, updates
+from tests.distributed.test_checkpoint import controller_at, updates
 from tests.tiny import hf_folder, run_config
 
 from dapo_megatron.actor.actor import Actor
@@ -48,16 +48,16 @@ def save(config, steps, format):
     checkpointer = Checkpointer(config, actor)
     for step in steps:
         updates(config, actor, 2)
-        checkpointer.save(TrainState(step, step, 0), CONTROLLER, format=format)
+        checkpointer.save(TrainState(step, step, 0), controller_at(step), format=format)
     checkpointer.finish()
 
 
 def save_again(config, step, format):
     """Load the newest checkpoint and save it as the one of `step`."""
     actor = actor_on_rank(config)
-    state, controller = load_checkpoint(actor, store.latest(RunFolder(Path(config.run_dir))))
+    state, _ = load_checkpoint(actor, store.latest(RunFolder(Path(config.run_dir))))
     checkpointer = Checkpointer(config, actor)
-    checkpointer.save(TrainState(step, state.version), controller, format=format)
+    checkpointer.save(TrainState(step, state.version), controller_at(step), format=format)
     checkpointer.finish()
     torch.rand(3)
     return torch.get_rng_state().tolist()
@@ -109,7 +109,7 @@ def test_in_the_same_layout_the_random_states_come_back(tmp_path):
         actor = actor_on_rank(config)
         torch.manual_seed(7 + actor.layout.rank)
         checkpointer = Checkpointer(config, actor)
-        checkpointer.save(TrainState(1, 1), CONTROLLER, format="dp_reshardable")
+        checkpointer.save(TrainState(1, 1), controller_at(1), format="dp_reshardable")
         checkpointer.finish()
         torch.rand(3)
         return torch.get_rng_state().tolist()
@@ -153,7 +153,7 @@ def train_while_saving(config, slow_s):
     checkpointer = Checkpointer(config, actor)
     expected = {name: tensor.clone() for name, tensor in export_stage(actor.modules, actor.shape)}
     began = time.monotonic()
-    checkpointer.save(TrainState(1, 1), CONTROLLER, format="dp_reshardable")
+    checkpointer.save(TrainState(1, 1), controller_at(1), format="dp_reshardable")
     stall = time.monotonic() - began
     steps, published = 0, {}
     while not published:
@@ -183,7 +183,7 @@ def save_on_a_dead_disk(config):
     fsync = os.fsync
     os.fsync = lambda handle: (time.sleep(8), fsync(handle))
     checkpointer = Checkpointer(config, actor)
-    checkpointer.save(TrainState(1, 1), CONTROLLER, format="dp_reshardable")
+    checkpointer.save(TrainState(1, 1), controller_at(1), format="dp_reshardable")
     began = time.monotonic()
     try:
         checkpointer.finish()
@@ -263,7 +263,7 @@ def test_another_data_cursor_than_the_manifests_is_an_error(tmp_path):
     audit = msgspec.structs.replace(manifest.audit, cursor=cursor)
     (path / MANIFEST).write_bytes(encode_manifest(msgspec.structs.replace(manifest, audit=audit)))
     (message,) = run_ranks(1, refusal, config)
-    assert "controller.json holds DataCursor(epoch=0, position=0" in message and "position=5" in message
+    assert "controller.json holds DataCursor(step=1, epoch=0, position=1" in message and "position=5" in message
 
 
 def begin_with_weights(config, path):

@@ -22,9 +22,9 @@ def model_path(tmp_path_factory):
 
 
 @contextmanager
-def serve(model_path, log_dir):
-    """(URL, pid) of a server that is up, and ends with the block."""
-    config = run_config(model_path, engine=ENGINE)
+def serve(model_path, log_dir, **options):
+    """(URL, pid) of a server that is up, and ends with the block; `options` are of the config's section."""
+    config = run_config(model_path, engine=ENGINE | options)
     with reserved_ports(1) as (port,), ProcessGroup(log_dir) as group:
         child = group.start(
             "engine-0",

@@ -1,5 +1,5 @@
 """What is on the engine's path on CPU is right and still needed: without the stand-ins SGLang cannot be imported, and
-without the plugin its attention over many sequences is several times as slow."""
+without the plugins its attention over many sequences is several times as slow, and seeds are not heard."""
 
 import json
 import os
@@ -43,3 +43,35 @@ def test_the_plugin_attends_as_sglang_does_and_is_faster():
     for kind, found in json.loads(done.stdout.splitlines()[-1]).items():
         assert found["replaced"] and found["difference"] < 5e-6, (kind, found)
         assert found["plugin_s"] < found["own_s"] / 2, (kind, found)
+
+
+def murmur3(seed, position, column):
+    """MurmurHash3 (x86, 32 bits) of seed, position and column as 16 bytes, as its author has it."""
+    h = 0
+    for k in (seed & 0xFFFFFFFF, seed >> 32, position, column):
+        k = k * 0xCC9E2D51 & 0xFFFFFFFF
+        k = (k << 15 | k >> 17) & 0xFFFFFFFF
+        h ^= k * 0x1B873593 & 0xFFFFFFFF
+        h = ((h << 13 | h >> 19) & 0xFFFFFFFF) * 5 + 0xE6546B64 & 0xFFFFFFFF
+    h ^= 16
+    h = (h ^ h >> 16) * 0x85EBCA6B & 0xFFFFFFFF
+    h = (h ^ h >> 13) * 0xC2B2AE35 & 0xFFFFFFFF
+    return h ^ h >> 16
+
+
+def test_without_the_plugin_seeds_are_not_heard():
+    environment = engine_environment(os.environ, cpu=True)
+    command = [sys.executable, "tests/engine/sampling_probe.py"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    before, after = found["before"], found["after"]
+    assert before["seeds"] is None and isinstance(before["hashes"], str)
+    first, second, third, fourth = zip(*before["sampled"], strict=True)
+    assert len(set(first)) > 1
+    assert after["seeds"] == [5, -1, 2**31 - 1, 5]
+    rows = [(5, 0), (2**64 - 1, 1), (2**31 - 1, 77), (5, 0)]
+    assert after["hashes"] == [[murmur3(seed, position, c) for c in (0, 1)] for seed, position in rows]
+    first, second, third, fourth = zip(*after["sampled"], strict=True)
+    assert len(set(first)) == len(set(third)) == 1 and first == fourth
+    assert len(set(second)) > 1  # a request without a seed still draws from the engine's generator

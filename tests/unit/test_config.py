@@ -57,6 +57,7 @@ def test_every_option_is_documented_and_readable():
         ("engine.context_length=100", "exceed engine.context_length=100"),
         ("trainer.mini_batch_prompts=33", "must divide rollout.prompts_per_step=512"),
         ("actor.virtual_pipeline_model_parallel_size=2", "needs actor.pipeline_model_parallel_size of at least 2"),
+        ("engine={deterministic: true, replicas: 2}", "engine.deterministic needs engine.replicas=1"),
         ("grading.thinking=[<think>, '']", "grading.thinking.1"),
         ("grading.thinking=[<think>]", "grading.thinking"),
         ("optimizer.lr=fast", "optimizer.lr"),

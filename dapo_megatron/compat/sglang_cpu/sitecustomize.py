@@ -6,6 +6,8 @@ Patches, each shown to be needed by tests/engine/test_compat.py:
 stand-ins   sgl_kernel (CUDA kernels) and torchvision (the wheel on the index is a CUDA build that does not load beside
             a CPU torch) are imported unconditionally by SGLang, for kernels and image models that a text model on CPU
             never reaches. They are replaced by modules whose every attribute is a class that refuses to be used.
+
+Beside it lie two plugins that SGLang loads itself: sglang_cpu_attention (speed), sglang_cpu_sampling (seeds).
 """
 
 import importlib.abc

@@ -5,8 +5,7 @@ import pytest
 
 from dapo_megatron.checkpoint import store
 from dapo_megatron.checkpoint.background import BackgroundCall
-from dapo_megatron.checkpoint.cursor import cursor_of
-from dapo_megatron.checkpoint.manifest import MANIFEST, DataCursor, Manifest, encode_manifest, read_manifest
+from dapo_megatron.checkpoint.manifest import MANIFEST, Manifest, encode_manifest, read_manifest
 from dapo_megatron.config import CheckpointConfig
 from dapo_megatron.errors import ConfigError, DapoError, StorageError
 from dapo_megatron.run_folder import RunFolder
@@ -70,15 +69,6 @@ def test_what_is_no_manifest_is_one_line(tmp_path, text):
     with pytest.raises(StorageError) as e:
         read_manifest(tmp_path)
     assert MANIFEST in str(e.value) and "\n" not in str(e.value)
-
-
-def test_the_cursor_is_read_from_the_controllers_state():
-    sampler = {"seed": 1, "epoch": 2, "position": 3, "size": 9, "shuffle": True}
-    state = {"sampler": sampler, "next_order": 21, "kept_share": 0.5, "carried": [{"any": "group"}, {}], "again": []}
-    assert cursor_of(msgspec.json.encode(state)) == DataCursor(2, 3, 21, 2)
-    for bad in (b"", b"{}", b"{", msgspec.msgpack.encode(state)):
-        with pytest.raises(StorageError, match="controller's state cannot be read"):
-            cursor_of(bad)
 
 
 def test_a_background_call_gives_its_result_or_its_error():

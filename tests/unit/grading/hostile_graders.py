@@ -20,6 +20,18 @@ def spins(text: str, truth: str) -> bool:
     return bool(9 ** (9**9))  # one computation in C: no Python signal handler runs
 
 
+def waits(text: str, truth: str) -> bool:
+    time.sleep(1.0)
+    return True
+
+
+def computes(text: str, truth: str) -> bool:
+    end = time.process_time() + 0.2
+    while time.process_time() < end:
+        pass
+    return True
+
+
 def exits(text: str, truth: str) -> bool:
     if text == "exit":
         os._exit(3)

@@ -174,6 +174,23 @@ def test_a_bad_grader_gives_unknown(grader, bad, reason):
     assert seconds < 8, "a worker that is deep in C is killed at once, not after a grace period"
 
 
+def test_by_cpu_time_who_waits_is_not_late_and_who_computes_is():
+    slow = [("Answer: 34", "34")] * 3
+    verdicts, unknown, _ = grade_all(slow, "hostile_graders:waits", timeout_s=0.3, by_cpu_time=True)
+    assert verdicts == ["right"] * 3 and not unknown
+    assert grade_all(slow, "hostile_graders:waits", timeout_s=0.3)[0] == ["unknown"] * 3
+    verdicts, unknown, seconds = grade_all(slow, "hostile_graders:spins", timeout_s=0.3, by_cpu_time=True)
+    assert verdicts == ["unknown"] * 3 and unknown == {"timeout": 3} and seconds < 8
+    # The time of one answer is not taken from the next: three of 0.2 s each in one worker.
+    assert grade_all(slow, "hostile_graders:computes", 1, timeout_s=0.3, by_cpu_time=True)[0] == ["right"] * 3
+
+
+def test_by_cpu_time_who_never_ends_is_stopped(monkeypatch):
+    monkeypatch.setattr("dapo_megatron.grading.pool.WAITING", 2.0)
+    verdicts, unknown, _ = grade_all([("hang", "34")], "hostile_graders:hangs", timeout_s=0.5, by_cpu_time=True)
+    assert verdicts == ["unknown"] and unknown == {"timeout": 1}
+
+
 @pytest.mark.parametrize(
     "grader, bad, line",
     [

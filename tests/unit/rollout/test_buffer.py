@@ -40,7 +40,7 @@ class Run:
     def resume(self, step):
         del self.history[step:]
         state, self.version, _ = self.history[-1] if self.history else (None, 0, [])
-        self.buffer = GroupBuffer(PROMPTS, seed=SEED, shuffle=True, state=state)
+        self.buffer = GroupBuffer(PROMPTS, seed=SEED, shuffle=True, state=state, step=step)
 
     def round(self, fates):
         issued = [self.buffer.issue() for _ in fates]

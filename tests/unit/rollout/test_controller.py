@@ -18,12 +18,14 @@ def test_every_ground_truth_is_given_to_the_grader():
         return Response(prompt.id, engine.sample, [5], [True], [-0.5], [], "stop", "Answer: 2")
 
     controller = Controller.__new__(Controller)  # its parts read a model folder
-    controller.config = SimpleNamespace(rollout=SimpleNamespace(max_policy_lag=0))
+    controller.config = SimpleNamespace(
+        rollout=SimpleNamespace(max_policy_lag=0), engine=SimpleNamespace(deterministic=False)
+    )
     controller.grading, controller.rollout = SimpleNamespace(grade=grade), rollout
     controller.sampler = controller.tokenizer = None
     controller._newest_version = 0
     controller._oldest_version = 0
     prompts = [Prompt("p", [1], "1", "?", 0, ["2", "4/2"]), Prompt("q", [1], "3", "?", 1)]
-    responses = [asyncio.run(controller._respond(prompt, None, 0)) for prompt in prompts]
+    responses = [asyncio.run(controller._respond(prompt, None, 0, None)) for prompt in prompts]
     assert asked == [("Answer: 2", "1", "2", "4/2"), ("Answer: 2", "3")]
     assert [response.verdict for response in responses] == ["right", "right"]

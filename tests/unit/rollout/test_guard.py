@@ -85,6 +85,10 @@ def test_a_good_response_passes_and_arrays_become_lists():
         (good(text=None), "text is a NoneType"),
         (good(verdict=True), "verdict is True"),
         (good(accuracy_reward=float("nan")), "accuracy_reward is nan"),
+        (good(token_arrays=None), "token_arrays is a NoneType"),
+        (good(token_arrays={"experts": [1.0, 2.0]}), "token_arrays['experts'] is not one finite number a token"),
+        (good(token_arrays={"experts": [1.0, 2.0, float("nan")]}), "token_arrays['experts'] is not"),
+        (good(token_arrays={"experts": 3.0}), "token_arrays['experts'] is not"),
         (good(prompt_id="other"), "of prompt 'other'"),
         (good(sample=0), "sample 0"),
     ],
@@ -94,6 +98,11 @@ def test_what_cannot_be_trained_is_one_line(value, says):
         call(returns(value))
     text = str(e.value)
     assert says in text and "rollout.function=mine:roll, prompt 'p7', sample 3" in text and "\n" not in text
+
+
+def test_what_cannot_be_written_down_is_made_so():
+    response, _ = call(returns(good(text="a\ud800b", token_arrays={"experts": np.arange(3.0)})))
+    assert (response.text, response.token_arrays) == ("a?b", {"experts": [0.0, 1.0, 2.0]})
 
 
 def flaky(failures):

@@ -5,6 +5,7 @@ import random
 
 import pytest
 
+from dapo_megatron.data.snapshot import decode_snapshot
 from dapo_megatron.errors import DapoError
 from dapo_megatron.records import Prompt, Response, ScoredGroup, VersionSpan
 from dapo_megatron.rollout.buffer import GroupBuffer
@@ -19,11 +20,12 @@ class World:
     """Makes groups whose verdicts depend on the prompt alone, finishing in random order."""
 
     def __init__(self, outcome):
-        self.outcome, self.version, self.made = outcome, 0, []
+        self.outcome, self.version, self.made, self.orders = outcome, 0, [], []
 
     async def make_group(self, prompt, order):
         version = self.version
         self.made.append(prompt.id)
+        self.orders.append((prompt.id, order))
         await asyncio.sleep(random.random() * 0.003)
         verdicts = {"mixed": ["right", "wrong"], "all_right": ["right"] * 2, "all_wrong": ["wrong"] * 2}
         verdicts["ungraded"] = ["right", "unknown"]
@@ -37,15 +39,15 @@ class World:
         )
 
 
-def producer(tmp_path, world, state=None, cut=None, wanted=4, unknown="wrong", **algorithm):
+def producer(tmp_path, world, state=None, cut=None, wanted=4, unknown="wrong", rollout=None, **algorithm):
     config = run_config(
         tmp_path,
-        rollout={"prompts_per_step": wanted, "group_size": 2},
+        rollout={"prompts_per_step": wanted, "group_size": 2} | (rollout or {}),
         trainer={"mini_batch_prompts": 1},
         grading={"unknown": unknown},
         algorithm=algorithm,
     )
-    buffer = GroupBuffer(PROMPTS, seed=config.seed, shuffle=config.data.shuffle, state=state)
+    buffer = GroupBuffer(PROMPTS, seed=config.seed, shuffle=config.data.shuffle, state=state, step=cut or 0)
     return Producer(config, buffer, world.make_group, Ledger(tmp_path / "ledger.jsonl", cut_to_step=cut))
 
 
@@ -157,6 +159,49 @@ def test_resumed_run_goes_on_as_if_never_stopped(tmp_path, cut):
     ]
     assert [c.state for c in got] == [c.state for c in expected]
     assert read_ledger(tmp_path / "b" / "ledger.jsonl") == read_ledger(tmp_path / "a" / "ledger.jsonl")
+
+
+@pytest.mark.parametrize("died_in", [3, 4, 5])
+def test_what_was_with_the_engines_is_issued_again_also_when_generated_ahead(tmp_path, died_in):
+    """As the controller with max_policy_lag 1: step k + 1 is begun when batch k leaves, under the version before."""
+
+    async def ahead(c, world, first, last, dies=None):
+        out, task = [], None
+        for step in range(first, last + 1):
+            version = step - 1
+            out.append(await (task or c.produce(step, version, lambda _: None)))
+            if dies == step + 1:
+                # Killed with groups in flight.
+                task = asyncio.ensure_future(c.produce(step + 1, version, lambda _: None))
+                while not (task.done() or c.buffer.issued):
+                    await asyncio.sleep(0)
+                assert c.buffer.issued
+                task.cancel()
+                return out
+            task = asyncio.ensure_future(c.produce(step + 1, version, lambda _: None)) if step < last else None
+            await asyncio.sleep(0)
+            world.version = version + 1  # the push, while the next step is being generated
+        return out
+
+    lag = {"max_policy_lag": 1}
+    whole, half, rest = World(every_third), World(every_third), World(every_third)
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    expected = asyncio.run(ahead(producer(tmp_path / "a", whole, wanted=7, rollout=lag), whole, 1, 6))
+    before = asyncio.run(ahead(producer(tmp_path / "b", half, wanted=7, rollout=lag), half, 1, 6, dies=died_in))
+    cut = died_in - 1
+    assert decode_snapshot(before[-1].state, cut).next_order < max(o for _, o in half.orders) + 1
+    rest.version = cut
+    resumed = producer(tmp_path / "b", rest, state=before[-1].state, cut=cut, wanted=7, rollout=lag)
+    after = asyncio.run(ahead(resumed, rest, died_in, 6))
+    got = before + after
+    assert [[(g.order, g.prompt.id) for g in c.groups] for c in got] == [
+        [(g.order, g.prompt.id) for g in c.groups] for c in expected
+    ]
+    settled = [(e.order, e.prompt_id, e.fate) for e in read_ledger(tmp_path / "b" / "ledger.jsonl")]
+    assert settled == [(e.order, e.prompt_id, e.fate) for e in read_ledger(tmp_path / "a" / "ledger.jsonl")]
+    assert {o for _, o in half.orders if o >= decode_snapshot(before[-1].state, cut).next_order} <= {
+        o for _, o in rest.orders
+    }
 
 
 def test_torn_ledger_line_is_left_out(tmp_path):

@@ -16,13 +16,15 @@ from aiohttp.test_utils import TestServer
 from dapo_megatron.batching.wire import decode_step_batch
 from dapo_megatron.engines.client import EngineClient
 from dapo_megatron.engines.coalescing import CoalescingClient
+from dapo_megatron.engines.seeds import sampling_seed
 from dapo_megatron.engines.wire import SamplingParams, generate_request
+from dapo_megatron.data.snapshot import decode_snapshot, encode_snapshot
 from dapo_megatron.data.tokenizer import check_tags
 from dapo_megatron.errors import ConfigError, DapoError, EngineError
 from dapo_megatron.messages import Evaluate, Goodbye, Hello, NextBatch
 from dapo_megatron.observe.samples import read_samples
 from dapo_megatron.process import Reporter
-from dapo_megatron.records import Response
+from dapo_megatron.records import Response, VersionSpan
 from dapo_megatron.rollout.controller import Controller
 from dapo_megatron.rollout.ledger import read_ledger
 from dapo_megatron.run_folder import RunFolder
@@ -165,6 +167,45 @@ def test_the_engine_is_asked_for_what_the_recipe_says(tmp_path, recipe):
     assert labels == [5, 7] * 8  # the end token is trained too
 
 
+async def two_turns(prompt, engine):
+    first = await engine.generate(prompt.input_ids)
+    last = await engine.generate(prompt.input_ids + first.token_ids + [5], max_new_tokens=4)
+    tokens, n = first.token_ids + last.token_ids, len(first.token_ids)
+    spans = first.version_spans + [VersionSpan(s.version, s.start + n, s.end + n) for s in last.version_spans]
+    logprobs = first.logprobs + last.logprobs
+    return Response(prompt.id, engine.sample, tokens, [True] * len(tokens), logprobs, spans, "stop", "")
+
+
+def test_every_request_of_a_deterministic_run_has_a_seed_of_its_own(tmp_path, recipe):
+    config = recipe.model_copy(
+        update={
+            "engine": recipe.engine.model_copy(update={"deterministic": True}),
+            "rollout": recipe.rollout.model_copy(update={"function": f"{__name__}:two_turns"}),
+        }
+    )
+
+    def asked(name, seed=0):
+        engine, link = Engine(), Link(Hello(None, 0), Evaluate(0, 0), NextBatch(1, 0), Evaluate(1, 0), Goodbye())
+        run = config.model_copy(update={"seed": seed, "data": config.data.model_copy(update={"shuffle": False})})
+        asyncio.run(serve(run, tmp_path / name, link, engine))
+        return engine.asked
+
+    first = asked("a")
+    seeds = [json.loads(params)["sampling_seed"] for _, params in first]
+    assert set(first.values()) == {1} and all(0 <= seed < 2**31 for seed in seeds)  # none travels with another
+    # 2 turns of 2 groups of 4, and twice those of 2 held-out prompts, 3 sampled and 1 greedy, whose seeds do not count.
+    sampled = [s for (_, params), s in zip(first, seeds, strict=True) if json.loads(params)["temperature"]]
+    assert len(set(sampled)) == len(sampled) == 2 * (2 * 4 + 2 * 2 * 3)
+    assert asked("b") == first
+    assert not {s for _, params in asked("c", seed=1) if (s := json.loads(params)["sampling_seed"]) in seeds}
+
+
+def test_a_seed_is_what_it_was_and_no_two_names_read_alike():
+    assert sampling_seed(0, "training", 12, "train.jsonl:7", 3, 0) == 1077635429
+    names = [(1, 23), (12, 3), ("1", "2", "3"), ("12", "3", ""), ("1:2", 3), ("1", ":2", 3)]
+    assert len({sampling_seed(*n) for n in names} | {sampling_seed(0, "training", i) for i in range(2000)}) == 2006
+
+
 @pytest.mark.parametrize(
     ("lag", "version", "refused"), [(0, 3, False), (0, 4, True), (0, 2, True), (1, 4, False), (1, 5, True)]
 )
@@ -183,6 +224,45 @@ def test_a_second_hello_does_not_empty_the_ledger(tmp_path, recipe):
     with pytest.raises(DapoError, match="a controller that serves another one"):
         asyncio.run(serve(recipe, tmp_path, link, Engine()))
     assert len(read_ledger(RunFolder(tmp_path).ledger)) == 2
+
+
+class Patient(Link):
+    """Says goodbye when what is generated ahead is finished."""
+
+    async def receive(self):
+        if isinstance(self.requests[0], Goodbye):
+            await asyncio.sleep(0.5)
+        return await super().receive()
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_what_was_generated_ahead_is_taken_back_by_a_resume_that_may_train_it(tmp_path, recipe, version):
+    lag = {"max_policy_lag": 1}
+    config = recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update=lag)})
+    first = Patient(Hello(None, 0), NextBatch(1, 0), Goodbye())
+    asyncio.run(serve(config, tmp_path, first, Engine("0")))
+    batch = first.replies[1]
+    assert batch.metrics["groups/from_bank"] == 0
+
+    engine, second = Engine(str(version)), Link(Hello(batch.snapshot, 1), NextBatch(2, version), Goodbye())
+    asyncio.run(serve(config, tmp_path, second, engine))
+    _, resumed, _ = second.replies
+    may = version == 1
+    assert resumed.metrics["groups/from_bank"] == (2 if may else 0) and resumed.metrics["groups/not_banked"] == 0
+    assert resumed.metrics["rollout/lag_max"] == (1 if may else 0)
+    trained = [e.order for e in read_ledger(RunFolder(tmp_path).ledger) if e.fate == "kept"]
+    assert trained == [0, 1, 2, 3]
+
+
+def test_a_snapshot_of_other_prompts_is_refused(tmp_path, recipe):
+    first = Link(Hello(None, 0), NextBatch(1, 0), Goodbye())
+    asyncio.run(serve(recipe, tmp_path, first, Engine()))
+    snapshot = decode_snapshot(first.replies[1].snapshot, 1)
+    snapshot.again.append((0, "train.jsonl:99"))
+    with pytest.raises(DapoError, match=r"prompt 'train.jsonl:99' \(number 0\) of the checkpoint is not in data.train"):
+        asyncio.run(serve(recipe, tmp_path, Link(Hello(encode_snapshot(snapshot), 1)), Engine()))
+    with pytest.raises(DapoError, match="it is of step 1, the checkpoint is of step 2"):
+        asyncio.run(serve(recipe, tmp_path, Link(Hello(first.replies[1].snapshot, 2)), Engine()))
 
 
 async def knows_its_verdict(prompt, engine):

@@ -1,0 +1,103 @@
+"""The controller's state between two steps, as a checkpoint keeps it: JSON, looked through before it is used.
+
+It belongs to the batch of `step`, and was taken when nothing was with the engines: every prompt that was issued later
+is issued again by whoever goes on from it, because the cursor stands before it.
+"""
+
+import math
+
+import msgspec
+
+from dapo_megatron.data.sampler import SamplerState
+from dapo_megatron.errors import DapoError
+from dapo_megatron.records import ScoredGroup
+
+SCHEMA = 3
+
+
+class Snapshot(msgspec.Struct):
+    """The data cursor, the next order number and the groups that no batch has taken yet."""
+
+    step: int
+    """The step whose batch it belongs to; 0 before the first."""
+    sampler: SamplerState
+    next_order: int
+    kept_share: float
+    """Running share of groups kept: sizes the next round."""
+    carried: list[ScoredGroup]
+    again: list[tuple[int, str]]
+    """(order, prompt id) of groups that became stale and must be issued again."""
+    schema: int = SCHEMA
+
+
+class DataCursor(msgspec.Struct, frozen=True):
+    """Where a snapshot stands: what a manifest says of it, so that one who restores it can compare."""
+
+    step: int
+    epoch: int
+    position: int
+    """Prompts of this epoch that were given out."""
+    next_order: int
+    carried: int
+    """Groups carried into the next step."""
+    again: int
+    """Groups that wait to be issued again."""
+
+
+def encode_snapshot(snapshot: Snapshot) -> bytes:
+    """As JSON; every number comes back bit for bit."""
+    return msgspec.json.encode(snapshot)
+
+
+def decode_snapshot(data: bytes, step: int) -> Snapshot:
+    """The snapshot that belongs to the batch of `step`.
+
+    Raises:
+        DapoError: it is cut short, of another step or schema, or holds what cannot be.
+    """
+    try:
+        snapshot = msgspec.json.decode(data, type=Snapshot)
+    except msgspec.MsgspecError as e:
+        raise _refused(f"it cannot be read ({e}; {len(data)} bytes)") from None
+    if problem := _problem(snapshot, step):
+        raise _refused(problem)
+    return snapshot
+
+
+def cursor_of(data: bytes, step: int) -> DataCursor:
+    """Where the snapshot of `step` stands.
+
+    Raises:
+        DapoError: as decode_snapshot.
+    """
+    s = decode_snapshot(data, step)
+    return DataCursor(s.step, s.sampler.epoch, s.sampler.position, s.next_order, len(s.carried), len(s.again))
+
+
+def _refused(problem: str) -> DapoError:
+    return DapoError(f"the controller's state in the checkpoint is damaged: {problem}; resume from another checkpoint")
+
+
+def _problem(s: Snapshot, step: int) -> str | None:
+    sampler = s.sampler
+    if s.schema != SCHEMA:
+        return f"its schema is {s.schema}, this program reads {SCHEMA}"
+    if s.step != step:
+        return f"it is of step {s.step}, the checkpoint is of step {step}"
+    if sampler.size < 1 or sampler.epoch < 0 or not 0 <= sampler.position <= sampler.size:
+        return f"its cursor stands at prompt {sampler.position} of {sampler.size} in epoch {sampler.epoch}"
+    # Every new number takes one prompt from the sampler.
+    if s.next_order != sampler.epoch * sampler.size + sampler.position:
+        return (
+            f"{s.next_order} prompts were issued, the cursor stands at prompt {sampler.position} of {sampler.size} in "
+            f"epoch {sampler.epoch}"
+        )
+    if not (math.isfinite(s.kept_share) and 0 <= s.kept_share <= 1):
+        return f"its share of groups kept is {s.kept_share}"
+    waiting = [g.order for g in s.carried] + [order for order, _ in s.again]
+    if len(set(waiting)) < len(waiting) or not all(0 <= order < s.next_order for order in waiting):
+        return f"of {s.next_order} prompts issued, numbers {waiting} wait"
+    for group in s.carried:
+        if not group.responses or any(not r.token_ids or not r.version_spans for r in group.responses):
+            return f"group {group.order} is carried without responses"
+    return None

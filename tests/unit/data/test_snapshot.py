@@ -1,0 +1,78 @@
+"""The controller's state in a checkpoint: it comes back bit for bit, and what is damaged is refused in one line."""
+
+import re
+import struct
+
+import msgspec
+import pytest
+
+from dapo_megatron.data.sampler import PromptSampler
+from dapo_megatron.data.snapshot import DataCursor, Snapshot, cursor_of, decode_snapshot, encode_snapshot
+from dapo_megatron.errors import DapoError
+from dapo_megatron.records import Prompt, Response, ScoredGroup, VersionSpan
+
+LOGPROBS = [-0.1, -1e-300, -0.0, -123456.78901234567, -3.0]
+
+
+def snapshot(**changes):
+    sampler = PromptSampler(7, 3)
+    for _ in range(17):
+        sampler.next()
+    prompt = Prompt("a/b.jsonl:4", [1, 2], "4", "2 + 2 = \u2028?\x00\N{GRINNING FACE}", 4, ["four"])
+    response = Response(
+        prompt.id, 0, [5] * 5, [True] * 5, LOGPROBS, [VersionSpan(2, 0, 3), VersionSpan(3, 3, 5)], "stop", "\\boxed{4}"
+    )
+    group = ScoredGroup(15, prompt, [response])
+    return msgspec.structs.replace(
+        Snapshot(12, sampler.state(), 17, 0.1 + 0.2, [group], [(9, "a/b.jsonl:1")]), **changes
+    )
+
+
+def test_it_comes_back_bit_for_bit():
+    before = snapshot()
+    after = decode_snapshot(encode_snapshot(before), 12)
+    assert after == before
+    floats = after.carried[0].responses[0].rollout_logprobs
+    assert struct.pack("5d", *floats) == struct.pack("5d", *LOGPROBS)
+    assert cursor_of(encode_snapshot(before), 12) == DataCursor(
+        step=12, epoch=2, position=3, next_order=17, carried=1, again=1
+    )
+    assert msgspec.json.decode(encode_snapshot(before))["next_order"] == 17  # JSON, for whoever looks
+
+
+def test_cut_anywhere_it_is_refused_in_a_line():
+    whole = encode_snapshot(snapshot())
+    for cut in [b"", *(whole[:n] for n in range(1, len(whole), 7)), whole[:-1], whole + b"x"]:
+        with pytest.raises(DapoError, match="damaged: it cannot be read") as e:
+            decode_snapshot(cut, 12)
+        assert "\n" not in str(e.value)
+
+
+def sampler(**changes):
+    return msgspec.structs.replace(snapshot().sampler, **changes)
+
+
+GROUP = snapshot().carried[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"step": 11}, "it is of step 11, the checkpoint is of step 12"),
+        ({"schema": 2}, "its schema is 2"),
+        ({"next_order": 16}, "16 prompts were issued, the cursor stands at prompt 3 of 7 in epoch 2"),
+        ({"sampler": sampler(position=4)}, "17 prompts were issued, the cursor stands at prompt 4"),
+        ({"sampler": sampler(epoch=1, position=10)}, "its cursor stands at prompt 10 of 7"),
+        ({"sampler": sampler(epoch=-1)}, "in epoch -1"),
+        ({"sampler": sampler(size=0)}, "of 0 in epoch"),
+        ({"kept_share": -1.0}, "its share of groups kept is -1.0"),
+        ({"carried": [GROUP, GROUP]}, "numbers [15, 15, 9] wait"),
+        ({"again": [(15, "p")]}, "numbers [15, 15] wait"),
+        ({"again": [(17, "p")]}, "of 17 prompts issued, numbers [15, 17] wait"),
+        ({"carried": [ScoredGroup(15, GROUP.prompt, [])]}, "group 15 is carried without responses"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_a_line(changes, says):
+    with pytest.raises(DapoError, match=re.escape(says)) as e:
+        decode_snapshot(encode_snapshot(snapshot(**changes)), 12)
+    assert "\n" not in str(e.value) and "resume from another checkpoint" in str(e.value)
