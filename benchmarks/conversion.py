@@ -5,7 +5,7 @@
 
 Each direction is the command-line tool in a process of its own; the folder that comes back is compared byte for byte.
 
-memory      peak of the process's RssAnon, sampled every 5 ms, beyond that of an interpreter that has imported nothing
+memory      peak of the process's RssAnon, sampled every 10 ms, beyond that of an interpreter that has imported nothing
 rate        bytes of weights a second from start to end; hashing, and for a checkpoint its verification, included
 copy        cp of the same folder to the same disk, fsync included: reading and writing once; the mean of the copies
             before and after a conversion. What is read is dropped from the page cache before.
@@ -98,7 +98,7 @@ def measured(*command: str | Path) -> tuple[float, int]:
         )
         while process.poll() is None:
             peak = max(peak, anonymous(process.pid))
-            time.sleep(0.005)
+            time.sleep(0.01)
         if process.returncode:
             said.seek(0)
             raise SystemExit(said.read())
@@ -137,7 +137,8 @@ def run(folder: Path, size: str) -> int:
     write_model(source, size)
     weights = sum(p.stat().st_size for p in source.glob("*.safetensors"))
     bare = measured("-c", "import time; time.sleep(0.3)")[1]
-    started = min(measured("-c", "import dapo_megatron.checkpoint.hf_to_dist")[0] for _ in range(2))
+    code = f"from dapo_megatron.checkpoint import hf_to_dist; hf_to_dist.read_model({str(source)!r})"
+    started = min(measured("-c", code)[0] for _ in range(2))
     copies = [copied(source, folder / "copy")]
     table = Table("", "seconds", "MB/s", "of the copy", "without start-up", "memory GB")
     table.title = f"conversion: {size}, {weights / 1e9:.1f} GB"
@@ -158,7 +159,8 @@ def run(folder: Path, size: str) -> int:
         if memory > MEMORY_LIMIT:
             faults.append(f"{name}: more than {MEMORY_LIMIT / 1e9} GB")
     for copy in copies:
-        table.add_row("copy", f"{copy:.1f}", f"{weights / copy / 1e6:.0f}", "1.00", "", "")
+        table.add_row("copy", f"{copy:.1f}", f"{weights / copy / 1e6:.0f}", "", "", "")
+    table.add_row("start-up", f"{started:.1f}", "", "", "", "")
     Console().print(table)
     if not same(source, back):
         faults.append("the folder that came back is another")

@@ -8,9 +8,11 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
 
 import msgspec
 import torch
@@ -25,6 +27,7 @@ LAYOUT = "layout.json"
 JOURNAL = "journal.json"
 JOURNAL_EVERY = 2**30
 """Bytes between two entries of the journal: what an interrupt can cost."""
+T = TypeVar("T")
 _NOT_BESIDE = (*WEIGHTS, *PICKLES, ".onnx", ".onnx_data", ".ot")
 
 
@@ -120,6 +123,16 @@ def _take_up(aside: Aside) -> None:
 
 def _options(journal: Journal) -> str:
     return ", ".join(f"{k}={v}" for k, v in sorted(journal.options.items()))
+
+
+def one_ahead(items: Iterator[T]) -> Generator[T, None, None]:
+    """The items; while one is used, a thread makes the next."""
+    end: Any = object()
+    with ThreadPoolExecutor(1) as thread:
+        following = thread.submit(next, items, end)
+        while (item := following.result()) is not end:
+            following = thread.submit(next, items, end)
+            yield item
 
 
 def require_room(path: Path, needed: int) -> None:

@@ -4,7 +4,7 @@ The checkpoint is a converted one or one of a run, saved under any layout; the o
 converted one gives the files of its source again, byte for byte: its layout.json holds their headers.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -143,12 +143,12 @@ def _write(
         with progress("converting", total, console, there) as advance, ThreadPoolExecutor(1) as thread:
             settled: list[Future[None]] = []
             pending: dict[str, Part] = {}
-            for mapping, place in table:
-                if set(mapping.hf) <= done:
-                    continue
-                for name in _write_parameter(writer, mapping, place, shape, weights):
-                    pending[name] = Part(writer.entries[name].size, writer.digest(name))
-                    advance(pending[name].size)
+            for name, row, block in conversion.one_ahead(_blocks(table, shape, weights, done)):
+                for target in [name, HEAD] if name == EMBEDDING and shape.tied and HEAD in writer.entries else [name]:
+                    writer.write(target, block, row)
+                    advance(block.numel() * writer.entries[target].dtype.itemsize)
+                    if row + len(block) == writer.entries[target].shape[0]:
+                        pending[target] = Part(writer.entries[target].size, writer.digest(target))
                 if sum(part.size for part in pending.values()) >= conversion.JOURNAL_EVERY:
                     settled.append(thread.submit(_settle, aside, writer, pending))
                     pending = {}
@@ -167,19 +167,16 @@ def _settle(aside: Aside, writer: HfWriter, written: dict[str, Part]) -> None:
     aside.record(written)
 
 
-def _write_parameter(
-    writer: HfWriter, mapping: ParameterMapping, place: Place, shape: ModelShape, weights: StoredWeights
-) -> list[str]:
-    """Write all tensors of a parameter; their names."""
-    if mapping.kind == "qkv":
-        for name, tensor in zip(mapping.hf, from_shards(mapping, shape, [weights.parameter(place)]), strict=True):
-            writer.write(name, tensor)
-        return list(mapping.hf)
-    written = []
-    for name, first, end in row_ranges(mapping, shape):
-        names = [name, HEAD] if name == EMBEDDING and shape.tied and HEAD in writer.entries else [name]
-        for row, block in weights.row_blocks(place, first, end):
-            for target in names:
-                writer.write(target, block, row - first)
-        written += names
-    return written
+def _blocks(
+    table: list[tuple[ParameterMapping, Place]], shape: ModelShape, weights: StoredWeights, done: set[str]
+) -> Iterator[tuple[str, int, torch.Tensor]]:
+    """(Hugging Face tensor, first row, rows) of all that is not done, in the order of the table."""
+    for mapping, place in table:
+        if set(mapping.hf) <= done:
+            continue
+        if mapping.kind == "qkv":
+            for name, tensor in zip(mapping.hf, from_shards(mapping, shape, [weights.parameter(place)]), strict=True):
+                yield name, 0, tensor
+        for name, first, end in row_ranges(mapping, shape):
+            for row, block in weights.row_blocks(place, first, end):
+                yield name, row - first, block

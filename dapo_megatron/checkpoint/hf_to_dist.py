@@ -10,6 +10,7 @@ A key of the model folder is stored as one or more chunks; one chunk is read, ch
 """
 
 import io
+from contextlib import closing
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -105,14 +106,17 @@ class _Chunk:
         return prod(self.shape) * self.dtype.itemsize
 
     @property
+    def offsets(self) -> tuple[int, ...]:
+        return (*self.place.index, self.row, *(0 for _ in self.shape[1:]))
+
+    @property
     def item(self) -> WriteItem:
-        offsets = torch.Size((*self.place.index, self.row, *(0 for _ in self.shape[1:])))
         data = TensorWriteData(
-            ChunkStorageMetadata(offsets, torch.Size(self._stacked)),
+            ChunkStorageMetadata(torch.Size(self.offsets), torch.Size(self._stacked)),
             TensorProperties(dtype=self.dtype),
             torch.Size(self.place.stored_shape),
         )
-        return WriteItem(MetadataIndex(self.place.key, offsets), WriteItemType.SHARD, tensor_data=data)
+        return WriteItem(MetadataIndex(self.place.key, self.offsets), WriteItemType.SHARD, tensor_data=data)
 
     def read(self, folder: HfFolder, shape: ModelShape) -> torch.Tensor:
         if self.source is not None:
@@ -152,16 +156,18 @@ def _chunks(shape: ModelShape, types: dict[str, torch.dtype]) -> list[_Chunk]:
 def _write_model(aside: Aside, folder: HfFolder, shape: ModelShape, chunks: list[_Chunk], console: Console) -> None:
     path = aside.path / MODEL
     path.mkdir(exist_ok=True)
-    by_index = {chunk.item.index: chunk for chunk in chunks}
     done = {(p.key, p.offsets) for part in aside.journal.done.values() for p in part.pieces}
-    there = sum(chunk.size for i, chunk in by_index.items() if (i.fqn, tuple(i.offset or ())) in done)
-    total = sum(chunk.size for chunk in chunks)
-    conversion.require_room(path, total - there)
-    with progress("converting", total, console, there) as advance:
+    left = [chunk for chunk in chunks if (chunk.place.key, chunk.offsets) not in done]
+    total, needed = sum(chunk.size for chunk in chunks), sum(chunk.size for chunk in left)
+    conversion.require_room(path, needed)
+    tensors = conversion.one_ahead((chunk, chunk.read(folder, shape)) for chunk in left)
+    with progress("converting", total, console, total - needed) as advance, closing(tensors):
 
         def read(index: MetadataIndex) -> torch.Tensor:
-            advance(by_index[index].size)
-            return by_index[index].read(folder, shape)
+            chunk, tensor = next(tensors)
+            assert (index.fqn, tuple(index.offset or ())) == (chunk.place.key, chunk.offsets)
+            advance(chunk.size)
+            return tensor
 
         write_lazily(aside, path, _parts(chunks, shape), read)
     common = io.BytesIO()

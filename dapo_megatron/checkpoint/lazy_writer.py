@@ -31,7 +31,7 @@ def write_lazily(
 
     Args:
         parts: what goes into each file. Items without tensor data are objects, all of them None.
-        read: gives a tensor by its key and offsets.
+        read: gives a tensor by its key and offsets; is asked for those that are not there, in the order of the parts.
 
     Raises:
         StorageError: the disk is full or lost.
