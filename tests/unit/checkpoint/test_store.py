@@ -16,7 +16,9 @@ from dapo_megatron.run_folder import RunFolder
 def write(run_dir, step, metrics=None):
     folder, path = RunFolder(run_dir), store.open_partial(RunFolder(run_dir), step)
     manifest = Manifest(format="dp_reshardable", model={}, dtype="float32", step=step, metrics=metrics or {})
-    store.seal(path, manifest, {}, [], b"{}")
+    hf = run_dir / "hf"
+    hf.mkdir(exist_ok=True)
+    store.seal(path, manifest, {}, hf, b"{}")
     return store.publish(folder, step)
 
 
