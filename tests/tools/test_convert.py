@@ -72,7 +72,7 @@ SLOWED = """
 import time
 from dapo_megatron.checkpoint.conversion import hf_to_dist, output
 from tools import convert_hf_to_dist
-read, hf_to_dist.PART_BYTES = hf_to_dist._Chunk.read, 2**24
+read, hf_to_dist.PART_BYTES = hf_to_dist._Chunk.read, 2**22
 hf_to_dist._Chunk.read = lambda *arguments: (time.sleep(0.05), read(*arguments))[1]
 convert_hf_to_dist.main()
 """
@@ -80,8 +80,8 @@ convert_hf_to_dist.main()
 
 @pytest.mark.slow
 def test_a_real_process_stopped_by_ctrl_c_goes_on(tmp_path):
-    """A model of 100 MB, interrupted when its first part is written down."""
-    options = {"hidden_size": 512, "intermediate_size": 2048, "vocab": 20_000}
+    """A model of 30 MB, interrupted when its first part is written down."""
+    options = {"hidden_size": 256, "intermediate_size": 512, "vocab": 8_000}
     path = hf_folder(tmp_path / "hf", "llama", False, layers=6, **options)
     command = [sys.executable, "-W", "ignore", "-c", SLOWED, str(path), str(tmp_path / "dist")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
