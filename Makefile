@@ -5,6 +5,9 @@
 # make lint   ruff and mypy
 # make prove REV=HEAD~1   that this tree computes what another revision does, bit for bit: every layout and a short run
 # make bench-trl   set up, TRL too in an environment of its own, then compare speed with it; ARGS=--quick for a few steps
+# make bench-chaos   the demo run killed at random moments and resumed, again and again; ARGS="--minutes 60" for an hour
+# make bench-checkpoint   saves and their verification beside the machine's own limits
+# make bench-conversion   a model of 1.5 B parameters to a distributed checkpoint and back: memory and speed
 # ARGS adds overrides to the demo: make demo ARGS="actor.pipeline_model_parallel_size=2 actor.tensor_model_parallel_size=1"
 
 PYTHON ?= python3.11
@@ -18,7 +21,7 @@ NEWER := .venv-megatron-0.19
 TRL_READY := .venv-trl/.ready
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test test-full lint prove bench-trl setup clean
+.PHONY: help demo test test-full lint prove bench-trl bench-chaos bench-checkpoint bench-conversion setup clean
 
 help:
 	@sed -n "s/^# \(make .*\)/\1/p" Makefile
@@ -42,6 +45,9 @@ prove: $(READY)
 
 bench-trl: $(READY) $(TRL_READY)
 	$(BIN)/python -m benchmarks.vs_trl $(ARGS)
+
+bench-chaos bench-checkpoint bench-conversion: bench-%: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m benchmarks.$* $(ARGS)
 
 setup: $(READY) $(TE_READY)
 

@@ -1,4 +1,4 @@
-"""Prove from a run folder's ledger that every prompt was used exactly once.
+"""Prove from a run folder's ledger that no prompt was skipped or used twice.
 
     python -m tools.check_ledger runs/demo
 
@@ -47,7 +47,7 @@ def check(folder: RunFolder, prompts: int | None) -> None:
         print(problem, file=sys.stderr)
     if audit.problems:
         raise DataError(f"{audit.problems[-1]}: {folder.ledger} does not prove that every prompt was used once")
-    print("every prompt was used exactly once")
+    print("no prompt was skipped or used twice")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import torch
 import typer
 from rich.console import Console
 
-from dapo_megatron.checkpoint.dist_to_hf import convert_dist_to_hf
+from dapo_megatron.checkpoint.conversion.dist_to_hf import convert_dist_to_hf
 from dapo_megatron.errors import exit_code
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)

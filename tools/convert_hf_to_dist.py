@@ -8,7 +8,7 @@ import torch
 import typer
 from rich.console import Console
 
-from dapo_megatron.checkpoint.hf_to_dist import convert_hf_to_dist
+from dapo_megatron.checkpoint.conversion.hf_to_dist import convert_hf_to_dist
 from dapo_megatron.errors import exit_code
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)

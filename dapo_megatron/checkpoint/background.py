@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-from dapo_megatron.errors import DapoError, StorageError, told
+from dapo_megatron.errors import StorageError
 
 T = TypeVar("T")
 
@@ -19,7 +19,7 @@ class BackgroundCall(Generic[T]):
         """
         self._what, self._call = what, call
         self._result: list[T] = []
-        self._error: DapoError | OSError | RuntimeError | None = None
+        self._error: Exception | None = None
         # A daemon: when the process has to go, it does not wait for a slow disk.
         self._thread = threading.Thread(target=self._run, name=what, daemon=True)
         self._thread.start()
@@ -33,8 +33,8 @@ class BackgroundCall(Generic[T]):
         """What the call returned.
 
         Raises:
-            StorageError: the disk is full or gone, or it takes more than `timeout_s` from now.
-            DapoError: the call's own.
+            StorageError: it takes more than `timeout_s` from now.
+            Exception: the call's own.
         """
         self._thread.join(timeout_s)
         if self._thread.is_alive():
@@ -42,16 +42,12 @@ class BackgroundCall(Generic[T]):
                 f"{self._what} takes more than checkpoint.timeout_s={timeout_s:g} s: look at the disk of the run, or "
                 "allow more"
             )
-        if self._error is None:
-            return self._result[0]
-        if isinstance(self._error, RuntimeError):
-            raise StorageError(
-                f"{self._what}: {' '.join(str(self._error).split())[-300:]}; make room on the disk of the run"
-            )
-        raise told(self._error) or self._error
+        if self._error is not None:
+            raise self._error
+        return self._result[0]
 
     def _run(self) -> None:
         try:
             self._result.append(self._call())
-        except (DapoError, OSError, RuntimeError) as e:  # RuntimeError: torch.save where the disk is full
+        except Exception as e:  # whatever it is, who waits for the result must hear of it
             self._error = e

@@ -32,7 +32,6 @@ from dapo_megatron.distributed.agreement import all_agree, gather_on_first_rank,
 from dapo_megatron.distributed.layout import Layout
 from dapo_megatron.observe import catalog as m
 from dapo_megatron.run_folder import RunFolder
-from dapo_megatron.weights.hf_folder import companions
 
 
 class Checkpointer:
@@ -120,7 +119,7 @@ def write_sealed(
         if parts is None or copy.metadata is None:
             return 0
         files = write_parts(path / store.MODEL, copy.metadata, parts)
-        store.seal(path, manifest, files, companions(config.model.path), controller)
+        store.seal(path, manifest, files, Path(config.model.path), controller)
     return sum(part.size for part in parts)
 
 

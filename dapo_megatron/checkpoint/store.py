@@ -13,7 +13,6 @@ plug), .step_000010.replaced makes way for a step that was done again, .step_000
 import os
 import re
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -24,6 +23,7 @@ from dapo_megatron.checkpoint.retention import kept_steps
 from dapo_megatron.config import CheckpointConfig
 from dapo_megatron.errors import ConfigError, StorageError
 from dapo_megatron.run_folder import RunFolder
+from dapo_megatron.weights.hf_folder import side_files
 
 CONTROLLER = "controller.json"
 HF = "hf"
@@ -96,7 +96,7 @@ def seal(
     path: Path,
     manifest: Manifest,
     model_files: dict[str, FileRecord],
-    companions: Sequence[Path],
+    hf: Path,
     controller: bytes | None = None,
 ) -> None:
     """Add to a checkpoint, whose model is written, what goes beside it; the manifest last, through to the disk.
@@ -104,12 +104,11 @@ def seal(
     Args:
         manifest: all but the files.
         model_files: of the distributed checkpoint, by path in its folder.
-        companions: files of the model's Hugging Face folder.
+        hf: the model's Hugging Face folder.
     """
-    (path / HF).mkdir()
-    for file in companions:
-        write_synced(path / HF / file.name, file.read_bytes())
-    beside = [f"{HF}/{file.name}" for file in companions]
+    names = side_files(hf)
+    copy_files(hf, names, path / HF)
+    beside = [f"{HF}/{name}" for name in names]
     if controller is not None:
         write_synced(path / CONTROLLER, controller)
         beside.append(CONTROLLER)
@@ -168,6 +167,14 @@ def set_aside_after(folder: RunFolder, step: int) -> list[Path]:
             shutil.rmtree(aside, ignore_errors=True)
             moved.append(path.rename(aside))
     return moved
+
+
+def copy_files(source: Path, names: list[str], target: Path) -> None:
+    """Copy files byte for byte, with the folders that they are in."""
+    target.mkdir(exist_ok=True)
+    for name in names:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        write_synced(target / name, (source / name).read_bytes())
 
 
 def write_synced(path: Path, data: bytes) -> None:

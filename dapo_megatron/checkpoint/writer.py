@@ -29,6 +29,7 @@ from dapo_megatron.checkpoint.manifest import FileRecord
 from dapo_megatron.checkpoint.safe_metadata import COMMON, METADATA
 from dapo_megatron.distributed.agreement import gather_on_first_rank
 from dapo_megatron.distributed.layout import Layout
+from dapo_megatron.errors import StorageError
 
 CONFIG = "metadata.json"
 """megatron-core's own note of the format."""
@@ -98,7 +99,20 @@ class Written:
 
 
 def write_copy(copy: Copy, path: Path, rank: int) -> Written:
-    """Write one rank's copy into the folder `path`, through to the disk, and hash what was written."""
+    """Write one rank's copy into the folder `path`, through to the disk, and hash what was written.
+
+    Raises:
+        StorageError: torch could not write.
+        OSError: the disk is full or gone.
+    """
+    try:
+        return _write_copy(copy, path, rank)
+    except RuntimeError as e:  # torch.save where the disk is full
+        reason = " ".join(str(e).split())[-300:]
+        raise StorageError(f"{path} cannot be written ({reason}): make room on the disk of the run") from None
+
+
+def _write_copy(copy: Copy, path: Path, rank: int) -> Written:
     writer = FileSystemWriter(path, per_thread_copy_ahead=0)
     # The number of a plan in the list is the rank in its files' names.
     plan = writer.prepare_global_plan([copy.plan] * (rank + 1))[rank]

@@ -9,7 +9,7 @@ import math
 import msgspec
 
 from dapo_megatron.data.sampler import SamplerState
-from dapo_megatron.errors import DapoError
+from dapo_megatron.errors import ConfigError
 from dapo_megatron.records import ScoredGroup
 
 SCHEMA = 3
@@ -53,7 +53,7 @@ def decode_snapshot(data: bytes, step: int) -> Snapshot:
     """The snapshot that belongs to the batch of `step`.
 
     Raises:
-        DapoError: it is cut short, of another step or schema, or holds what cannot be.
+        ConfigError: it is cut short, of another step or schema, or holds what cannot be.
     """
     try:
         snapshot = msgspec.json.decode(data, type=Snapshot)
@@ -68,14 +68,14 @@ def cursor_of(data: bytes, step: int) -> DataCursor:
     """Where the snapshot of `step` stands.
 
     Raises:
-        DapoError: as decode_snapshot.
+        ConfigError: as decode_snapshot.
     """
     s = decode_snapshot(data, step)
     return DataCursor(s.step, s.sampler.epoch, s.sampler.position, s.next_order, len(s.carried), len(s.again))
 
 
-def _refused(problem: str) -> DapoError:
-    return DapoError(f"the controller's state in the checkpoint is damaged: {problem}; resume from another checkpoint")
+def _refused(problem: str) -> ConfigError:
+    return ConfigError(f"the checkpoint's controller state is damaged: {problem}; resume from another checkpoint")
 
 
 def _problem(s: Snapshot, step: int) -> str | None:

@@ -81,6 +81,7 @@ class RolloutBank:
         """
         self._folder, self._digest, self._limit = folder, digest, limit
         self._file: BinaryIO | None = None
+        self._adds = False
         self._path, self._room, self._end = folder.banks, 0, 0
         self._buffer = bytearray(_PREFIX.size)
         self._places: dict[int, tuple[int, int]] = {}
@@ -99,7 +100,7 @@ class RolloutBank:
         """
         self.close()
         self.taken = self.missed = 0
-        self._places, self._versions = {}, versions
+        self._places, self._versions, self._adds = {}, versions, True
         if self._limit == 0:
             return
         self._path = self._folder.bank(step)
@@ -135,16 +136,16 @@ class RolloutBank:
         """Keep a finished group; where there is no room, or the disk refuses, it is counted as missed."""
         if self._limit == 0:
             return
-        if self._file is not None:
+        if self._adds:
             record = self._record(group)
             if self._end + len(record) > self._room:
-                self._close_for(f"rollout.bank_bytes={self._limit} are full")
+                self._stop_adding(f"rollout.bank_bytes={self._limit} are full")
             else:
                 try:
                     self._write(record)
                 except OSError as e:
                     self._give_up(e)
-        self.missed += self._file is None
+        self.missed += not self._adds
 
     def end(self) -> None:
         """Close the bank, and remove what the published checkpoints have made useless."""
@@ -202,11 +203,13 @@ class RolloutBank:
         return os.pread(self._file.fileno(), place[1], place[0])
 
     def _give_up(self, error: OSError) -> None:
-        self._close_for(f"{error.strerror or error}: make room, or check that the folder is there and writable")
+        self._stop_adding(f"{error.strerror or error}: make room, or check that the folder is there and writable")
 
-    def _close_for(self, reason: str) -> None:
-        log.warning("%s: no more groups of this step are kept for a resume (%s)", self._path, reason)
-        self.close()
+    def _stop_adding(self, reason: str) -> None:
+        """What is there can still be taken."""
+        if self._adds:
+            log.warning("%s: no more groups of this step are kept for a resume (%s)", self._path, reason)
+        self._adds = False
 
     def _remove(self, but: set[int]) -> None:
         for step, path in _files(self._folder):

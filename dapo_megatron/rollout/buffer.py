@@ -15,7 +15,7 @@ import msgspec
 
 from dapo_megatron.data.sampler import PromptSampler
 from dapo_megatron.data.snapshot import Snapshot, decode_snapshot, encode_snapshot
-from dapo_megatron.errors import DapoError
+from dapo_megatron.errors import ConfigError
 from dapo_megatron.records import Prompt, ScoredGroup
 from dapo_megatron.rollout.ledger import Entry, Fate
 from dapo_megatron.rollout.selection import Verdicted, by_age, take, updated_share
@@ -30,7 +30,8 @@ class GroupBuffer:
         """`state` is the snapshot to go on from, which belongs to `step`.
 
         Raises:
-            DapoError: it is damaged, or of other data or another seed.
+            ConfigError: it is damaged, or a prompt of it is no longer in the data.
+            DapoError: the number of prompts or the seed is another one.
         """
         self._prompts = prompts
         self._by_id = {p.id: p for p in prompts}
@@ -41,7 +42,7 @@ class GroupBuffer:
             self._sampler = PromptSampler.restore(self.state.sampler, len(prompts), seed)
             for order, prompt_id in [(g.order, g.prompt.id) for g in self.state.carried] + self.state.again:
                 if prompt_id not in self._by_id:
-                    raise DapoError(
+                    raise ConfigError(
                         f"cannot resume: prompt '{prompt_id}' (number {order}) of the checkpoint is not in data.train; "
                         "use the same data, or start a new run"
                     )

@@ -33,11 +33,21 @@ WEIGHTS = (
     ".msgpack",
 )
 """Ends of the names of files that hold weights, or say where they are."""
+_NOT_BESIDE = (*WEIGHTS, *PICKLES, ".onnx", ".onnx_data", ".ot")
 
 
-def companions(path: str | Path) -> list[Path]:
-    """What a Hugging Face folder holds beside weights: configuration, tokenizer, chat template, ..."""
-    return sorted(p for p in Path(path).iterdir() if p.is_file() and not p.name.endswith(WEIGHTS))
+def side_files(folder: Path) -> list[str]:
+    """The files of a Hugging Face folder that are no weights, and the index of those; hidden folders are left out.
+
+    An index beside model.safetensors, which goes before it, is left out too.
+    """
+    found = [INDEX] if (folder / INDEX).is_file() and not (folder / SINGLE).exists() else []
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        hidden = any(part.startswith(".") for part in name.parts[:-1])
+        if path.is_file() and not hidden and not path.name.endswith(_NOT_BESIDE):
+            found.append(str(name))
+    return found
 
 
 class HfFolder:

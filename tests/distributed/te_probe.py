@@ -32,7 +32,7 @@ def families() -> dict:
     from safetensors.torch import load_file
 
     from dapo_megatron.actor.model import build_model
-    from dapo_megatron.checkpoint.stored_keys import object_keys, places
+    from dapo_megatron.checkpoint.conversion.stored_keys import object_keys, places
     from dapo_megatron.weights.exporter import export_stage
     from dapo_megatron.weights.hf_config import read_model
     from dapo_megatron.weights.importer import load_hf_weights, named_parameters

@@ -14,9 +14,9 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from tests.distributed.test_checkpoint import controller_at, updates
 from tests.tiny import UNLIKE, byte_tokenizer, hf_folder, run_config
 
-from dapo_megatron.checkpoint.dist_to_hf import convert_dist_to_hf
+from dapo_megatron.checkpoint.conversion.dist_to_hf import convert_dist_to_hf
 from dapo_megatron.checkpoint.distributed import Checkpointer, save_weights
-from dapo_megatron.checkpoint.hf_to_dist import convert_hf_to_dist
+from dapo_megatron.checkpoint.conversion.hf_to_dist import convert_hf_to_dist
 from dapo_megatron.checkpoint.load import load_weights
 from dapo_megatron.checkpoint.safe_metadata import read_metadata
 from dapo_megatron.checkpoint.train_state import TrainState

@@ -198,6 +198,29 @@ def test_a_disk_that_never_answers_ends_the_run_with_one_line(tmp_path):
     assert not store.published(RunFolder(tmp_path / "run"))
 
 
+def save_on_one_full_disk(config):
+    actor = actor_on_rank(config)
+    if actor.layout.rank == 1:
+
+        def no_room(*_, **__):
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+
+        torch.save = no_room
+    checkpointer = Checkpointer(config, actor)
+    checkpointer.save(TrainState(1, 1), controller_at(1), format="dp_reshardable")
+    try:
+        checkpointer.finish()
+    except DapoError as e:
+        return str(e), e.kind
+
+
+def test_one_full_disk_of_many_is_the_same_line_on_all_ranks_at_once(tmp_path):
+    config = config_of(tmp_path, actor={"data_parallel_size": 2}, checkpoint={"timeout_s": 100.0})
+    (message, kind), other = run_ranks(2, save_on_one_full_disk, config, deadline_s=60)
+    assert (message, kind) == other and kind == "storage"
+    assert "failed on trainer rank 1" in message and "make room on the disk of the run" in message
+
+
 def refusal(config, path=None, spoil=None):
     actor = actor_on_rank(config)
     if spoil:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from tools import convert_dist_to_hf, convert_hf_to_dist
 
-from dapo_megatron.checkpoint import conversion, hf_to_dist
+from dapo_megatron.checkpoint.conversion import hf_to_dist, output
 from dapo_megatron.checkpoint.integrity import intact_manifest
 from tests.tiny import byte_tokenizer, hf_folder
 
@@ -63,14 +63,14 @@ def test_an_interrupt_is_one_line_and_the_next_call_goes_on(tmp_path, monkeypatc
     capsys.readouterr()
     code, _, err = call(monkeypatch, capsys, convert_hf_to_dist, path, tmp_path / "dist")
     assert code == 130 and err.splitlines()[-1] == "interrupted: call it again to go on"
-    assert (tmp_path / "dist.partial" / conversion.JOURNAL).exists()
+    assert (tmp_path / "dist.partial" / output.JOURNAL).exists()
     assert call(monkeypatch, capsys, convert_hf_to_dist, path, tmp_path / "dist")[0] == 0
     assert count[0] < 2 * 20 + 5  # of about 35
 
 
 SLOWED = """
 import time
-from dapo_megatron.checkpoint import hf_to_dist
+from dapo_megatron.checkpoint.conversion import hf_to_dist, output
 from tools import convert_hf_to_dist
 read, hf_to_dist.PART_BYTES = hf_to_dist._Chunk.read, 2**24
 hf_to_dist._Chunk.read = lambda *arguments: (time.sleep(0.05), read(*arguments))[1]
@@ -85,7 +85,7 @@ def test_a_real_process_stopped_by_ctrl_c_goes_on(tmp_path):
     path = hf_folder(tmp_path / "hf", "llama", False, layers=6, **options)
     command = [sys.executable, "-W", "ignore", "-c", SLOWED, str(path), str(tmp_path / "dist")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    journal, end = tmp_path / "dist.partial" / conversion.JOURNAL, time.monotonic() + 60
+    journal, end = tmp_path / "dist.partial" / output.JOURNAL, time.monotonic() + 60
     while not journal.exists() or b"distcp" not in journal.read_bytes():
         assert time.monotonic() < end and process.poll() is None
         time.sleep(0.05)

@@ -18,12 +18,12 @@ import transformers
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from dapo_megatron.checkpoint import conversion, hf_to_dist, stored_keys
-from dapo_megatron.checkpoint.dist_to_hf import convert_dist_to_hf
-from dapo_megatron.checkpoint.hf_to_dist import convert_hf_to_dist
+from dapo_megatron.checkpoint.conversion import hf_to_dist, output, stored_keys
+from dapo_megatron.checkpoint.conversion.dist_to_hf import convert_dist_to_hf
+from dapo_megatron.checkpoint.conversion.hf_to_dist import convert_hf_to_dist
 from dapo_megatron.checkpoint.integrity import intact_manifest, record_of
 from dapo_megatron.checkpoint.manifest import MANIFEST, encode_manifest, read_manifest
-from dapo_megatron.checkpoint.stored_weights import StoredWeights
+from dapo_megatron.checkpoint.conversion.stored_weights import StoredWeights
 from dapo_megatron.errors import DapoError, StorageError, told
 from dapo_megatron.weights import hf_writer
 from dapo_megatron.weights.hf_config import read_model
@@ -159,7 +159,7 @@ def test_without_a_known_layout_transformers_reads_what_is_written(tmp_path, mon
     monkeypatch.setattr(hf_writer, "MAX_FILE_BYTES", 60_000)
     path = hf_folder(tmp_path / "hf", "qwen3", True, vocab=67)
     there(path, tmp_path / "dist")
-    unsigned(tmp_path / "dist", lambda: (tmp_path / "dist" / conversion.LAYOUT).unlink())
+    unsigned(tmp_path / "dist", lambda: (tmp_path / "dist" / output.LAYOUT).unlink())
     back(tmp_path / "dist", tmp_path / "back")
     files = sorted(p.name for p in (tmp_path / "back").glob("*.safetensors"))
     assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
@@ -213,7 +213,7 @@ def kill_after(owner, name, calls):
 def small_parts(monkeypatch):
     monkeypatch.setattr(hf_to_dist, "PART_BYTES", 40_000)
     monkeypatch.setattr(hf_to_dist, "CHUNK_BYTES", 10_000)
-    monkeypatch.setattr(conversion, "JOURNAL_EVERY", 40_000)
+    monkeypatch.setattr(output, "JOURNAL_EVERY", 40_000)
 
 
 @pytest.mark.parametrize("calls", [0, 9, 30, 43])
@@ -268,7 +268,7 @@ def interrupted(path, out, calls=30):
 def test_what_was_begun_otherwise_is_not_gone_on_with(tmp_path, small_parts):
     path, out, partial = hf_folder(tmp_path / "hf", layers=3), tmp_path / "dist", tmp_path / "dist.partial"
     interrupted(path, out)
-    (part, *_) = msgspec.json.decode((partial / conversion.JOURNAL).read_bytes())["done"]
+    (part, *_) = msgspec.json.decode((partial / output.JOURNAL).read_bytes())["done"]
 
     def refused(says):
         with pytest.raises(DapoError, match=says) as e:
@@ -287,9 +287,9 @@ def test_what_was_begun_otherwise_is_not_gone_on_with(tmp_path, small_parts):
     interrupted(path, out)
     damage(partial / "model" / part, 300)
     refused(f"{part} is not what was written")
-    (partial / conversion.JOURNAL).write_text("{")
+    (partial / output.JOURNAL).write_text("{")
     refused("its journal is damaged")
-    (partial / conversion.JOURNAL).unlink()
+    (partial / output.JOURNAL).unlink()
     refused("it has no journal")
     shutil.rmtree(partial)
     there(path, out)
@@ -305,7 +305,7 @@ def test_damage_to_a_half_written_folder_is_seen(tmp_path, small_parts):
 
     killed_in(killed)
     file = tmp_path / "back.partial" / "model.safetensors"
-    done = msgspec.json.decode((tmp_path / "back.partial" / conversion.JOURNAL).read_bytes())["done"]
+    done = msgspec.json.decode((tmp_path / "back.partial" / output.JOURNAL).read_bytes())["done"]
     header = hf_writer.read_header(path / "model.safetensors")
     damage(file, 8 + len(header.encode()) + hf_writer.parse_header(header)[sorted(done)[0]].begin)
     with pytest.raises(DapoError, match=f"{sorted(done)[0]} is not what was written"):
@@ -528,7 +528,7 @@ def test_a_full_disk_is_one_line_and_the_conversion_goes_on(tmp_path, monkeypatc
     (small_disk / "filling").write_bytes(bytes(1_200_000))
     with pytest.raises(StorageError, match="GB more"):
         there(path, out)
-    monkeypatch.setattr(conversion, "require_room", lambda *_: None)  # another process may fill the disk meanwhile
+    monkeypatch.setattr(output, "require_room", lambda *_: None)  # another process may fill the disk meanwhile
     with pytest.raises((StorageError, OSError)) as e:
         there(path, out)
     assert isinstance(told(e.value), StorageError) and "make room" in str(told(e.value))
@@ -548,6 +548,6 @@ def test_a_full_disk_is_one_line_and_the_conversion_goes_on(tmp_path, monkeypatc
 def test_the_room_is_asked_for_first(tmp_path, monkeypatch):
     path = hf_folder(tmp_path / "hf")
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(conversion.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    monkeypatch.setattr(output.shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(StorageError, match="GB more, 0.0 are free: make room"):
         there(path, tmp_path / "dist")

@@ -140,6 +140,7 @@ def test_the_limit_holds_for_all_files_and_is_told_once(tmp_path, path, caplog):
     for order in (1, 2, 3):
         opened.add(group(order))
     assert path.stat().st_size == size and opened.missed == 3
+    assert same(opened.take(5, prompt(5)), group(5))  # what is there can still be taken
     assert caplog.text.count(f"rollout.bank_bytes={size + 100} are full") == 1
     opened.begin_step(STEP + 1, range(20))  # the file before it counts
     opened.add(group(1))

@@ -4,6 +4,7 @@ import msgspec
 import pytest
 
 from dapo_megatron.records import Group, Prompt, Response, VersionSpan
+from dapo_megatron.rollout.metrics import response_metrics
 from dapo_megatron.rollout.scoring import score_group
 from tests.tiny import run_config
 
@@ -27,6 +28,17 @@ def scored(tmp_path, g, **sections):
     responses = score_group(g, run_config(tmp_path, **sections)).responses
     assert msgspec.msgpack.encode(g) == before  # the group itself is not changed
     return responses
+
+
+def test_answers_without_a_verdict_are_counted_for_their_step(tmp_path):
+    config = run_config(tmp_path)
+    seen = [score_group(group(*([(v, 4, "stop") for v in verdicts])), config) for verdicts in UNKNOWN]
+    assert response_metrics(seen[:1], seen, 0)["grading/unknown"] == 3
+    assert response_metrics(seen[:1], seen[1:2], 0)["grading/unknown"] == 2
+    assert response_metrics(seen[:1], [], 0)["grading/unknown"] == 0  # a step of carried groups alone
+
+
+UNKNOWN = [("right", "unknown"), ("unknown", "unknown"), ("right", "wrong")]
 
 
 def test_rewards_by_hand(tmp_path):

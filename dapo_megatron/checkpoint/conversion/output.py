@@ -20,7 +20,6 @@ import torch
 from dapo_megatron.checkpoint.store import sync_folder, write_synced
 from dapo_megatron.errors import DapoError, StorageError
 from dapo_megatron.weights.hf_config import read_json
-from dapo_megatron.weights.hf_folder import INDEX, PICKLES, SINGLE, WEIGHTS
 
 LAYOUT = "layout.json"
 """In a converted checkpoint, {file: safetensors header} of its source."""
@@ -28,7 +27,6 @@ JOURNAL = "journal.json"
 JOURNAL_EVERY = 2**30
 """Bytes between two entries of the journal: what an interrupt can cost."""
 T = TypeVar("T")
-_NOT_BESIDE = (*WEIGHTS, *PICKLES, ".onnx", ".onnx_data", ".ot")
 
 
 class Piece(msgspec.Struct, frozen=True):
@@ -141,33 +139,11 @@ def require_room(path: Path, needed: int) -> None:
         raise StorageError(f"{path} needs {needed / 1e9:.1f} GB more, {free / 1e9:.1f} are free: make room")
 
 
-def side_files(folder: Path) -> list[str]:
-    """The files of a Hugging Face folder that are no weights, and the index of those; hidden folders are left out.
-
-    An index beside model.safetensors, which goes before it, is left out too.
-    """
-    found = [INDEX] if (folder / INDEX).is_file() and not (folder / SINGLE).exists() else []
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder)
-        hidden = any(part.startswith(".") for part in name.parts[:-1])
-        if path.is_file() and not hidden and not path.name.endswith(_NOT_BESIDE):
-            found.append(str(name))
-    return found
-
-
 def check_file_names(layout: Mapping[str, str], where: Path) -> None:
     """Raise a DapoError unless all files of a layout are in the folder itself."""
     for file in layout:
         if Path(file).name != file:
             raise DapoError(f"{where} names {file}, which is not in the folder itself: move all weights there")
-
-
-def copy_files(source: Path, names: list[str], target: Path) -> None:
-    """Copy files byte for byte, with the folders that they are in."""
-    target.mkdir(exist_ok=True)
-    for name in names:
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        write_synced(target / name, (source / name).read_bytes())
 
 
 def set_config_dtype(config: Path, dtype: torch.dtype) -> None:

@@ -12,18 +12,18 @@ import msgspec
 import torch
 from rich.console import Console
 
-from dapo_megatron.checkpoint import conversion
-from dapo_megatron.checkpoint.conversion import Aside, Part
+from dapo_megatron.checkpoint.conversion import output
+from dapo_megatron.checkpoint.conversion.output import Aside, Part
+from dapo_megatron.checkpoint.conversion.stored_keys import Place, account, places
+from dapo_megatron.checkpoint.conversion.stored_weights import StoredWeights
 from dapo_megatron.checkpoint.integrity import intact_manifest
 from dapo_megatron.checkpoint.manifest import MANIFEST, Manifest, model_numbers
-from dapo_megatron.checkpoint.store import HF, MODEL, write_synced
-from dapo_megatron.checkpoint.stored_keys import Place, account, places
-from dapo_megatron.checkpoint.stored_weights import StoredWeights
+from dapo_megatron.checkpoint.store import HF, MODEL, copy_files, write_synced
 from dapo_megatron.errors import ConfigError, DapoError
 from dapo_megatron.observe.progress import progress
 from dapo_megatron.weights.families import ModelShape
 from dapo_megatron.weights.hf_config import read_model
-from dapo_megatron.weights.hf_folder import INDEX, SINGLE, HfFolder
+from dapo_megatron.weights.hf_folder import INDEX, SINGLE, HfFolder, side_files
 from dapo_megatron.weights.hf_writer import HfWriter, index_text, parse_header, plain_layout, relaid, source_layout
 from dapo_megatron.weights.table import ParameterMapping, from_shards, hf_shapes, row_ranges
 
@@ -60,18 +60,18 @@ def convert_dist_to_hf(
     table = places(shape)
     account(table, shape)
     before = _known_layout(checkpoint, like)
-    layout = _layout(table, shape, weights, before, dtype, checkpoint / conversion.LAYOUT)
-    names = [n for n in conversion.side_files(sides) if n != INDEX or layout == before]
-    inputs = conversion.stamps(sides, names, f"{sides}/") | conversion.stamps(checkpoint, [MANIFEST])
+    layout = _layout(table, shape, weights, before, dtype, checkpoint / output.LAYOUT)
+    names = [n for n in side_files(sides) if n != INDEX or layout == before]
+    inputs = output.stamps(sides, names, f"{sides}/") | output.stamps(checkpoint, [MANIFEST])
     options = {"dtype": "as stored" if dtype is None else str(dtype).removeprefix("torch."), "to": "hf"}
-    with conversion.written_aside(out, inputs, options) as aside:
+    with output.written_aside(out, inputs, options) as aside:
         written = _write(aside, layout, table, shape, weights, console)
-        conversion.copy_files(sides, names, aside.path)
+        copy_files(sides, names, aside.path)
         if len(layout) > 1 and INDEX not in names:
             write_synced(aside.path / INDEX, index_text(layout).encode())
         types = {entry.dtype for header in layout.values() for entry in parse_header(header).values()}
         if len(types) == 1 and layout != before:
-            conversion.set_config_dtype(aside.path / "config.json", types.pop())
+            output.set_config_dtype(aside.path / "config.json", types.pop())
     return written
 
 
@@ -88,16 +88,16 @@ def _known_layout(checkpoint: Path, like: Path | None) -> dict[str, str]:
         if not (like / SINGLE).exists() and not (like / INDEX).exists():
             return {}
         layout = source_layout(HfFolder(like))
-        conversion.check_file_names(layout, like / INDEX)
+        output.check_file_names(layout, like / INDEX)
         return layout
-    path = checkpoint / conversion.LAYOUT
+    path = checkpoint / output.LAYOUT
     if not path.exists():
         return {}
     try:
         layout = msgspec.json.decode(path.read_bytes(), type=dict[str, str])
     except msgspec.MsgspecError as e:
         raise DapoError(f"{path} is damaged ({e}): use another checkpoint") from None
-    conversion.check_file_names(layout, path)
+    output.check_file_names(layout, path)
     return layout
 
 
@@ -133,7 +133,7 @@ def _write(
 ) -> int:
     total = sum(entry.size for header in layout.values() for entry in parse_header(header).values())
     there = sum(part.size for part in aside.journal.done.values())
-    conversion.require_room(aside.path, total - there)
+    output.require_room(aside.path, total - there)
     writer = HfWriter(aside.path, layout)
     done = set(aside.journal.done)
     try:
@@ -143,13 +143,13 @@ def _write(
         with progress("converting", total, console, there) as advance, ThreadPoolExecutor(1) as thread:
             settled: list[Future[None]] = []
             pending: dict[str, Part] = {}
-            for name, row, block in conversion.one_ahead(_blocks(table, shape, weights, done)):
+            for name, row, block in output.one_ahead(_blocks(table, shape, weights, done)):
                 for target in [name, HEAD] if name == EMBEDDING and shape.tied and HEAD in writer.entries else [name]:
                     writer.write(target, block, row)
                     advance(block.numel() * writer.entries[target].dtype.itemsize)
                     if row + len(block) == writer.entries[target].shape[0]:
                         pending[target] = Part(writer.entries[target].size, writer.digest(target))
-                if sum(part.size for part in pending.values()) >= conversion.JOURNAL_EVERY:
+                if sum(part.size for part in pending.values()) >= output.JOURNAL_EVERY:
                     settled.append(thread.submit(_settle, aside, writer, pending))
                     pending = {}
             settled.append(thread.submit(_settle, aside, writer, pending))

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
-from dapo_megatron.checkpoint.conversion import Aside, Part, Piece
+from dapo_megatron.checkpoint.conversion.output import Aside, Part, Piece
 from dapo_megatron.checkpoint.integrity import record_of
 from dapo_megatron.checkpoint.store import sync_folder
 from dapo_megatron.errors import StorageError

@@ -25,18 +25,18 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from dapo_megatron.checkpoint import conversion
-from dapo_megatron.checkpoint.conversion import Aside
+from dapo_megatron.checkpoint.conversion import output
+from dapo_megatron.checkpoint.conversion.lazy_writer import write_lazily
+from dapo_megatron.checkpoint.conversion.output import Aside
+from dapo_megatron.checkpoint.conversion.stored_keys import Place, account, object_keys, places
 from dapo_megatron.checkpoint.integrity import files_in, record_of
-from dapo_megatron.checkpoint.lazy_writer import write_lazily
 from dapo_megatron.checkpoint.manifest import MANIFEST, FileRecord, Manifest, encode_manifest, libraries, model_numbers
 from dapo_megatron.checkpoint.safe_metadata import COMMON
-from dapo_megatron.checkpoint.store import HF, MODEL, sync_folder, write_synced
-from dapo_megatron.checkpoint.stored_keys import Place, account, object_keys, places
+from dapo_megatron.checkpoint.store import HF, MODEL, copy_files, sync_folder, write_synced
 from dapo_megatron.observe.progress import progress
 from dapo_megatron.weights.families import ModelShape
 from dapo_megatron.weights.hf_config import read_model
-from dapo_megatron.weights.hf_folder import INDEX, HfFolder, check_weights
+from dapo_megatron.weights.hf_folder import INDEX, HfFolder, check_weights, side_files
 from dapo_megatron.weights.hf_writer import index_text, parse_header, relaid, source_layout
 from dapo_megatron.weights.table import ParameterMapping, hf_names, row_ranges, to_shard
 
@@ -68,22 +68,22 @@ def convert_hf_to_dist(source: Path, out: Path, dtype: torch.dtype | None, conso
     shape, folder = read_model(source), HfFolder(source)
     check_weights(folder, shape)
     before = source_layout(folder)
-    conversion.check_file_names(before, source / INDEX)
+    output.check_file_names(before, source / INDEX)
     kept = hf_names(shape) | ({"lm_head.weight"} & folder.files.keys())
     own = {name: entry.dtype for header in before.values() for name, entry in parse_header(header).items()}
     types = {name: dtype or own[name] for name in kept}
     layout = {file: relaid(header, types) for file, header in before.items()}
     chunks = _chunks(shape, types)
-    sides = conversion.side_files(source)
-    inputs = conversion.stamps(source, [*sides, *layout])
-    with conversion.written_aside(out, inputs, {"dtype": _name(dtype), "to": "dist"}) as aside:
+    sides = side_files(source)
+    inputs = output.stamps(source, [*sides, *layout])
+    with output.written_aside(out, inputs, {"dtype": _name(dtype), "to": "dist"}) as aside:
         _write_model(aside, folder, shape, chunks, console)
-        conversion.copy_files(source, sides, aside.path / HF)
+        copy_files(source, sides, aside.path / HF)
         if layout != before and len(layout) > 1:
             write_synced(aside.path / HF / INDEX, index_text(layout).encode())
         if dtype is not None:
-            conversion.set_config_dtype(aside.path / HF / "config.json", dtype)
-        write_synced(aside.path / conversion.LAYOUT, msgspec.json.encode(layout))
+            output.set_config_dtype(aside.path / HF / "config.json", dtype)
+        write_synced(aside.path / output.LAYOUT, msgspec.json.encode(layout))
         _write_manifest(aside, shape, set(types.values()))
     return sum(chunk.size for chunk in chunks)
 
@@ -159,8 +159,8 @@ def _write_model(aside: Aside, folder: HfFolder, shape: ModelShape, chunks: list
     done = {(p.key, p.offsets) for part in aside.journal.done.values() for p in part.pieces}
     left = [chunk for chunk in chunks if (chunk.place.key, chunk.offsets) not in done]
     total, needed = sum(chunk.size for chunk in chunks), sum(chunk.size for chunk in left)
-    conversion.require_room(path, needed)
-    tensors = conversion.one_ahead((chunk, chunk.read(folder, shape)) for chunk in left)
+    output.require_room(path, needed)
+    tensors = output.one_ahead((chunk, chunk.read(folder, shape)) for chunk in left)
     with progress("converting", total, console, total - needed) as advance, closing(tensors):
 
         def read(index: MetadataIndex) -> torch.Tensor:
@@ -194,7 +194,7 @@ def _parts(chunks: list[_Chunk], shape: ModelShape) -> list[list[WriteItem]]:
 
 def _write_manifest(aside: Aside, shape: ModelShape, types: set[torch.dtype]) -> None:
     files = {}
-    for name in sorted(files_in(aside.path) - {conversion.JOURNAL}):
+    for name in sorted(files_in(aside.path) - {output.JOURNAL}):
         part = aside.journal.done.get(Path(name).name)
         files[name] = FileRecord(part.size, part.xxh3) if part else record_of(aside.path / name)
     manifest = Manifest(

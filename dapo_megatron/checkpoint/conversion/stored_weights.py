@@ -13,8 +13,8 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorSt
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from dapo_megatron.checkpoint.conversion.stored_keys import WEIGHT_PREFIXES, Place, places
 from dapo_megatron.checkpoint.safe_metadata import read_metadata
-from dapo_megatron.checkpoint.stored_keys import WEIGHT_PREFIXES, Place, places
 from dapo_megatron.errors import DapoError
 from dapo_megatron.weights.families import ModelShape
 from dapo_megatron.weights.table import ParameterMapping, some_names
