@@ -9,12 +9,14 @@ memory      peak of the process's RssAnon, sampled every 10 ms, beyond that of a
 rate        bytes of weights a second from start to end; hashing, and for a checkpoint its verification, included
 copy        cp of the same folder to the same disk, fsync included: reading and writing once; the mean of the copies
             before and after a conversion. What is read is dropped from the page cache before.
+CPU         user and system time: what does not depend on who else uses the machine
 start-up    of Python with torch and transformers: some seconds, whatever the size
 """
 
 import argparse
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -89,9 +91,9 @@ def copied(source: Path, target: Path) -> float:
     return seconds
 
 
-def measured(*command: str | Path) -> tuple[float, int]:
-    """(seconds, peak RssAnon in bytes) of a process."""
-    start, peak = time.monotonic(), 0
+def measured(*command: str | Path) -> tuple[float, float, int]:
+    """(seconds, seconds of the CPU, peak RssAnon in bytes) of a process."""
+    start, before, peak = time.monotonic(), cpu_seconds(resource.RUSAGE_CHILDREN), 0
     with tempfile.TemporaryFile("w+") as said:
         process = subprocess.Popen(
             [sys.executable, "-W", "ignore", *map(str, command)], cwd=ROOT, stdout=said, stderr=subprocess.STDOUT
@@ -102,7 +104,13 @@ def measured(*command: str | Path) -> tuple[float, int]:
         if process.returncode:
             said.seek(0)
             raise SystemExit(said.read())
-    return time.monotonic() - start, peak
+    return time.monotonic() - start, cpu_seconds(resource.RUSAGE_CHILDREN) - before, peak
+
+
+def cpu_seconds(who: int) -> float:
+    """User and system time so far."""
+    usage = resource.getrusage(who)
+    return usage.ru_utime + usage.ru_stime
 
 
 def anonymous(pid: int) -> int:
@@ -136,31 +144,42 @@ def run(folder: Path, size: str) -> int:
     source, dist, back = folder / "hf", folder / "dist", folder / "back"
     write_model(source, size)
     weights = sum(p.stat().st_size for p in source.glob("*.safetensors"))
-    bare = measured("-c", "import time; time.sleep(0.3)")[1]
+    bare = measured("-c", "import time; time.sleep(0.3)")[2]
     code = f"from dapo_megatron.checkpoint import hf_to_dist; hf_to_dist.read_model({str(source)!r})"
-    started = min(measured("-c", code)[0] for _ in range(2))
-    copies = [copied(source, folder / "copy")]
-    table = Table("", "seconds", "MB/s", "of the copy", "without start-up", "memory GB")
+    started, started_cpu, _ = min(measured("-c", code) for _ in range(2))
+    copies, copies_cpu = [], []
+
+    def copy_once() -> None:
+        before = cpu_seconds(resource.RUSAGE_SELF)
+        copies.append(copied(source, folder / "copy"))
+        copies_cpu.append(cpu_seconds(resource.RUSAGE_SELF) - before)
+
+    copy_once()
+    table = Table("", "seconds", "of the CPU", "MB/s", "of the copy", "without start-up", "memory GB")
     table.title = f"conversion: {size}, {weights / 1e9:.1f} GB"
     faults = []
     for name, read, command in (
-        ("Hugging Face -> distributed", source, ("-m", "tools.convert_hf_to_dist", source, dist)),
-        ("distributed -> Hugging Face", dist, ("-m", "tools.convert_dist_to_hf", dist, back)),
+        ("to distributed", source, ("-m", "tools.convert_hf_to_dist", source, dist)),
+        ("to Hugging Face", dist, ("-m", "tools.convert_dist_to_hf", dist, back)),
     ):
         forget(read)
-        seconds, peak = measured(*command)
-        copies.append(copied(source, folder / "copy"))
+        seconds, cpu, peak = measured(*command)
+        copy_once()
         copy = sum(copies[-2:]) / 2
         share, memory = copy / max(seconds - started, 1e-3), peak - bare
-        rates = f"{weights / seconds / 1e6:.0f}", f"{copy / seconds:.2f}", f"{share:.2f}"
-        table.add_row(name, f"{seconds:.1f}", *rates, f"{memory / 1e9:.2f}")
+        rates = (
+            f"{weights / seconds / 1e6:.0f}",
+            f"{copy / seconds:.2f}",
+            f"{share:.2f}" if seconds > 1.5 * started else "",
+        )
+        table.add_row(name, f"{seconds:.1f}", f"{cpu:.1f}", *rates, f"{memory / 1e9:.2f}")
         if share < RATE_LIMIT and size != "0.1B":
             faults.append(f"{name}: slower than {RATE_LIMIT} of the copy")
         if memory > MEMORY_LIMIT:
             faults.append(f"{name}: more than {MEMORY_LIMIT / 1e9} GB")
-    for copy in copies:
-        table.add_row("copy", f"{copy:.1f}", f"{weights / copy / 1e6:.0f}", "", "", "")
-    table.add_row("start-up", f"{started:.1f}", "", "", "", "")
+    for copy, cpu in zip(copies, copies_cpu, strict=True):
+        table.add_row("copy", f"{copy:.1f}", f"{cpu:.1f}", f"{weights / copy / 1e6:.0f}", "", "", "")
+    table.add_row("start-up", f"{started:.1f}", f"{started_cpu:.1f}", "", "", "", "")
     Console().print(table)
     if not same(source, back):
         faults.append("the folder that came back is another")
