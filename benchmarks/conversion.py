@@ -145,7 +145,7 @@ def run(folder: Path, size: str) -> int:
     write_model(source, size)
     weights = sum(p.stat().st_size for p in source.glob("*.safetensors"))
     bare = measured("-c", "import time; time.sleep(0.3)")[2]
-    code = f"from dapo_megatron.checkpoint import hf_to_dist; hf_to_dist.read_model({str(source)!r})"
+    code = f"from dapo_megatron.checkpoint.conversion import hf_to_dist; hf_to_dist.read_model({str(source)!r})"
     started, started_cpu, _ = min(measured("-c", code) for _ in range(2))
     copies, copies_cpu = [], []
 
@@ -167,11 +167,8 @@ def run(folder: Path, size: str) -> int:
         copy_once()
         copy = sum(copies[-2:]) / 2
         share, memory = copy / max(seconds - started, 1e-3), peak - bare
-        rates = (
-            f"{weights / seconds / 1e6:.0f}",
-            f"{copy / seconds:.2f}",
-            f"{share:.2f}" if seconds > 1.5 * started else "",
-        )
+        without = f"{share:.2f}" if seconds > 1.5 * started else ""
+        rates = f"{weights / seconds / 1e6:.0f}", f"{copy / seconds:.2f}", without
         table.add_row(name, f"{seconds:.1f}", f"{cpu:.1f}", *rates, f"{memory / 1e9:.2f}")
         if share < RATE_LIMIT and size != "0.1B":
             faults.append(f"{name}: slower than {RATE_LIMIT} of the copy")
