@@ -14,6 +14,7 @@ undisturbed, and a run without faults shows what it should have learned.
 import argparse
 import random
 import shutil
+import signal
 import sys
 import time
 from collections import Counter
@@ -22,7 +23,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.faults import BETWEEN, FAULTS, Fault, Job, small_disk
+from benchmarks.faults import BETWEEN, FAULTS, Fault, Job, small_disk, unmount
 from dapo_megatron.checkpoint.integrity import intact_manifest
 from dapo_megatron.checkpoint.store import published
 from dapo_megatron.errors import DapoError, StorageError, exit_code
@@ -52,6 +53,7 @@ def main() -> int:
     parser.add_argument("--alone", action="store_true", help="without the undisturbed run at the end")
     parser.add_argument("overrides", nargs="*", help="section.key=value for both runs")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the small disk is unmounted
     return exit_code(lambda: chaos(args))
 
 
@@ -62,6 +64,7 @@ def chaos(args: argparse.Namespace) -> None:
         DapoError: something was lost, doubled or corrupt, or the run learned less than it should have.
     """
     prepare(ROOT / "demo")
+    unmount(args.out)
     shutil.rmtree(args.out, ignore_errors=True)
     args.out.mkdir(parents=True)
     overrides = ["checkpoint.every=1", "checkpoint.keep_last=3", "evaluation.every=1000", *args.overrides]

@@ -23,6 +23,7 @@ from dapo_megatron.run_folder import RunFolder
 LIFE_S = 240.0
 """Longest wait for anything a job should do."""
 LOOK_S = 0.002
+SMALL_DISK = "small_disk"
 MODULES = {
     "trainer rank": "dapo_megatron.trainer",
     "controller": "dapo_megatron.rollout",
@@ -43,10 +44,8 @@ class Job:
     def start(self, *overrides: str, resume: str = "--resume") -> None:
         """Begin a life: of a new run, if there is nothing to go on from."""
         self._seen = len(read_metrics(self.folder))
-        flags = [resume] if any(self.folder.checkpoints.glob("step_*")) else []
+        flags = [resume] if self.folder.config.exists() else []
         run_dir = f"run_dir={self.folder.path}"
-        if not flags and self.folder.metrics.exists():
-            self.folder.metrics.unlink()  # killed before its first checkpoint: a new run
         command = [sys.executable, "-m", "dapo_megatron.cli", "run", str(self.recipe), run_dir]
         self._process = subprocess.Popen(
             [*command, *self.overrides, *overrides, *flags],
@@ -246,7 +245,7 @@ BETWEEN = (
 @contextmanager
 def small_disk(folder: Path, megabytes: int) -> Iterator[Path | None]:
     """A tmpfs mounted in `folder`; None where that is not allowed."""
-    place = folder / "small_disk"
+    place = folder / SMALL_DISK
     place.mkdir(parents=True, exist_ok=True)
     options = ["-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(place)]
     if os.geteuid() != 0 or subprocess.run(["mount", *options], capture_output=True, check=False).returncode:
@@ -255,4 +254,10 @@ def small_disk(folder: Path, megabytes: int) -> Iterator[Path | None]:
     try:
         yield place
     finally:
-        subprocess.run(["umount", "--lazy", str(place)], check=False)
+        unmount(folder)
+
+
+def unmount(folder: Path) -> None:
+    """End the small disk in `folder`, also one that somebody who was killed has left."""
+    if (folder / SMALL_DISK).is_mount():
+        subprocess.run(["umount", "--lazy", str(folder / SMALL_DISK)], check=True)

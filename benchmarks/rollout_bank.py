@@ -105,7 +105,7 @@ async def _measure(folder: Path, count: int, url: str) -> None:
         }
     )
     digest, run = responses_digest(config), RunFolder(folder)
-    bank = RolloutBank(run, digest, 1 << 40, None)
+    bank = RolloutBank(run, digest, 1 << 40, 0)
     bank.begin_step(1, range(7, 8))
     function = GuardedRollout(single_turn.rollout, config.rollout, VOCAB)
     params, tokenizer = SamplingParams(config.rollout.max_response_tokens), load_tokenizer(config.model.path)

@@ -25,6 +25,11 @@ class RunFolder:
         return self.path / f"config.resume_{number:03d}.yaml"
 
     @property
+    def begun_with(self) -> Path:
+        """Path of the checkpoint whose weights the run began with, if it did."""
+        return self.path / "begun_with.txt"
+
+    @property
     def lock(self) -> Path:
         """Held by the launcher of the run: host and pid."""
         return self.path / "launcher.lock"

@@ -43,19 +43,27 @@ def prepare_new(config: RunConfig, folder: RunFolder, weights: Path | None) -> J
         check_files(weights, read_manifest(weights))
     store.clean(folder)
     _begin(folder)
+    if weights is not None:
+        folder.begun_with.write_text(str(weights.resolve()))
     folder.config.write_text(_yaml(config))
-    return Job(folder.config, [] if weights is None else ["--weights", str(weights)])
+    return Job(folder.config, _beginning(folder))
 
 
 def prepare_resume(config: RunConfig, folder: RunFolder, resume: Resume) -> Job:
     """Choose the checkpoint and make the run folder ready to go on from it; the caller holds its lock.
 
+    A run that was ended before its first checkpoint begins again, with what its rollout bank holds.
+
     Raises:
-        ConfigError: there is no checkpoint, or an option changed that must not.
+        ConfigError: an option changed that must not, or no checkpoint is intact.
         StorageError: the newest checkpoint is damaged, and only it was asked for.
     """
     found = changes(load_config(folder.config), config)
     store.clean(folder)
+    if not store.published(folder):
+        _begin(folder)
+        print("no checkpoint yet: from the beginning", flush=True)
+        return Job(_write_changes(config, folder, "the beginning", found), _beginning(folder))
     if resume == "latest":
         path = store.latest(folder)
     else:
@@ -65,6 +73,10 @@ def prepare_resume(config: RunConfig, folder: RunFolder, resume: Resume) -> Job:
     _begin(folder)
     print(f"resume from {path}", flush=True)
     return Job(_write_changes(config, folder, path.name, found), ["--resume", str(path)])
+
+
+def _beginning(folder: RunFolder) -> list[str]:
+    return ["--weights", folder.begun_with.read_text()] if folder.begun_with.exists() else []
 
 
 def _begin(folder: RunFolder) -> None:

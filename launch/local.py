@@ -45,9 +45,9 @@ def run_local(config: RunConfig, *, resume: Resume | None = None, weights: Path 
         KeyboardInterrupt: Ctrl-C or SIGTERM.
     """
     folder = RunFolder(Path(config.run_dir))
-    if resume is not None and not folder.checkpoints.is_dir():
+    if resume is not None and not folder.config.exists():
         # Nothing is made where there is nothing to go on from.
-        raise ConfigError(f"{folder.checkpoints} holds no complete checkpoint: start the run without --resume")
+        raise ConfigError(f"{folder.path} holds no run: start it without --resume")
     _make_folder(folder)
     with interruptible() as check_interrupt, locked(folder.lock):
         if resume is None:

@@ -67,7 +67,7 @@ def latest_intact(folder: RunFolder) -> Path:
         except StorageError:
             continue
         return path
-    raise ConfigError(f"{folder.checkpoints} holds no intact checkpoint: start the run without --resume")
+    raise ConfigError(f"{folder.checkpoints} holds no intact checkpoint: start a new run, in another run_dir")
 
 
 def controller_state(path: Path) -> bytes:
@@ -201,5 +201,5 @@ def _visible(folder: RunFolder) -> list[Path]:
 def _newest(folder: RunFolder) -> Path:
     found = published(folder)
     if not found:
-        raise ConfigError(f"{folder.checkpoints} holds no complete checkpoint: start the run without --resume")
+        raise ConfigError(f"{folder.checkpoints} holds no complete checkpoint")
     return found[-1]

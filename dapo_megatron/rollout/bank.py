@@ -71,13 +71,13 @@ def responses_digest(config: RunConfig) -> str:
 class RolloutBank:
     """The files of one run; the controller owns them."""
 
-    def __init__(self, folder: RunFolder, digest: str, limit: int, resume_step: int | None):
+    def __init__(self, folder: RunFolder, digest: str, limit: int, resume_step: int):
         """
         Args:
             digest: of what the responses depend on (`responses_digest`).
             limit: bytes that all files may take together; 0 is no bank.
-            resume_step: step of the checkpoint the run goes on from; None: a new run. What belongs to any other step
-                than the next one is of a history that is given up, and removed.
+            resume_step: step of the checkpoint the run goes on from; 0: from its beginning. What belongs to any other
+                step than the next one is of a history that is given up, and removed.
         """
         self._folder, self._digest, self._limit = folder, digest, limit
         self._file: BinaryIO | None = None
@@ -90,7 +90,7 @@ class RolloutBank:
         """Groups of this step that were taken back."""
         self.missed = 0
         """Groups of this step that could not be added."""
-        self._remove(set() if resume_step is None else {resume_step + 1})
+        self._remove({resume_step + 1})
 
     def begin_step(self, step: int, versions: range) -> None:
         """Open the file of a step, with what an earlier start of the run has left there.

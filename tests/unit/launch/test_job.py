@@ -1,0 +1,97 @@
+"""What a job begins with."""
+
+import shutil
+
+import pytest
+import yaml
+
+from dapo_megatron.checkpoint import store
+from dapo_megatron.checkpoint.manifest import Manifest
+from dapo_megatron.config import RunConfig
+from dapo_megatron.errors import ConfigError, StorageError
+from dapo_megatron.run_folder import RunFolder
+from launch.job import prepare_new, prepare_resume
+from launch.local import run_local
+
+
+def config(run_dir, **trainer):
+    tree = {"run_dir": str(run_dir), "model": {"path": "m"}, "data": {"train": "t.jsonl"}, "trainer": trainer}
+    return RunConfig.model_validate(tree)
+
+
+def checkpoint(folder, step):
+    path = store.open_partial(folder, step)
+    hf = folder.path / "hf"
+    hf.mkdir(exist_ok=True)
+    store.seal(path, Manifest(format="dp_reshardable", model={}, dtype="float32", step=step), {}, hf, b"{}")
+    return store.publish(folder, step)
+
+
+@pytest.fixture
+def begun(tmp_path):
+    """A folder in which a run has begun."""
+    folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
+    for place in (folder.statuses, folder.exits):
+        place.mkdir()
+    prepare_new(config(folder.path), folder, None)
+    return folder
+
+
+def test_before_the_first_checkpoint_a_resume_begins_again(begun, capsys):
+    (begun.checkpoints / ".step_000001.partial/model").mkdir(parents=True)
+    job = prepare_resume(config(begun.path), begun, "latest")
+    assert job.config == begun.config and job.trainer_arguments == []
+    assert "no checkpoint yet: from the beginning" in capsys.readouterr().out
+    assert not list(begun.checkpoints.iterdir())
+
+
+def test_a_run_from_weights_begins_again_with_the_same_weights(tmp_path, begun):
+    weights = checkpoint(begun, 3)
+    second = RunFolder(tmp_path / "second")
+    second.path.mkdir()
+    job = prepare_new(config(second.path), second, weights)
+    assert job.trainer_arguments == ["--weights", str(weights.resolve())]
+    assert prepare_resume(config(second.path), second, "latest").trainer_arguments == job.trainer_arguments
+    with pytest.raises(StorageError, match="cannot be read"):
+        prepare_new(config(tmp_path / "third"), RunFolder(tmp_path / "third"), tmp_path / "nothing")
+
+
+def test_a_resume_goes_on_from_the_newest_and_writes_what_changed_beside(begun):
+    for step in (1, 2):
+        checkpoint(begun, step)
+    before = begun.config.read_bytes()
+    job = prepare_resume(config(begun.path, steps=7), begun, "latest")
+    assert job.trainer_arguments == ["--resume", str(begun.checkpoint(2))]
+    assert job.config == begun.resumed_config(1) and yaml.safe_load(job.config.read_text())["trainer"]["steps"] == 7
+    assert prepare_resume(config(begun.path, steps=8), begun, "latest").config == begun.resumed_config(2)
+    assert begun.config.read_bytes() == before
+    with pytest.raises(ConfigError, match="cannot change seed"):
+        prepare_resume(config(begun.path).model_copy(update={"seed": 3}), begun, "latest")
+
+
+def test_only_the_intact_one_is_gone_on_from_when_asked(begun):
+    for step in (1, 2, 3):
+        checkpoint(begun, step)
+    (begun.checkpoint(3) / store.CONTROLLER).write_text("{ }")
+    with pytest.raises(StorageError, match="step_000002 is the newest intact one"):
+        prepare_resume(config(begun.path), begun, "latest")
+    job = prepare_resume(config(begun.path), begun, "latest-intact")
+    assert job.trainer_arguments == ["--resume", str(begun.checkpoint(2))]
+    assert [p.name for p in store.published(begun)] == ["step_000001", "step_000002"]
+    shutil.rmtree(begun.checkpoint(1))
+    (begun.checkpoint(2) / store.CONTROLLER).unlink()
+    with pytest.raises(ConfigError, match="no intact checkpoint"):
+        prepare_resume(config(begun.path), begun, "latest-intact")
+
+
+def test_where_there_is_no_run_nothing_is_made(tmp_path):
+    with pytest.raises(ConfigError, match="holds no run: start it without --resume"):
+        run_local(config(tmp_path / "none"), resume="latest")
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_folder_that_holds_a_run_is_refused(begun):
+    checkpoint(begun, 1)
+    with pytest.raises(ConfigError, match="holds a run already"):
+        prepare_new(config(begun.path), begun, None)
