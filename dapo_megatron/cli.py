@@ -69,6 +69,10 @@ def run(
     if resume is not None and resume_weights_only is not None:
         raise ConfigError("give --resume or --resume-weights-only: one goes on with a run, the other begins a new one")
     if dry_run:
+        from launch.job import check_new, check_resume
+
+        folder = RunFolder(Path(config.run_dir))
+        check_resume(config, folder, resume) if resume else check_new(config, folder, resume_weights_only)
         _print_plan(config)
         _run_module("dapo_megatron.rollout.dry_run", [str(recipe), *(overrides or [])], dict(os.environ))
         print("dry run: nothing was started")

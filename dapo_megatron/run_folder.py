@@ -114,9 +114,9 @@ class RunFolder:
         """The dumped training batch of a step."""
         return self.path / "batches" / f"step_{step:06d}.msgpack"
 
-    def dump(self, step: int) -> Path:
-        """What was kept of a step that ended the run."""
-        return self.path / "dumps" / f"step_{step:06d}"
+    def dump(self, step: int, number: int = 1) -> Path:
+        """What was kept of a step that ended the run, for the first time or again."""
+        return self.path / "dumps" / (f"step_{step:06d}" if number == 1 else f"step_{step:06d}_{number}")
 
     def checkpoint(self, step: int) -> Path:
         """The checkpoint after a step."""

@@ -1,6 +1,8 @@
 """What a job begins with: the run folder made ready, the checkpoint chosen, the configuration written down once."""
 
+import shutil
 from dataclasses import dataclass
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Literal
 
@@ -8,13 +10,15 @@ import yaml
 
 from dapo_megatron.checkpoint import store
 from dapo_megatron.checkpoint.integrity import check_files
-from dapo_megatron.checkpoint.manifest import read_manifest
+from dapo_megatron.checkpoint.manifest import MANIFEST, read_manifest, require_model
 from dapo_megatron.config import RunConfig, load_config
 from dapo_megatron.config.changes import Change, changes
 from dapo_megatron.errors import ConfigError
 from dapo_megatron.keys import make_keys, write_keys
+from dapo_megatron.observe.metrics import read_metrics
 from dapo_megatron.process import clear
 from dapo_megatron.run_folder import RunFolder
+from dapo_megatron.weights.hf_config import read_model
 
 Resume = Literal["latest", "latest-intact"]
 """From the newest checkpoint, or from the newest that is undamaged."""
@@ -37,16 +41,42 @@ def prepare_new(config: RunConfig, folder: RunFolder, weights: Path | None) -> J
         ConfigError: the folder holds a run.
         StorageError: `weights` is no checkpoint, or lacks files.
     """
-    if folder.metrics.exists() or store.published(folder):
-        raise ConfigError(f"{folder.path} holds a run already: go on with --resume, or choose another run_dir=...")
-    if weights is not None:
-        check_files(weights, read_manifest(weights))
+    check_new(config, folder, weights)
     store.clean(folder)
+    shutil.rmtree(folder.banks, ignore_errors=True)
+    folder.begun_with.unlink(missing_ok=True)
     _begin(folder)
     if weights is not None:
         folder.begun_with.write_text(str(weights.resolve()))
     folder.config.write_text(_yaml(config))
     return Job(folder.config, _beginning(folder))
+
+
+def check_new(config: RunConfig, folder: RunFolder, weights: Path | None) -> None:
+    """Whether a new run can begin; nothing is changed.
+
+    Raises:
+        ConfigError: the folder holds a run, or `weights` is no checkpoint, or one of another model.
+        StorageError: `weights` lacks files.
+    """
+    if folder.metrics.exists() or store.published(folder):
+        raise ConfigError(f"{folder.path} holds a run already: go on with --resume, or choose another run_dir=...")
+    if weights is None:
+        return
+    if not (weights / MANIFEST).exists():
+        raise ConfigError(f"{weights} is no checkpoint: give one, such as runs/first/checkpoints/step_000010")
+    manifest = read_manifest(weights)
+    check_files(weights, manifest)
+    require_model(manifest, weights, read_model(config.model.path))
+
+
+def check_resume(config: RunConfig, folder: RunFolder, resume: Resume) -> None:
+    """Whether a run can go on; nothing is changed. Raises as prepare_resume."""
+    changes(load_config(folder.config), config)
+    if resume == "latest-intact":
+        store.latest_intact(folder)
+    elif store.published(folder):
+        store.latest(folder)
 
 
 def prepare_resume(config: RunConfig, folder: RunFolder, resume: Resume) -> Job:
@@ -58,12 +88,14 @@ def prepare_resume(config: RunConfig, folder: RunFolder, resume: Resume) -> Job:
         ConfigError: an option changed that must not, or no checkpoint is intact.
         StorageError: the newest checkpoint is damaged, and only it was asked for.
     """
-    found = changes(load_config(folder.config), config)
+    began = load_config(folder.config)
+    found = changes(began, config)
     store.clean(folder)
     if not store.published(folder):
+        _require_young(folder, began)
         _begin(folder)
         print("no checkpoint yet: from the beginning", flush=True)
-        return Job(_write_changes(config, folder, "the beginning", found), _beginning(folder))
+        return Job(_write_config(config, folder, "the beginning", found), _beginning(folder))
     if resume == "latest":
         path = store.latest(folder)
     else:
@@ -72,7 +104,7 @@ def prepare_resume(config: RunConfig, folder: RunFolder, resume: Resume) -> Job:
             print(f"set aside: {aside}", flush=True)
     _begin(folder)
     print(f"resume from {path}", flush=True)
-    return Job(_write_changes(config, folder, path.name, found), ["--resume", str(path)])
+    return Job(_write_config(config, folder, path.name, found), ["--resume", str(path)])
 
 
 def _beginning(folder: RunFolder) -> list[str]:
@@ -84,13 +116,26 @@ def _begin(folder: RunFolder) -> None:
     write_keys(folder, make_keys())
 
 
-def _write_changes(config: RunConfig, folder: RunFolder, where: str, found: list[Change]) -> Path:
+def _require_young(folder: RunFolder, began: RunConfig) -> None:
+    """Raise ConfigError if the run must have had a checkpoint: its records are not given up for want of a disk."""
+    steps = [int(record["step"]) for record in read_metrics(folder)]
+    aside = sorted(folder.checkpoints.glob(".step_*.damaged"))
+    # The first checkpoint is published before the second is begun.
+    if aside or (steps and steps[-1] > 2 * began.checkpoint.every):
+        raise ConfigError(
+            f"{folder.checkpoints} holds no checkpoint, but the run is at step {steps[-1] if steps else 0}: bring them "
+            "back, or begin in another run_dir"
+        )
+
+
+def _write_config(config: RunConfig, folder: RunFolder, where: str, found: list[Change]) -> Path:
     """The configuration that holds now: the run's own, or one beside it that says what it changes."""
+    earlier = list(takewhile(Path.exists, (folder.resumed_config(n) for n in count(1))))
+    for change in changes(load_config(earlier[-1] if earlier else folder.config), config):
+        print(f"changed since the last start: {change}", flush=True)
     if not found:
         return folder.config
-    for change in found:
-        print(f"changed since the run began: {change}", flush=True)
-    path = next(p for n in range(1, 10**6) if not (p := folder.resumed_config(n)).exists())
+    path = folder.resumed_config(len(earlier) + 1)
     head = "".join(f"# {line}\n" for line in (f"resumed from {where}, with", *map(str, found)))
     path.write_text(head + _yaml(config))
     return path

@@ -12,9 +12,9 @@ from rich.text import Text
 
 from dapo_megatron.checkpoint.inspect import differences, stored_tensors
 from dapo_megatron.checkpoint.integrity import check_files, check_hashes
-from dapo_megatron.checkpoint.manifest import MANIFEST, Manifest, read_manifest
+from dapo_megatron.checkpoint.manifest import MANIFEST, MODEL, Manifest, read_manifest
 from dapo_megatron.checkpoint.safe_metadata import check_objects
-from dapo_megatron.checkpoint.store import MODEL, published
+from dapo_megatron.checkpoint.store import published
 from dapo_megatron.errors import ConfigError, StorageError, exit_code
 from dapo_megatron.run_folder import RunFolder
 

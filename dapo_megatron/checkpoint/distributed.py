@@ -7,6 +7,7 @@
 The threads meet on a process group of their own, whose deadline is that of the disk.
 """
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from dapo_megatron.actor.actor import Actor
 from dapo_megatron.checkpoint import store
 from dapo_megatron.checkpoint.audit import optimizer_sums, random_sum
 from dapo_megatron.checkpoint.background import BackgroundCall
-from dapo_megatron.checkpoint.manifest import Audit, Format, Manifest, libraries, model_numbers
+from dapo_megatron.checkpoint.manifest import MODEL, Audit, Format, Manifest, libraries, model_numbers
 from dapo_megatron.checkpoint.random_state import random_states, sharded
 from dapo_megatron.checkpoint.train_state import TrainState
 from dapo_megatron.checkpoint.writer import Copy, copy_state, write_copy, write_parts
@@ -113,12 +114,12 @@ def write_sealed(
     """
     longer = {"may_take_long": True, "in_background": in_background}
     with all_agree("writing the checkpoint", layout, **longer):
-        written = write_copy(copy, path / store.MODEL, layout.rank)
+        written = write_copy(copy, path / MODEL, layout.rank)
     parts = gather_on_first_rank("writing the checkpoint", written, layout, **longer)
     with all_agree("completing the checkpoint", layout, **longer):
         if parts is None or copy.metadata is None:
             return 0
-        files = write_parts(path / store.MODEL, copy.metadata, parts)
+        files = write_parts(path / MODEL, copy.metadata, parts)
         store.seal(path, manifest, files, Path(config.model.path), controller)
     return sum(part.size for part in parts)
 
@@ -132,7 +133,7 @@ def save_weights(config: RunConfig, actor: Actor, state: TrainState, path: Path)
     layout = actor.layout
     with all_agree(f"opening {path}", layout, may_take_long=True):
         if layout.rank == 0:
-            (path / store.MODEL).mkdir(parents=True)
+            (path / MODEL).mkdir(parents=True)
     copy = copy_state(state_of(actor, "weights", is_loading=False), layout)
     manifest = manifest_of(config, actor, "weights", state, None, {})
     write_sealed(config, layout, copy, manifest, path, None, in_background=False)
@@ -157,7 +158,7 @@ def manifest_of(
         dtype=config.model.dtype,
         layout=actor.layout.sizes,
         config_digest=config_digest(config),
-        metrics=metrics,
+        metrics={name: value for name, value in metrics.items() if math.isfinite(value)},
         audit=audit,
         libraries=libraries(),
     )

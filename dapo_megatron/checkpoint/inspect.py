@@ -10,8 +10,9 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from dapo_megatron.checkpoint.integrity import intact_manifest
+from dapo_megatron.checkpoint.manifest import MODEL
 from dapo_megatron.checkpoint.safe_metadata import check_objects, read_metadata
-from dapo_megatron.checkpoint.store import MODEL
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -43,8 +44,13 @@ def stored_tensors(checkpoint: Path) -> list[StoredTensor]:
 
 
 def differences(a: Path, b: Path) -> Iterator[str]:
-    """A line for every tensor that is in one checkpoint alone, or not the same in both, bit for bit."""
+    """A line for every tensor that is in one checkpoint alone, or not the same in both, bit for bit.
+
+    Raises:
+        StorageError: one of them is damaged.
+    """
     for path in (a, b):
+        intact_manifest(path)
         check_objects(path / MODEL)
     left, right = ({t.name: t for t in stored_tensors(path)} for path in (a, b))
     for name in sorted(left.keys() | right.keys()):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import xxhash
 
-from dapo_megatron.checkpoint.manifest import MANIFEST, FileRecord, Manifest, read_manifest
+from dapo_megatron.checkpoint.manifest import HF, MANIFEST, MODEL, FileRecord, Manifest, read_manifest
 from dapo_megatron.errors import StorageError
 
 BLOCK = 8 << 20
@@ -42,6 +42,11 @@ def check_files(path: Path, manifest: Manifest) -> None:
     Raises:
         StorageError: a file is missing, too many, or of another size.
     """
+    places = {str(parent) for name in manifest.files for parent in Path(name).parents} | {HF, MODEL}
+    for entry in path.rglob("*"):
+        name = str(entry.relative_to(path))
+        if entry.is_symlink() or (entry.is_dir() and name not in places):
+            raise StorageError(f"{entry} does not belong to the checkpoint: its manifest does not list it")
     found = files_in(path)
     if missing := sorted(manifest.files.keys() - found):
         raise StorageError(f"{path / missing[0]} is missing")

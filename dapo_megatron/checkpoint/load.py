@@ -10,7 +10,7 @@ from dapo_megatron.checkpoint import store
 from dapo_megatron.checkpoint.audit import optimizer_sums, random_sum
 from dapo_megatron.checkpoint.distributed import read_state
 from dapo_megatron.checkpoint.integrity import check_files, check_hashes
-from dapo_megatron.checkpoint.manifest import Manifest, model_numbers, read_manifest
+from dapo_megatron.checkpoint.manifest import MODEL, Manifest, read_manifest, require_model
 from dapo_megatron.checkpoint.random_state import random_states, set_random_states
 from dapo_megatron.checkpoint.safe_metadata import check_objects
 from dapo_megatron.checkpoint.train_state import TrainState
@@ -42,7 +42,7 @@ def load_checkpoint(actor: Actor, path: Path) -> tuple[TrainState, bytes]:
     if (cursor := cursor_of(controller, manifest.step)) != manifest.audit.cursor:
         raise DapoError(f"{path}: {store.CONTROLLER} holds {cursor}, {manifest.audit.cursor} was saved; {FRESH}")
     world = prod(manifest.layout[name] for name in ("tp", "pp", "cp", "dp"))
-    loaded = read_state(actor, path / store.MODEL, manifest.format, world)
+    loaded = read_state(actor, path / MODEL, manifest.format, world)
     for i, module in enumerate(actor.modules):
         module.load_state_dict(loaded[f"model{i}"])
     with torch.no_grad():  # float32 masters are views of the parameters
@@ -57,8 +57,8 @@ def load_checkpoint(actor: Actor, path: Path) -> tuple[TrainState, bytes]:
 def load_weights(actor: Actor, path: Path) -> None:
     """Set the weights alone, from a checkpoint of any format; everything else is as in a new run. Collective."""
     manifest = checked_manifest(actor.layout, path)
-    require_model(manifest, path, actor)
-    loaded = read_state(actor, path / store.MODEL, "weights", 0)
+    require_model(manifest, path, actor.shape)
+    loaded = read_state(actor, path / MODEL, "weights", 0)
     for i, module in enumerate(actor.modules):
         module.load_state_dict(loaded[f"model{i}"])
     actor.optimizer.reload_model_params()
@@ -74,7 +74,7 @@ def checked_manifest(layout: Layout, path: Path) -> Manifest:
             manifest = read_manifest(path)
             check_files(path, manifest)
             check_hashes(path, manifest, layout.rank, layout.world_size)
-            check_objects(path / store.MODEL)
+            check_objects(path / MODEL)
     except StorageError as e:
         message, folder = str(e), RunFolder(path.parent.parent)
         if path.parent != folder.checkpoints:
@@ -89,17 +89,9 @@ def checked_manifest(layout: Layout, path: Path) -> Manifest:
     return manifest
 
 
-def require_model(manifest: Manifest, path: Path, actor: Actor) -> None:
-    """Raise ConfigError unless the checkpoint is of the run's model."""
-    saved, ours = manifest.model, model_numbers(actor.shape)
-    for name in ours:
-        if saved.get(name) != ours[name]:
-            raise ConfigError(f"{path} holds a model with {name}={saved.get(name)}, the run's has {ours[name]}")
-
-
 def require_loadable(manifest: Manifest, path: Path, actor: Actor) -> None:
     """Raise ConfigError unless this layout can load the checkpoint's optimizer state."""
-    require_model(manifest, path, actor)
+    require_model(manifest, path, actor.shape)
     saved, ours = manifest.layout, actor.layout.sizes
     if (saved["ep"] > 1) != (ours["ep"] > 1):
         # megatron-core keeps spread experts in an optimizer of their own, whose state has another structure.

@@ -9,10 +9,12 @@ import msgspec
 import xxhash
 
 from dapo_megatron.data.snapshot import DataCursor
-from dapo_megatron.errors import StorageError
+from dapo_megatron.errors import ConfigError, StorageError
 from dapo_megatron.weights.families import ModelShape
 
 MANIFEST = "manifest.json"
+HF = "hf"
+MODEL = "model"
 SCHEMA = 3
 
 Format = Literal["dp_reshardable", "fully_reshardable", "weights"]
@@ -82,6 +84,13 @@ def model_numbers(shape: ModelShape) -> dict[str, Any]:
     numbers = asdict(shape) | {"family": shape.family.architecture}
     plain: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(numbers))
     return plain
+
+
+def require_model(manifest: Manifest, path: Path, shape: ModelShape) -> None:
+    """Raise ConfigError unless the checkpoint in `path` is of this model."""
+    for name, ours in model_numbers(shape).items():
+        if (saved := manifest.model.get(name)) != ours:
+            raise ConfigError(f"{path} holds a model with {name}={saved}, the run's has {ours}")
 
 
 def encode_manifest(manifest: Manifest) -> bytes:

@@ -18,7 +18,7 @@ from pathlib import Path
 import msgspec
 
 from dapo_megatron.checkpoint.integrity import check_files, intact_manifest, records_of
-from dapo_megatron.checkpoint.manifest import MANIFEST, FileRecord, Manifest, encode_manifest, read_manifest
+from dapo_megatron.checkpoint.manifest import HF, MANIFEST, MODEL, FileRecord, Manifest, encode_manifest, read_manifest
 from dapo_megatron.checkpoint.retention import kept_steps
 from dapo_megatron.config import CheckpointConfig
 from dapo_megatron.errors import ConfigError, StorageError
@@ -26,15 +26,18 @@ from dapo_megatron.run_folder import RunFolder
 from dapo_megatron.weights.hf_folder import side_files
 
 CONTROLLER = "controller.json"
-HF = "hf"
-MODEL = "model"
 _PUBLISHED = re.compile(r"step_\d{6,}")
 
 
 def published(folder: RunFolder) -> list[Path]:
     """Checkpoints by name, oldest first; what is in them is not looked at."""
     found = [p for p in folder.checkpoints.glob("step_*") if _PUBLISHED.fullmatch(p.name)]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("step_")))
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in the name of a published checkpoint."""
+    return int(checkpoint.name.removeprefix("step_"))
 
 
 def latest(folder: RunFolder) -> Path:
@@ -64,7 +67,7 @@ def latest_intact(folder: RunFolder) -> Path:
     for path in reversed(published(folder)):
         try:
             intact_manifest(path)
-        except StorageError:
+        except (StorageError, OSError):  # a sector that cannot be read, too
             continue
         return path
     raise ConfigError(f"{folder.checkpoints} holds no intact checkpoint: start a new run, in another run_dir")
@@ -104,9 +107,9 @@ def seal(
     Args:
         manifest: all but the files.
         model_files: of the distributed checkpoint, by path in its folder.
-        hf: the model's Hugging Face folder.
+        hf: the model's Hugging Face folder; of what lies in it, nothing is taken that is deeper or large.
     """
-    names = side_files(hf)
+    names = side_files(hf, nested=False)
     copy_files(hf, names, path / HF)
     beside = [f"{HF}/{name}" for name in names]
     if controller is not None:
@@ -162,7 +165,7 @@ def set_aside_after(folder: RunFolder, step: int) -> list[Path]:
     """Rename the checkpoints of later steps than the one that the run goes on from; returns their new places."""
     moved = []
     for path in published(folder):
-        if int(path.name.removeprefix("step_")) > step:
+        if step_of(path) > step:
             aside = path.with_name(f".{path.name}.damaged")
             shutil.rmtree(aside, ignore_errors=True)
             moved.append(path.rename(aside))

@@ -1,5 +1,6 @@
 """What a resume changes of a run's configuration, and what it must not change. Pure."""
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +34,7 @@ def changes(before: RunConfig, now: RunConfig) -> list[Change]:
         ConfigError: names the first one that a resume must not change.
     """
     pairs = [(name, value_of(before, name), value_of(now, name)) for name, _, _ in fields()]
-    found = [Change(name, old, new) for name, old, new in pairs if old != new]
+    found = [Change(name, old, new) for name, old, new in pairs if _place(name, old) != _place(name, new)]
     for change in found:
         if change.option.startswith(FIXED) and change.option not in FREE:
             raise ConfigError(
@@ -41,6 +42,13 @@ def changes(before: RunConfig, now: RunConfig) -> list[Change]:
                 "run began with, or start a new run (--resume-weights-only takes the weights along)"
             )
     return found
+
+
+def _place(option: str, value: Any) -> Any:
+    """A path in one of its spellings; other values as they are."""
+    if option == "model.path":
+        return os.path.abspath(value)
+    return [os.path.abspath(path) for path in value] if option == "data.train" else value
 
 
 def config_digest(config: RunConfig) -> str:

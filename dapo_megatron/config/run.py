@@ -123,6 +123,11 @@ class RunConfig(Section):
         goals = {"trainer.stop_at": list(t.stop_at)} if t.stop_at else {}
         if self.checkpoint.keep_best:
             goals["checkpoint.keep_best"] = [self.checkpoint.best_metric]
+            if self.checkpoint.every % self.evaluation.every:
+                raise ValueError(
+                    f"checkpoint.keep_best needs an evaluation at every checkpoint: make checkpoint.every="
+                    f"{self.checkpoint.every} a multiple of evaluation.every={self.evaluation.every}"
+                )
         for option, names in goals.items():
             if d.eval is None:
                 raise ValueError(f"{option} needs held-out prompts: set data.eval")

@@ -5,12 +5,14 @@ is issued again by whoever goes on from it, because the cursor stands before it.
 """
 
 import math
+from collections.abc import Sequence
 
 import msgspec
+import xxhash
 
 from dapo_megatron.data.sampler import SamplerState
 from dapo_megatron.errors import ConfigError
-from dapo_megatron.records import ScoredGroup
+from dapo_megatron.records import Prompt, ScoredGroup
 
 SCHEMA = 3
 
@@ -27,6 +29,8 @@ class Snapshot(msgspec.Struct):
     carried: list[ScoredGroup]
     again: list[tuple[int, str]]
     """(order, prompt id) of groups that became stale and must be issued again."""
+    data: str = ""
+    """Hash of the prompts in their order (data_digest)."""
     schema: int = SCHEMA
 
 
@@ -42,6 +46,14 @@ class DataCursor(msgspec.Struct, frozen=True):
     """Groups carried into the next step."""
     again: int
     """Groups that wait to be issued again."""
+
+
+def data_digest(prompts: Sequence[Prompt]) -> str:
+    """Hash of prompts and ground truths in the order of the files, hexadecimal."""
+    digest, encoder = xxhash.xxh3_128(), msgspec.msgpack.Encoder()
+    for prompt in prompts:
+        digest.update(encoder.encode(prompt))
+    return digest.hexdigest()
 
 
 def encode_snapshot(snapshot: Snapshot) -> bytes:

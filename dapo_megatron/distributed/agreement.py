@@ -5,6 +5,7 @@ deadline of the group, and then named by the launcher, which misses its heartbea
 """
 
 import socket
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -47,7 +48,10 @@ def all_agree(what: str, layout: Layout, *, may_take_long: bool = False, in_back
     failure = None
     try:
         yield
-    except (DapoError, OSError) as e:
+    except Exception as e:
+        if not in_background and not isinstance(e, DapoError | OSError):
+            raise
+        # In a thread nobody else would hear of it, and the others would wait as long as for a disk.
         failure = _failure(e, layout)
     failures: list[Failure | None] = [None] * dist.get_world_size()
     group, limit = _group(layout, may_take_long, in_background)
@@ -119,10 +123,13 @@ def _group(layout: Layout, may_take_long: bool, in_background: bool = False) -> 
     return layout.control, layout.collective_timeout_s
 
 
-def _failure(error: DapoError | OSError, layout: Layout) -> Failure:
+def _failure(error: Exception, layout: Layout) -> Failure:
     line = told(error)
-    if line is None:
+    if line is None and isinstance(error, OSError):
         raise error
+    if line is None:
+        traceback.print_exception(error)
+        line = DapoError(" ".join(traceback.format_exception_only(error)[-1].split())[:500])
     return Failure(layout.rank, socket.gethostname(), line.kind, str(line))
 
 

@@ -25,6 +25,7 @@ from typing import BinaryIO
 import msgspec
 import xxhash
 
+from dapo_megatron.checkpoint.store import published, step_of
 from dapo_megatron.config import RunConfig
 from dapo_megatron.records import SCHEMA, Prompt, ScoredGroup
 from dapo_megatron.run_folder import RunFolder
@@ -245,5 +246,5 @@ def _files(folder: RunFolder) -> list[tuple[int, Path]]:
 
 def _newest_checkpoint(folder: RunFolder) -> int:
     """Its step; 0 where there is none."""
-    manifests = folder.checkpoints.glob("step_*/manifest.json")
-    return max((int(path.parent.name.removeprefix("step_")) for path in manifests), default=0)
+    found = published(folder)
+    return step_of(found[-1]) if found else 0

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import msgspec
 
 from dapo_megatron.data.sampler import PromptSampler
-from dapo_megatron.data.snapshot import Snapshot, decode_snapshot, encode_snapshot
+from dapo_megatron.data.snapshot import Snapshot, data_digest, decode_snapshot, encode_snapshot
 from dapo_megatron.errors import ConfigError
 from dapo_megatron.records import Prompt, ScoredGroup
 from dapo_megatron.rollout.ledger import Entry, Fate
@@ -36,10 +36,16 @@ class GroupBuffer:
         self._prompts = prompts
         self._by_id = {p.id: p for p in prompts}
         self._sampler = PromptSampler(len(prompts), seed, shuffle)
-        self.state = Snapshot(0, self._sampler.state(), 0, 1.0, [], [])
+        data = data_digest(prompts)
+        self.state = Snapshot(0, self._sampler.state(), 0, 1.0, [], [], data)
         if state is not None:
             self.state = decode_snapshot(state, step)
             self._sampler = PromptSampler.restore(self.state.sampler, len(prompts), seed)
+            if self.state.data != data:
+                raise ConfigError(
+                    "cannot resume: data.train holds other prompts or answers than when the run began, or has them in "
+                    "another order; use the same data, or start a new run"
+                )
             for order, prompt_id in [(g.order, g.prompt.id) for g in self.state.carried] + self.state.again:
                 if prompt_id not in self._by_id:
                     raise ConfigError(

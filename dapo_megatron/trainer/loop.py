@@ -19,7 +19,7 @@ from dapo_megatron.actor.training_objective import PolicyObjective
 from dapo_megatron.batching.batch import MicroBatch
 from dapo_megatron.checkpoint.distributed import Checkpointer
 from dapo_megatron.checkpoint.load import load_checkpoint, load_weights
-from dapo_megatron.checkpoint.manifest import Format
+from dapo_megatron.checkpoint.manifest import Format, read_manifest
 from dapo_megatron.checkpoint.train_state import TrainState
 from dapo_megatron.config import CheckpointConfig, RunConfig
 from dapo_megatron.config.base import EvaluationMetric
@@ -65,14 +65,16 @@ def train(
         pusher.push(state.version)
         if config.resharding.verify_every:
             verifier.verify(state.version)
-    if state.step == 0:
+    if start.resume is not None:
+        before = read_manifest(start.resume).metrics
+    else:
         with recorder.phase("evaluate"):
             before = controller.evaluate(state)
         recorder.record({m.STEP: 0, m.VERSION: state.version} | before)
 
     objective, checkpointer = PolicyObjective(config.algorithm), Checkpointer(config, actor)
     published: dict[str, float] = {}
-    is_over = state.step >= config.trainer.steps
+    is_over = state.step >= config.trainer.steps or reached(config.trainer.stop_at, before)
     while not is_over:
         state, metrics, snapshot = rollout_step(config, actor, controller, pusher, verifier, recorder, objective, state)
         evaluation: dict[str, float] = {}

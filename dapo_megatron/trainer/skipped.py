@@ -18,7 +18,7 @@ from dapo_megatron.batching.wire import decode_step_batch, encode
 from dapo_megatron.checkpoint.distributed import save_weights
 from dapo_megatron.checkpoint.train_state import TrainState
 from dapo_megatron.config import RunConfig
-from dapo_megatron.distributed.agreement import all_agree
+from dapo_megatron.distributed.agreement import all_agree, on_first_rank
 from dapo_megatron.errors import DapoError, StorageError
 from dapo_megatron.observe import catalog as m
 from dapo_megatron.run_folder import RunFolder
@@ -65,7 +65,12 @@ def dump_skipped(
     Returns:
         The error that ends the run.
     """
-    path = RunFolder(Path(config.run_dir)).dump(batch.step)
+    folder = RunFolder(Path(config.run_dir))
+    path = on_first_rank(
+        "choosing a folder for the dump",
+        actor.layout,
+        lambda: next(p for n in range(1, 10**6) if not (p := folder.dump(batch.step, n)).exists()),
+    )
     save_weights(config, actor, state, path / WEIGHTS)
     with all_agree(f"writing {path}", actor.layout, may_take_long=True):
         if actor.layout.rank == 0:

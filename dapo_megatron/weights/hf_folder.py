@@ -36,16 +36,25 @@ WEIGHTS = (
 _NOT_BESIDE = (*WEIGHTS, *PICKLES, ".onnx", ".onnx_data", ".ot")
 
 
-def side_files(folder: Path) -> list[str]:
+SMALL = 64 << 20
+"""Bytes: no tokenizer is larger."""
+
+
+def side_files(folder: Path, *, nested: bool = True) -> list[str]:
     """The files of a Hugging Face folder that are no weights, and the index of those; hidden folders are left out.
 
     An index beside model.safetensors, which goes before it, is left out too.
+
+    Args:
+        nested: also those in folders; otherwise only small ones (SMALL bytes) that lie in the folder itself.
     """
     found = [INDEX] if (folder / INDEX).is_file() and not (folder / SINGLE).exists() else []
-    for path in sorted(folder.rglob("*")):
+    for path in sorted(folder.rglob("*") if nested else folder.iterdir()):
         name = path.relative_to(folder)
         hidden = any(part.startswith(".") for part in name.parts[:-1])
-        if path.is_file() and not hidden and not path.name.endswith(_NOT_BESIDE):
+        if not path.is_file() or hidden or path.name.endswith(_NOT_BESIDE):
+            continue
+        if nested or path.stat().st_size <= SMALL:
             found.append(str(name))
     return found
 

@@ -14,7 +14,7 @@ from tests.distributed.test_checkpoint import controller_at, updates
 from tests.tiny import hf_folder, run_config
 
 from dapo_megatron.actor.actor import Actor
-from dapo_megatron.checkpoint import store
+from dapo_megatron.checkpoint import distributed, store
 from dapo_megatron.checkpoint.audit import bit_sum, optimizer_sums
 from dapo_megatron.checkpoint.distributed import Checkpointer
 from dapo_megatron.checkpoint.inspect import differences, stored_tensors
@@ -68,6 +68,7 @@ PAIRS = [
     ("fully_reshardable", TP2_DP2, {"pipeline_model_parallel_size": 2}, "qwen3"),
     ("fully_reshardable", EP2, {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2}, "qwen3_moe"),
     ("dp_reshardable", EP2, EP2, "qwen3_moe"),
+    ("dp_reshardable", {"data_parallel_size": 2}, {}, "qwen2"),
 ]
 if ALL:
     PAIRS += [
@@ -144,12 +145,12 @@ def test_every_rank_writes_about_its_share(tmp_path, format):
 
 
 def train_while_saving(config, slow_s):
-    """Of a save on a disk that takes `slow_s` for each file of rank 1: how long training waited, what came of it."""
+    """Of a save on a disk that lets rank 1 wait for `slow_s`: how long training waited, what came of it."""
     actor = actor_on_rank(config)
     updates(config, actor, 1)
-    fsync = os.fsync
+    write = distributed.write_copy
     if actor.layout.rank == 1:
-        os.fsync = lambda handle: (time.sleep(slow_s), fsync(handle))
+        distributed.write_copy = lambda *arguments: (time.sleep(slow_s), write(*arguments))[1]
     checkpointer = Checkpointer(config, actor)
     expected = {name: tensor.clone() for name, tensor in export_stage(actor.modules, actor.shape)}
     began = time.monotonic()
@@ -219,6 +220,28 @@ def test_one_full_disk_of_many_is_the_same_line_on_all_ranks_at_once(tmp_path):
     (message, kind), other = run_ranks(2, save_on_one_full_disk, config, deadline_s=60)
     assert (message, kind) == other and kind == "storage"
     assert "failed on trainer rank 1" in message and "make room on the disk of the run" in message
+
+
+def save_with_a_bug(config):
+    actor = actor_on_rank(config)
+    if actor.layout.rank == 0:
+        distributed.store.seal = lambda *_: {}["no such key"]
+    checkpointer = Checkpointer(config, actor)
+    checkpointer.save(TrainState(1, 1), controller_at(1), format="dp_reshardable")
+    end = time.monotonic() + 20
+    try:
+        while time.monotonic() < end:
+            checkpointer.poll()
+            time.sleep(0.1)
+    except DapoError as e:
+        return str(e), e.kind
+
+
+def test_whatever_ends_one_thread_is_soon_told_on_all_ranks(tmp_path):
+    config = config_of(tmp_path, actor={"data_parallel_size": 2})
+    (message, kind), other = run_ranks(2, save_with_a_bug, config)
+    assert (message, kind) == other and kind == "crash"
+    assert "completing the checkpoint failed on trainer rank 0" in message and "KeyError: 'no such key'" in message
 
 
 def refusal(config, path=None, spoil=None):

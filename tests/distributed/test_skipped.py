@@ -86,6 +86,9 @@ def test_too_many_leave_a_dump_and_the_replay_finds_the_micro_batch(tmp_path):
     assert np.isnan(batch.mini_batches[1].shards[-1][-1].advantages).sum() == 1
     assert intact_manifest(path / "weights").format == "weights"
 
+    again = run_ranks(2, poisoned_step, config, 0)[0][0]
+    assert f"dapo-megatron replay {path}_2" in again and read_dump(tmp_path / "run/dumps/step_000005_2")
+
     found = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "dapo_megatron.cli", "replay", str(path), "actor.data_parallel_size=1"],
         capture_output=True, text=True, timeout=180,

@@ -43,7 +43,7 @@ def test_a_damaged_checkpoint_a_changed_config_and_a_new_run_from_weights(tmp_pa
     code, output, _ = finish(start(path, "--resume=latest-intact", "trainer.steps=3", "optimizer.lr=0.0005"))
     assert code == 0, output
     assert "resume from" in output and "step_000001" in output
-    assert "changed since the run began: optimizer.lr: 0.001 -> 0.0005" in output
+    assert "changed since the last start: optimizer.lr: 0.001 -> 0.0005" in output
     assert folder.config.read_bytes() == begun_with
     changed = folder.resumed_config(2).read_text()  # 1 is of the resume that failed
     assert yaml.safe_load(changed)["optimizer"]["lr"] == 0.0005

@@ -1,5 +1,7 @@
 """Looking into checkpoints from the command line."""
 
+import os
+import shutil
 import subprocess
 import sys
 
@@ -23,7 +25,7 @@ def run(tmp_path_factory):
 
 def inspect(*arguments):
     command = [sys.executable, "-W", "ignore", "-m", "tools.inspect_checkpoint", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | {"COLUMNS": "200"})
 
 
 def test_a_run_folder_is_summed_up_and_verified(run):
@@ -51,6 +53,16 @@ def test_differences_are_named_and_counted(run, tmp_path):
         "decoder.layers.mlp.linear_fc2.weight: " in other.stdout and " elements differ, by up to 0.00" in other.stdout
     )
     assert len(list(differences(run.checkpoint(1), run.checkpoint(2)))) >= 12
+
+
+def test_damaged_checkpoints_are_not_compared(run, tmp_path):
+    other = tmp_path / "step_000002"
+    shutil.copytree(run.checkpoint(2), other)
+    os.truncate(other / "model/__0_0.distcp", 500)
+    found = inspect("--diff", run.checkpoint(2), other)
+    assert (
+        found.returncode == 1 and "__0_0.distcp has 500 bytes" in found.stderr and len(found.stderr.splitlines()) == 1
+    )
 
 
 def test_mistakes_and_damage_are_one_line(run, tmp_path):

@@ -41,6 +41,10 @@ def test_what_must_not_change_is_refused_by_name(section, value, name):
         changes(config(), config(**{section: value}))
 
 
+def test_another_spelling_of_a_path_is_no_change():
+    assert changes(config(), config(data={"train": "./x/../t.jsonl"}, model={"path": "./m"})) == []
+
+
 def test_the_digest_follows_every_option():
     digests = {config_digest(c) for c in (config(), config(seed=1), config(optimizer={"lr": 2e-6}))}
     assert len(digests) == 3 and config_digest(config()) == config_digest(config())
@@ -51,6 +55,10 @@ def test_the_digest_follows_every_option():
     [
         ({"trainer": {"stop_at": {"eval/accuracy": 0.5}}}, "trainer.stop_at needs held-out prompts"),
         ({"checkpoint": {"keep_best": 1}}, "checkpoint.keep_best needs held-out prompts"),
+        (
+            {"data": {"eval": "e"}, "checkpoint": {"keep_best": 1, "every": 15}},
+            "make checkpoint.every=15 a multiple of evaluation.every=10",
+        ),
         (
             {"data": {"eval": "e"}, "trainer": {"stop_at": {"eval/greedy_accuracy": 0.5}}},
             "trainer.stop_at names eval/greedy_accuracy: set evaluation.greedy=true",

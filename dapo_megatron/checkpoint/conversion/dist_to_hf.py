@@ -17,8 +17,8 @@ from dapo_megatron.checkpoint.conversion.output import Aside, Part
 from dapo_megatron.checkpoint.conversion.stored_keys import Place, account, places
 from dapo_megatron.checkpoint.conversion.stored_weights import StoredWeights
 from dapo_megatron.checkpoint.integrity import intact_manifest
-from dapo_megatron.checkpoint.manifest import MANIFEST, Manifest, model_numbers
-from dapo_megatron.checkpoint.store import HF, MODEL, copy_files, write_synced
+from dapo_megatron.checkpoint.manifest import HF, MANIFEST, MODEL, Manifest, model_numbers
+from dapo_megatron.checkpoint.store import copy_files, write_synced
 from dapo_megatron.errors import ConfigError, DapoError
 from dapo_megatron.observe.progress import progress
 from dapo_megatron.weights.families import ModelShape

@@ -30,9 +30,18 @@ from dapo_megatron.checkpoint.conversion.lazy_writer import write_lazily
 from dapo_megatron.checkpoint.conversion.output import Aside
 from dapo_megatron.checkpoint.conversion.stored_keys import Place, account, object_keys, places
 from dapo_megatron.checkpoint.integrity import files_in, record_of
-from dapo_megatron.checkpoint.manifest import MANIFEST, FileRecord, Manifest, encode_manifest, libraries, model_numbers
+from dapo_megatron.checkpoint.manifest import (
+    HF,
+    MANIFEST,
+    MODEL,
+    FileRecord,
+    Manifest,
+    encode_manifest,
+    libraries,
+    model_numbers,
+)
 from dapo_megatron.checkpoint.safe_metadata import COMMON
-from dapo_megatron.checkpoint.store import HF, MODEL, copy_files, sync_folder, write_synced
+from dapo_megatron.checkpoint.store import copy_files, sync_folder, write_synced
 from dapo_megatron.observe.progress import progress
 from dapo_megatron.weights.families import ModelShape
 from dapo_megatron.weights.hf_config import read_model

@@ -1,5 +1,6 @@
 """Which checkpoints are kept."""
 
+import msgspec
 import pytest
 
 from dapo_megatron.checkpoint.manifest import Manifest
@@ -40,6 +41,13 @@ def manifests(steps=range(1, 13)):
 )
 def test_the_newest_every_nth_and_the_best_are_kept(options, kept):
     assert kept_steps(manifests(), CheckpointConfig(**options)) == kept
+
+
+def test_the_newest_that_any_layout_can_resume_is_kept():
+    made = [
+        msgspec.structs.replace(m, format="fully_reshardable" if m.step in (4, 7) else m.format) for m in manifests()
+    ]
+    assert kept_steps(made, CheckpointConfig(keep_last=2)) == {7, 11, 12}
 
 
 def test_nothing_to_keep():

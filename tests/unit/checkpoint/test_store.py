@@ -1,16 +1,21 @@
 """Published, found, retained; the manifest as a file."""
 
+import errno
+import os
 import time
+from pathlib import Path
 
 import msgspec
 import pytest
+import xxhash
 
-from dapo_megatron.checkpoint import store
+from dapo_megatron.checkpoint import integrity, store
 from dapo_megatron.checkpoint.background import BackgroundCall
 from dapo_megatron.checkpoint.manifest import MANIFEST, Manifest, encode_manifest, read_manifest
 from dapo_megatron.config import CheckpointConfig
 from dapo_megatron.errors import ConfigError, StorageError
 from dapo_megatron.run_folder import RunFolder
+from dapo_megatron.weights import hf_folder
 
 
 def write(run_dir, step, metrics=None):
@@ -45,6 +50,97 @@ def test_steps_are_ordered_as_numbers(tmp_path):
     for step in (999_999, 1_000_000, 2):
         write(tmp_path, step)
     assert [p.name for p in store.published(RunFolder(tmp_path))] == ["step_000002", "step_999999", "step_1000000"]
+
+
+def test_whenever_it_is_killed_one_of_two_checkpoints_of_a_step_is_there(tmp_path, monkeypatch):
+    """At the first rename, at the second, and after both."""
+    rename = Path.rename
+    for dies_at in (1, 2, 3):
+        run_dir = tmp_path / str(dies_at)
+        write(run_dir, 3, {"eval/accuracy": 0.1})
+        calls = []
+
+        def dies(self, target, calls=calls, dies_at=dies_at):
+            calls.append(target)
+            if len(calls) == dies_at:
+                raise KeyboardInterrupt
+            return rename(self, target)
+
+        monkeypatch.setattr(Path, "rename", dies)
+        try:
+            write(run_dir, 3, {"eval/accuracy": 0.2})
+        except KeyboardInterrupt:
+            assert dies_at < 3
+        monkeypatch.setattr(Path, "rename", rename)
+        store.clean(RunFolder(run_dir))
+        found = read_manifest(store.latest(RunFolder(run_dir)))
+        assert found.metrics["eval/accuracy"] == (0.2 if dies_at == 3 else 0.1)
+        assert names(run_dir) == ["step_000003"]
+
+
+def test_what_is_published_is_on_the_disk_before(tmp_path, monkeypatch):
+    """Every file and folder is synced before the rename, the folder that holds the name after it."""
+    done, fsync, rename = [], os.fsync, Path.rename
+
+    def synced(handle):
+        done.append(os.readlink(f"/proc/self/fd/{handle}").replace(".step_000003.partial", "step_000003"))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "rename", lambda self, target: (done.append("rename"), rename(self, target))[1])
+    final = write(tmp_path, 3)
+    before, after = done[: done.index("rename")], done[done.index("rename") + 1 :]
+    assert {str(final / name) for name in ("manifest.json", "controller.json", "model", "hf")} <= set(before)
+    assert before.index(str(final / "manifest.json")) < len(before) - 1 - before[::-1].index(str(final))
+    assert after == [str(final.parent)]
+
+
+def test_every_byte_is_hashed(tmp_path, monkeypatch):
+    monkeypatch.setattr(integrity, "BLOCK", 1000)
+    (tmp_path / "file").write_bytes(bytes(3500))
+    before = integrity.record_of(tmp_path / "file")
+    assert before.xxh3 == xxhash.xxh3_128_hexdigest(bytes(3500)) and before.size == 3500
+    for position in (0, 999, 1000, 3499):
+        data = bytearray(3500)
+        data[position] = 1
+        (tmp_path / "file").write_bytes(data)
+        assert integrity.record_of(tmp_path / "file") != before
+
+
+def test_an_unreadable_checkpoint_does_not_end_the_search(tmp_path, monkeypatch):
+    for step in (1, 2):
+        write(tmp_path, step)
+    record_of = integrity.record_of
+
+    def broken_sector(path):
+        if "step_000002" in str(path):
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return record_of(path)
+
+    monkeypatch.setattr(integrity, "record_of", broken_sector)
+    assert store.latest_intact(RunFolder(tmp_path)).name == "step_000001"
+
+
+@pytest.mark.parametrize("stray", ["folder", "link", "linked folder"])
+def test_what_does_not_belong_to_it_is_named(tmp_path, stray):
+    path = write(tmp_path, 1)
+    if stray == "folder":
+        (path / "model/stray").mkdir()
+    else:
+        (path / "model/stray").symlink_to("/etc" if stray == "linked folder" else path / "manifest.json")
+    with pytest.raises(StorageError, match="model/stray does not belong to the checkpoint"):
+        store.latest(RunFolder(tmp_path))
+
+
+def test_only_small_files_beside_the_weights_are_taken_along(tmp_path, monkeypatch):
+    monkeypatch.setattr(hf_folder, "SMALL", 10)
+    hf = tmp_path / "hf"
+    (hf / "runs").mkdir(parents=True)
+    for name in ("config.json", "model.safetensors", "pytorch_model.bin", "runs/keys.json"):
+        (hf / name).write_text("x")
+    (hf / "data.jsonl").write_text("x" * 11)
+    path = write(tmp_path, 1)
+    assert [p.name for p in (path / "hf").iterdir()] == ["config.json"]
 
 
 def test_a_damaged_checkpoint_is_not_removed(tmp_path):

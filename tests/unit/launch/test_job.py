@@ -6,24 +6,47 @@ import pytest
 import yaml
 
 from dapo_megatron.checkpoint import store
-from dapo_megatron.checkpoint.manifest import Manifest
-from dapo_megatron.config import RunConfig
+from dapo_megatron.checkpoint.manifest import Manifest, model_numbers
+from dapo_megatron.config import ModelConfig, RunConfig
+from dapo_megatron.observe.jsonl import append_lines
 from dapo_megatron.errors import ConfigError, StorageError
 from dapo_megatron.run_folder import RunFolder
+from dapo_megatron.weights.hf_config import read_model
 from launch.job import prepare_new, prepare_resume
 from launch.local import run_local
+from tests.tiny import hf_folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def model(tmp_path_factory):
+    """The folder of every run's model."""
+    place = hf_folder(tmp_path_factory.mktemp("job") / "hf")
+    MODELS[:] = [place, hf_folder(place.with_name("other"), layers=3)]
+
+
+MODELS = []
 
 
 def config(run_dir, **trainer):
-    tree = {"run_dir": str(run_dir), "model": {"path": "m"}, "data": {"train": "t.jsonl"}, "trainer": trainer}
+    tree = {
+        "run_dir": str(run_dir),
+        "model": {"path": str(MODELS[0])},
+        "data": {"train": "t.jsonl"},
+        "trainer": trainer,
+    }
     return RunConfig.model_validate(tree)
+
+
+def manifest(step):
+    numbers = model_numbers(read_model(MODELS[0]))
+    return Manifest(format="dp_reshardable", model=numbers, dtype="float32", step=step)
 
 
 def checkpoint(folder, step):
     path = store.open_partial(folder, step)
     hf = folder.path / "hf"
     hf.mkdir(exist_ok=True)
-    store.seal(path, Manifest(format="dp_reshardable", model={}, dtype="float32", step=step), {}, hf, b"{}")
+    store.seal(path, manifest(step), {}, hf, b"{}")
     return store.publish(folder, step)
 
 
@@ -53,7 +76,10 @@ def test_a_run_from_weights_begins_again_with_the_same_weights(tmp_path, begun):
     job = prepare_new(config(second.path), second, weights)
     assert job.trainer_arguments == ["--weights", str(weights.resolve())]
     assert prepare_resume(config(second.path), second, "latest").trainer_arguments == job.trainer_arguments
-    with pytest.raises(StorageError, match="cannot be read"):
+    other = config(tmp_path / "third").model_copy(update={"model": ModelConfig(path=str(MODELS[1]))})
+    with pytest.raises(ConfigError, match="holds a model with layers=2, the run's has 3"):
+        prepare_new(other, RunFolder(tmp_path / "third"), weights)
+    with pytest.raises(ConfigError, match="nothing is no checkpoint: give one"):
         prepare_new(config(tmp_path / "third"), RunFolder(tmp_path / "third"), tmp_path / "nothing")
 
 
@@ -83,6 +109,36 @@ def test_only_the_intact_one_is_gone_on_from_when_asked(begun):
     (begun.checkpoint(2) / store.CONTROLLER).unlink()
     with pytest.raises(ConfigError, match="no intact checkpoint"):
         prepare_resume(config(begun.path), begun, "latest-intact")
+
+
+def test_a_new_attempt_does_not_take_the_weights_or_the_bank_of_the_last(tmp_path, begun):
+    weights = checkpoint(begun, 3)
+    second = RunFolder(tmp_path / "second")
+    second.path.mkdir()
+    prepare_new(config(second.path), second, weights)
+    second.banks.mkdir()
+    second.bank(1).write_bytes(b"groups of other weights")
+    assert prepare_new(config(second.path), second, None).trainer_arguments == [] and not second.banks.exists()
+    assert prepare_resume(config(second.path), second, "latest").trainer_arguments == []
+
+
+@pytest.mark.parametrize("lost", ["checkpoints", "damaged"])
+@pytest.mark.parametrize("resume", ["latest", "latest-intact"])
+def test_records_are_not_given_up_for_want_of_checkpoints(begun, lost, resume):
+    """20 steps are recorded before the second checkpoint, of step 20, is begun."""
+    append_lines(begun.metrics, [{"step": step} for step in range(22 if lost == "checkpoints" else 5)])
+    if lost == "damaged":
+        (begun.checkpoints / ".step_000010.damaged").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="holds no checkpoint, but the run is at step"):
+        prepare_resume(config(begun.path), begun, resume)
+
+
+def test_a_second_resume_says_what_it_takes_back(begun, capsys):
+    checkpoint(begun, 1)
+    prepare_resume(config(begun.path, steps=7), begun, "latest")
+    capsys.readouterr()
+    assert prepare_resume(config(begun.path), begun, "latest").config == begun.config
+    assert "changed since the last start: trainer.steps: 7 -> 100" in capsys.readouterr().out
 
 
 def test_where_there_is_no_run_nothing_is_made(tmp_path):

@@ -2,10 +2,13 @@
 
 from collections import Counter
 
+import msgspec
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dapo_megatron.data.sampler import PromptSampler
+from dapo_megatron.errors import ConfigError
 from dapo_megatron.records import Prompt, Response, ScoredGroup, VersionSpan
 from dapo_megatron.rollout.buffer import GroupBuffer
 
@@ -84,3 +87,13 @@ def test_every_number_is_settled_once(steps):
     for step in steps:
         run.step(**step)
         run.check()
+
+
+def test_other_prompts_than_the_run_began_with_are_refused():
+    """Also the same ones in another order, and with another answer; the same ones go on."""
+    state = GroupBuffer(PROMPTS, seed=SEED, shuffle=True).snapshot()
+    answered = [msgspec.structs.replace(PROMPTS[0], ground_truth="another"), *PROMPTS[1:]]
+    for others in (PROMPTS[::-1], answered):
+        with pytest.raises(ConfigError, match="holds other prompts or answers than when the run began"):
+            GroupBuffer(others, seed=SEED, shuffle=True, state=state, step=0)
+    assert GroupBuffer(list(PROMPTS), seed=SEED, shuffle=True, state=state, step=0).issue()
