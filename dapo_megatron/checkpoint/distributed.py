@@ -22,6 +22,7 @@ from dapo_megatron.actor.actor import Actor
 from dapo_megatron.checkpoint import store
 from dapo_megatron.checkpoint.audit import optimizer_sums, random_sum
 from dapo_megatron.checkpoint.background import BackgroundCall
+from dapo_megatron.checkpoint.crc import without_crc
 from dapo_megatron.checkpoint.manifest import MODEL, Audit, Format, Manifest, libraries, model_numbers
 from dapo_megatron.checkpoint.random_state import random_states, sharded
 from dapo_megatron.checkpoint.train_state import TrainState
@@ -204,5 +205,7 @@ def _zero_padding(part: Any) -> None:
 
 def read_state(actor: Actor, path: Path, format: Format, world: int) -> dict[str, Any]:
     """The state dict that a checked distributed checkpoint in `path` holds for this rank."""
-    loaded: dict[str, Any] = dist_checkpointing.load(state_of(actor, format, is_loading=True, world=world), str(path))
+    state = state_of(actor, format, is_loading=True, world=world)
+    with without_crc():
+        loaded: dict[str, Any] = dist_checkpointing.load(state, str(path))
     return loaded

@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
+from dapo_megatron.checkpoint.crc import without_crc
 from dapo_megatron.checkpoint.integrity import records_of
 from dapo_megatron.checkpoint.manifest import FileRecord
 from dapo_megatron.checkpoint.safe_metadata import COMMON, METADATA
@@ -116,7 +117,8 @@ def _write_copy(copy: Copy, path: Path, rank: int) -> Written:
     writer = FileSystemWriter(path, per_thread_copy_ahead=0)
     # The number of a plan in the list is the rank in its files' names.
     plan = writer.prepare_global_plan([copy.plan] * (rank + 1))[rank]
-    results = list(writer.write_data(plan, _FromCopy(copy.items)).wait())
+    with without_crc():
+        results = list(writer.write_data(plan, _FromCopy(copy.items)).wait())
     names = {result.storage_data.relative_path for result in results}
     if copy.common is not None:
         torch.save(copy.common, path / COMMON)

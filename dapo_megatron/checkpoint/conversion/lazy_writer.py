@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemT
 from torch.distributed.checkpoint.storage import WriteResult
 
 from dapo_megatron.checkpoint.conversion.output import Aside, Part, Piece
+from dapo_megatron.checkpoint.crc import without_crc
 from dapo_megatron.checkpoint.integrity import record_of
 from dapo_megatron.checkpoint.store import sync_folder
 from dapo_megatron.errors import StorageError
@@ -40,7 +41,7 @@ def write_lazily(
     planner, writer = _Planner(read), _Writer(path, sync_files=False)
     plans, metadata = planner.create_global_plan([SavePlan(items) for items in parts])  # checks that nothing overlaps
     results: list[list[WriteResult]] = []
-    with ThreadPoolExecutor(1) as thread:
+    with without_crc(), ThreadPoolExecutor(1) as thread:
         settled: list[Future[None]] = []
         for plan in writer.prepare_global_plan(plans):
             file = f"{plan.storage_data.prefix}0.distcp"

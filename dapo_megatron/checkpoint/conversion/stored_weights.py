@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from dapo_megatron.checkpoint.conversion.stored_keys import WEIGHT_PREFIXES, Place, places
+from dapo_megatron.checkpoint.crc import without_crc
 from dapo_megatron.checkpoint.safe_metadata import read_metadata
 from dapo_megatron.errors import DapoError
 from dapo_megatron.weights.families import ModelShape
@@ -89,7 +90,8 @@ class StoredWeights:
             raise DapoError(f"{self.folder}: the pieces of {place.key} leave gaps or overlap: use another checkpoint")
         target = _Target(torch.empty(box.sizes, dtype=entry.properties.dtype))
         try:
-            self._reader.read_data(LoadPlan(items), target).wait()
+            with without_crc():
+                self._reader.read_data(LoadPlan(items), target).wait()
         except (OSError, EOFError, KeyError, RuntimeError, AssertionError, pickle.UnpicklingError) as e:
             reason = " ".join(str(e).split())[:200]
             raise DapoError(f"{self.folder}: {place.key} cannot be read ({reason}): use another checkpoint") from None
