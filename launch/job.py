@@ -129,14 +129,17 @@ def _require_young(folder: RunFolder, began: RunConfig) -> None:
 
 
 def _write_config(config: RunConfig, folder: RunFolder, where: str, found: list[Change]) -> Path:
-    """The configuration that holds now: the run's own, or one beside it that says what it changes."""
+    """The configuration that holds now: that of the last start, or a new one that says what changed since the first."""
     earlier = list(takewhile(Path.exists, (folder.resumed_config(n) for n in count(1))))
-    for change in changes(load_config(earlier[-1] if earlier else folder.config), config):
+    last = earlier[-1] if earlier else folder.config
+    since = changes(load_config(last), config)
+    for change in since:
         print(f"changed since the last start: {change}", flush=True)
-    if not found:
-        return folder.config
+    if not since:
+        return last
     path = folder.resumed_config(len(earlier) + 1)
-    head = "".join(f"# {line}\n" for line in (f"resumed from {where}, with", *map(str, found)))
+    told = [f"resumed from {where}, with", *map(str, found)] if found else [f"resumed from {where}, as the run began"]
+    head = "".join(f"# {line}\n" for line in told)
     path.write_text(head + _yaml(config))
     return path
 

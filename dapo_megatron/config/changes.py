@@ -46,7 +46,7 @@ def changes(before: RunConfig, now: RunConfig) -> list[Change]:
 
 def _place(option: str, value: Any) -> Any:
     """A path in one of its spellings; other values as they are."""
-    if option == "model.path":
+    if option in ("run_dir", "model.path"):
         return os.path.abspath(value)
     return [os.path.abspath(path) for path in value] if option == "data.train" else value
 

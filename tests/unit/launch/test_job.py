@@ -7,7 +7,7 @@ import yaml
 
 from dapo_megatron.checkpoint import store
 from dapo_megatron.checkpoint.manifest import Manifest, model_numbers
-from dapo_megatron.config import ModelConfig, RunConfig
+from dapo_megatron.config import ModelConfig, RunConfig, load_config
 from dapo_megatron.observe.jsonl import append_lines
 from dapo_megatron.errors import ConfigError, StorageError
 from dapo_megatron.run_folder import RunFolder
@@ -137,8 +137,12 @@ def test_a_second_resume_says_what_it_takes_back(begun, capsys):
     checkpoint(begun, 1)
     prepare_resume(config(begun.path, steps=7), begun, "latest")
     capsys.readouterr()
-    assert prepare_resume(config(begun.path), begun, "latest").config == begun.config
+    job = prepare_resume(config(begun.path), begun, "latest")
+    assert job.config == begun.resumed_config(2) and load_config(job.config) == load_config(begun.config)
     assert "changed since the last start: trainer.steps: 7 -> 100" in capsys.readouterr().out
+    assert "# resumed from step_000001, as the run began" in job.config.read_text()
+    assert prepare_resume(config(begun.path), begun, "latest").config == job.config
+    assert "changed" not in capsys.readouterr().out
 
 
 def test_where_there_is_no_run_nothing_is_made(tmp_path):
