@@ -30,6 +30,11 @@ class RunFolder:
         return self.path / "begun_with.txt"
 
     @property
+    def stop_request(self) -> Path:
+        """Whoever makes this file asks the run to finish its step, save and end."""
+        return self.path / "stop"
+
+    @property
     def lock(self) -> Path:
         """Held by the launcher of the run: host and pid."""
         return self.path / "launcher.lock"

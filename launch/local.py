@@ -12,6 +12,7 @@ import torch
 from dapo_megatron.config import RunConfig
 from dapo_megatron.engines.command import engine_command, engine_environment
 from dapo_megatron.errors import ConfigError, DapoError, Preempted, told
+from dapo_megatron.observe.catalog import PHASES
 from dapo_megatron.observe.display import ProgressDisplay
 from dapo_megatron.observe.report import write_report
 from dapo_megatron.process import Reporter, read_statuses
@@ -58,7 +59,11 @@ def run_local(config: RunConfig, *, resume: Resume | None = None, weights: Path 
             with reserved_ports(config.engine.replicas + 2) as ports, ProcessGroup(folder.logs) as group:
                 trainer = _start(config, folder, group, ports, job)
                 with ProgressDisplay(folder, config.trainer.steps) as display:
-                    _watch(config, folder, group, trainer, display, check_interrupt)
+                    try:
+                        _watch(config, folder, group, trainer, display, check_interrupt)
+                    except KeyboardInterrupt:
+                        _finish_step(config, folder, group, trainer)
+                        raise
         except (DapoError, OSError, KeyboardInterrupt) as e:
             _end(folder, e)
             raise
@@ -108,6 +113,21 @@ def _start(config: RunConfig, folder: RunFolder, group: ProcessGroup, ports: lis
         meeting_port,
         environment,
     )
+
+
+def _finish_step(config: RunConfig, folder: RunFolder, group: ProcessGroup, trainer: list[Child]) -> None:
+    """Ask for the end of the step in progress and a checkpoint, and wait for it as long as a stop may take.
+
+    Before the first step there is nothing to save, and nothing is waited for.
+    """
+    if not any(status.process == "trainer-0" and status.phase in PHASES for status in read_statuses(folder)):
+        return
+    folder.stop_request.touch()
+    end = time.monotonic() + config.launch.stop_grace_s
+    while any(c.process.poll() is None for c in trainer) and not failed(folder, group.children):
+        if time.monotonic() > end:
+            return
+        time.sleep(POLL_S)
 
 
 def _watch(

@@ -23,9 +23,12 @@ from dapo_megatron.checkpoint.manifest import Format, read_manifest
 from dapo_megatron.checkpoint.train_state import TrainState
 from dapo_megatron.config import CheckpointConfig, RunConfig
 from dapo_megatron.config.base import EvaluationMetric
+from dapo_megatron.distributed.agreement import on_first_rank
+from dapo_megatron.distributed.layout import Layout
 from dapo_megatron.observe import catalog as m
 from dapo_megatron.resharding.push import Pusher
 from dapo_megatron.resharding.verify import Verifier
+from dapo_megatron.run_folder import RunFolder
 from dapo_megatron.trainer.controller_client import ControllerClient
 from dapo_megatron.trainer.recorder import Recorder
 from dapo_megatron.trainer.skipped import count_skipped, dump_skipped
@@ -83,6 +86,7 @@ def train(
             with recorder.phase("evaluate"):
                 evaluation = controller.evaluate(state)
             is_over = is_over or reached(config.trainer.stop_at, evaluation)
+        is_over = is_over or asked_to_stop(config, actor.layout)
         with recorder.phase("checkpoint"):
             published |= checkpointer.poll()
         # Before the checkpoint, so that whoever goes on from it has the record of its step.
@@ -110,6 +114,12 @@ def load(config: RunConfig, actor: Actor, start: Start) -> tuple[TrainState, byt
 def reached(goals: Mapping[EvaluationMetric, float], evaluation: dict[str, float]) -> bool:
     """Whether the evaluation has reached every goal; never without goals, or without an evaluation."""
     return bool(goals) and all(evaluation.get(name, -math.inf) >= value for name, value in goals.items())
+
+
+def asked_to_stop(config: RunConfig, layout: Layout) -> bool:
+    """Whether somebody (the launcher, at SIGTERM) has asked the run to save and end; rank 0 looks."""
+    request = RunFolder(Path(config.run_dir)).stop_request
+    return on_first_rank("looking for a request to stop", layout, request.exists)
 
 
 def format_of(step: int, config: CheckpointConfig, *, is_last: bool) -> Format:

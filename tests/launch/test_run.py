@@ -14,6 +14,7 @@ import psutil
 import pytest
 import zmq
 
+from dapo_megatron.checkpoint.manifest import read_manifest
 from dapo_megatron.checkpoint.store import latest
 from dapo_megatron.keys import read_keys
 from dapo_megatron.messages import Hello
@@ -104,6 +105,8 @@ def test_a_run_is_stopped_dies_resumes_and_ends(job):
     code, output, seconds = finish(process)
     assert code == 130 and "interrupted" in output and seconds < 30
     assert not alive(everything)
+    saved = read_manifest(latest(RunFolder(run_dir)))
+    assert saved.format == "fully_reshardable" and saved.step == read_metrics(RunFolder(run_dir))[-1]["step"] > seen + 1
     assert (run_dir / "report.html").stat().st_size > 100_000
 
     code, output, _ = finish(start(recipe))
