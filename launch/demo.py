@@ -9,17 +9,16 @@ import json
 import os
 import random
 import shutil
-import time
 from pathlib import Path
 
 import torch
 import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from dapo_megatron.errors import ConfigError, DapoError
+from dapo_megatron.errors import ConfigError
 from launch.ports import reserved_ports
 from launch.processes import ProcessGroup, interruptible
-from launch.ranks import start_ranks
+from launch.ranks import start_ranks, wait_for_ranks
 
 CHARACTERS = "0123456789+="
 ANSWER = "Answer: "
@@ -139,11 +138,4 @@ def warm_up(folder: Path, updates: int) -> None:
         ranks = start_ranks(
             group, "warm_up", "dapo_megatron.trainer.warm_up", arguments, WARM_UP_RANKS, port, environment
         )
-        end = time.monotonic() + WARM_UP_DEADLINE_S
-        while any(rank.process.poll() != 0 for rank in ranks):
-            check_interrupt()
-            if bad := [rank for rank in ranks if rank.process.poll()]:
-                raise DapoError(f"the supervised warm-up failed; the end of {bad[0].log}:\n{bad[0].tail()}")
-            if time.monotonic() > end:
-                raise DapoError(f"the supervised warm-up took more than {WARM_UP_DEADLINE_S} s: see {ranks[0].log}")
-            time.sleep(0.1)
+        wait_for_ranks(ranks, "the supervised warm-up", WARM_UP_DEADLINE_S, check_interrupt)

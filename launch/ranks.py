@@ -4,7 +4,10 @@ They meet as torchrun's would, by the environment variables of torch's env:// re
 """
 
 import sys
+import time
+from collections.abc import Callable
 
+from dapo_megatron.errors import DapoError
 from launch.ports import LOCALHOST
 from launch.processes import Child, ProcessGroup
 
@@ -30,3 +33,22 @@ def start_ranks(
         group.start(f"{name}-{rank}", command, shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(world)
     ]
+
+
+def wait_for_ranks(ranks: list[Child], what: str, deadline_s: float, check_interrupt: Callable[[], None]) -> None:
+    """Wait until ranks that run by themselves (no engine, no controller) have ended well.
+
+    Args:
+        what: they do, for errors: "the replay".
+
+    Raises:
+        DapoError: one failed, with the end of its log; or it took too long.
+    """
+    end = time.monotonic() + deadline_s
+    while any(rank.process.poll() != 0 for rank in ranks):
+        check_interrupt()
+        if bad := [rank for rank in ranks if rank.process.poll()]:
+            raise DapoError(f"{what} failed; the end of {bad[0].log}:\n{bad[0].tail()}")
+        if time.monotonic() > end:
+            raise DapoError(f"{what} took more than {deadline_s:g} s: see {ranks[0].log}")
+        time.sleep(0.1)

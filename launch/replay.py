@@ -2,16 +2,15 @@
 
 import os
 import tempfile
-import time
 from pathlib import Path
 
 import yaml
 
 from dapo_megatron.config import RunConfig
-from dapo_megatron.errors import ConfigError, DapoError
+from dapo_megatron.errors import ConfigError
 from launch.ports import reserved_ports
 from launch.processes import ProcessGroup, interruptible
-from launch.ranks import start_ranks
+from launch.ranks import start_ranks, wait_for_ranks
 
 DEADLINE_S = 3600
 
@@ -36,12 +35,5 @@ def replay(config: RunConfig, dump: Path) -> str:
             environment = os.environ | {"OMP_NUM_THREADS": "1"}
             module = "dapo_megatron.trainer.replay"
             ranks = start_ranks(group, "replay", module, arguments, config.world_size, port, environment)
-            end = time.monotonic() + DEADLINE_S
-            while any(rank.process.poll() != 0 for rank in ranks):
-                check_interrupt()
-                if bad := [rank for rank in ranks if rank.process.poll()]:
-                    raise DapoError(f"the replay failed; the end of its log:\n{bad[0].tail()}")
-                if time.monotonic() > end:
-                    raise DapoError(f"the replay took more than {DEADLINE_S} s")
-                time.sleep(0.1)
+            wait_for_ranks(ranks, "the replay", DEADLINE_S, check_interrupt)
         return out.read_text()
