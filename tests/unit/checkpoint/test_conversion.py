@@ -195,14 +195,23 @@ def killed_in(function, *args):
 
 
 def kill_after(owner, name, calls):
-    """Replace a method by one that kills its process in a later call; returns the count."""
+    """Replace a method, in a process that is to die, by one that kills it in a later call."""
+
+    def kill(count):
+        if count > calls:
+            time.sleep(0.3)  # what is on its way to the disk arrives
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    counting(setattr, owner, name, kill)
+
+
+def counting(setattr, owner, name, then=lambda count: None):
+    """Replace a method, by `setattr`, by one that counts its calls; returns the count."""
     original, count = getattr(owner, name), [0]
 
     def counted(*args, **kwargs):
         count[0] += 1
-        if count[0] > calls:
-            time.sleep(0.3)  # what is on its way to the disk arrives
-            os.kill(os.getpid(), signal.SIGKILL)
+        then(count[0])
         return original(*args, **kwargs)
 
     setattr(owner, name, counted)
@@ -227,9 +236,8 @@ def test_a_killed_conversion_goes_on(tmp_path, monkeypatch, small_parts, calls):
 
     killed_in(killed)
     assert not (tmp_path / "dist").exists()
-    count = kill_after(hf_to_dist._Chunk, "read", 1000)
+    count = counting(monkeypatch.setattr, hf_to_dist._Chunk, "read")
     there(path, tmp_path / "dist")
-    monkeypatch.undo()
     assert tree(tmp_path / "dist") == tree(tmp_path / "whole")
     assert not (tmp_path / "dist.partial").exists()
     if calls == 43:
@@ -238,10 +246,9 @@ def test_a_killed_conversion_goes_on(tmp_path, monkeypatch, small_parts, calls):
 
 
 @pytest.mark.parametrize("calls", [0, 9, 30])
-def test_a_killed_conversion_back_goes_on(tmp_path, small_parts, calls):
+def test_a_killed_conversion_back_goes_on(tmp_path, monkeypatch, small_parts, calls):
     path = hf_folder(tmp_path / "hf", "qwen2", False, layers=3, vocab=67)
     there(path, tmp_path / "dist")
-    original = StoredWeights._read
 
     def killed():
         kill_after(StoredWeights, "_read", calls)
@@ -249,9 +256,8 @@ def test_a_killed_conversion_back_goes_on(tmp_path, small_parts, calls):
 
     killed_in(killed)
     assert not (tmp_path / "back").exists()
-    count = kill_after(StoredWeights, "_read", 1000)
+    count = counting(monkeypatch.setattr, StoredWeights, "_read")
     back(tmp_path / "dist", tmp_path / "back")
-    StoredWeights._read = original
     assert tree(tmp_path / "back") == tree(path)
     if calls == 30:
         assert count[0] < 40  # of 50
