@@ -69,22 +69,23 @@ def test_an_interrupt_is_one_line_and_the_next_call_goes_on(tmp_path, monkeypatc
 
 
 SLOWED = """
-import time
-from dapo_megatron.checkpoint.conversion import hf_to_dist, output
+import itertools, sys, time
+from dapo_megatron.checkpoint.conversion import hf_to_dist
 from tools import convert_hf_to_dist
+number, waits = itertools.count(), float(sys.argv.pop())
 read, hf_to_dist.PART_BYTES = hf_to_dist._Chunk.read, 2**22
-hf_to_dist._Chunk.read = lambda *arguments: (time.sleep(0.05), read(*arguments))[1]
+hf_to_dist._Chunk.read = lambda *arguments: (time.sleep(waits * (next(number) == 15)), read(*arguments))[1]
 convert_hf_to_dist.main()
 """
 
 
 @pytest.mark.slow
 def test_a_real_process_stopped_by_ctrl_c_goes_on(tmp_path):
-    """A model of 30 MB, interrupted when its first part is written down."""
+    """A model of 30 MB, interrupted in its 16th tensor, when the first parts are written down."""
     options = {"hidden_size": 256, "intermediate_size": 512, "vocab": 8_000}
     path = hf_folder(tmp_path / "hf", "llama", False, layers=6, **options)
     command = [sys.executable, "-W", "ignore", "-c", SLOWED, str(path), str(tmp_path / "dist")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([*command, "6"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     journal, end = tmp_path / "dist.partial" / output.JOURNAL, time.monotonic() + 60
     while not journal.exists() or b"distcp" not in journal.read_bytes():
         assert time.monotonic() < end and process.poll() is None
@@ -93,6 +94,6 @@ def test_a_real_process_stopped_by_ctrl_c_goes_on(tmp_path):
     _, err = process.communicate(timeout=30)
     assert process.returncode == 130, err
     assert err.splitlines()[-1] == "interrupted: call it again to go on"
-    done = subprocess.run(command, check=False, timeout=120, capture_output=True, text=True)
+    done = subprocess.run([*command, "0"], check=False, timeout=120, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     intact_manifest(tmp_path / "dist")
