@@ -25,9 +25,9 @@ from tests.launch.conftest import finish, start
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 HEARTBEAT_S = 12
-STRIKES = [("trainer rank", signal.SIGSTOP), ("engine", signal.SIGKILL)]
+STRIKES = [("trainer rank", signal.SIGSTOP)]  # tests/distributed/test_chaos.py kills others
 if os.environ.get("LAYOUTS") == "all":
-    STRIKES += [("trainer rank", signal.SIGKILL), ("engine", signal.SIGSTOP)]
+    STRIKES += [("engine", signal.SIGKILL), ("trainer rank", signal.SIGKILL), ("engine", signal.SIGSTOP)]
     STRIKES += [("controller", signal.SIGKILL), ("controller", signal.SIGSTOP)]
 ROLES = {
     "engine": "sglang.launch_server",
