@@ -85,7 +85,13 @@ def test_a_real_process_stopped_by_ctrl_c_goes_on(tmp_path):
     options = {"hidden_size": 256, "intermediate_size": 512, "vocab": 8_000}
     path = hf_folder(tmp_path / "hf", "llama", False, layers=6, **options)
     command = [sys.executable, "-W", "ignore", "-c", SLOWED, str(path), str(tmp_path / "dist")]
-    process = subprocess.Popen([*command, "6"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*command, "6"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a test run in the background ignores it
+    )
     journal, end = tmp_path / "dist.partial" / output.JOURNAL, time.monotonic() + 60
     while not journal.exists() or b"distcp" not in journal.read_bytes():
         assert time.monotonic() < end and process.poll() is None
