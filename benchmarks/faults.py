@@ -196,13 +196,11 @@ def fill_disk(job: Job, rng: random.Random) -> None:
     """Fill the disk, up to some bytes, once a checkpoint is there."""
     assert job.disk is not None
     job.note_all()
-    with (job.disk / "filler").open("wb") as file, suppress(OSError):
-        room = os.statvfs(job.disk)
-        left = rng.choice([0, 200_000, 3_000_000])
-        block = bytes(1 << 16)
-        for _ in range(max(0, room.f_bavail * room.f_frsize - left) // len(block) + (left == 0)):
+    left, block = rng.choice([0, 200_000, 3_000_000]), bytes(1 << 16)
+    # Unbuffered: what a buffer could not write would be tried again, and raise, when the file is closed.
+    with (job.disk / "filler").open("wb", buffering=0) as file, suppress(OSError):
+        while (room := os.statvfs(job.disk)).f_bavail * room.f_frsize > left:
             file.write(block)
-            file.flush()
 
 
 def flip_a_bit(path: Path, rng: random.Random) -> None:
