@@ -1,0 +1,200 @@
+"""The launcher's decisions: each row of the table, and that no order of events leads into a dead end or a loop."""
+
+import random
+from dataclasses import replace
+
+import pytest
+
+from launch.states import (
+    AskToStop,
+    End,
+    EndTraining,
+    EngineLost,
+    Finished,
+    GraceOver,
+    HostLost,
+    Limits,
+    Phase,
+    Progress,
+    Requeue,
+    StartEngine,
+    StartTraining,
+    State,
+    StopAsked,
+    TrainingEnded,
+    TrainingFailed,
+    decide,
+)
+
+CRASH = TrainingFailed("crash", "trainer-1 was killed", "node1")
+
+
+def state(*, restarts=2, requeue=True, spares=(), **others):
+    """Training in slot 0, an engine each in slots 1 and 2."""
+    return State(
+        limits=Limits(max_restarts=restarts, can_requeue=requeue),
+        hosts=("node1", "node2", "node3"),
+        engines={"engine-0": 1, "engine-1": 2},
+        training=frozenset({0}),
+        spares=spares,
+        **others,
+    )
+
+
+def after(state, *events):
+    """(the state after all events, the actions of the last)."""
+    actions = []
+    for event in events:
+        state, actions = decide(state, event)
+    return state, actions
+
+
+def test_an_engine_is_started_again_alone():
+    found, actions = after(state(), EngineLost("engine-1", "killed"))
+    assert actions == [StartEngine("engine-1")] and found.phase is Phase.RUNNING
+    assert found.hosts == ("node1", "node2", "node3")
+
+
+def test_an_engine_that_failed_twice_moves_to_a_spare_host():
+    found, actions = after(state(spares=("node4",)), *2 * [EngineLost("engine-0", "killed")])
+    assert actions == [StartEngine("engine-0")]
+    assert found.hosts == ("node1", "node4", "node3") and found.spares == ()
+
+
+@pytest.mark.parametrize(("limit", "says"), [(0, "killed"), (2, "killed (after 2 restarts of engine-0)")])
+def test_an_engine_is_not_started_for_ever(limit, says):
+    found, actions = after(state(restarts=limit), *(limit + 1) * [EngineLost("engine-0", "killed")])
+    assert actions == [End("engine", says)] and found.phase is Phase.OVER
+
+
+def test_one_engine_does_not_use_up_the_restarts_of_another():
+    _, actions = after(state(restarts=1), EngineLost("engine-0", "killed"), EngineLost("engine-1", "killed"))
+    assert actions == [StartEngine("engine-1")]
+
+
+def test_the_training_is_started_again_when_nothing_of_it_is_left():
+    found, actions = after(state(), CRASH)
+    assert actions == [EndTraining()] and found.phase is Phase.RESTARTING
+    # What its death does to others is no failure of theirs.
+    assert after(found, TrainingFailed("crash", "the controller lost its trainer"))[1] == []
+    found, actions = after(found, TrainingEnded())
+    assert actions == [StartTraining()] and found.phase is Phase.RUNNING and found.restarts == 1
+
+
+@pytest.mark.parametrize("kind", ["configuration", "data", "storage"])
+def test_what_a_person_must_mend_is_not_tried_again(kind):
+    found, actions = after(state(), Progress(3), TrainingFailed(kind, "no such file"))
+    assert actions == [End(kind, "no such file")] and found.phase is Phase.OVER
+
+
+def test_a_restart_without_progress_is_the_last():
+    restarted = [CRASH, TrainingEnded()]
+    _, actions = after(state(step=4), *restarted, CRASH)
+    assert actions == [End("crash", "trainer-1 was killed (no progress since the last start, at step 4)")]
+    _, actions = after(state(step=4), *restarted, Progress(5), CRASH)
+    assert actions == [EndTraining()]
+
+
+def test_beyond_the_limit_the_job_goes_back_into_the_queue_if_it_got_further():
+    thrice = [CRASH, TrainingEnded(), Progress(5), CRASH, TrainingEnded(), Progress(6), CRASH]
+    _, actions = after(state(step=4, step_at_start=4), *thrice)
+    assert actions == [Requeue("trainer-1 was killed (after 2 restarts)", ("node1",))]
+    _, actions = after(state(step=4, step_at_start=4, requeue=False), *thrice)
+    assert actions == [End("crash", "trainer-1 was killed (after 2 restarts)")]
+    _, actions = after(state(step=9, step_at_start=9, restarts=0), CRASH)
+    assert actions == [End("crash", "trainer-1 was killed")]
+
+
+def test_a_lost_host_is_replaced_or_left_out():
+    found, actions = after(state(spares=("node4",)), HostLost("node3"))
+    assert actions == [StartEngine("engine-1")] and found.hosts[2] == "node4"
+    found, actions = after(state(spares=("node4",)), HostLost("node1"))
+    assert actions == [EndTraining()] and found.hosts[0] == "node4" and found.phase is Phase.RESTARTING
+    _, actions = after(state(), Progress(2), HostLost("node3"))
+    assert actions == [Requeue("node3 is lost, and no spare host is left", ("node3",))]
+    _, actions = after(state(), HostLost("node3"))
+    assert actions == [End("crash", "node3 is lost, and no spare host is left")]
+    found, actions = after(state(spares=("node4", "node5")), HostLost("node4"))
+    assert actions == [] and found.spares == ("node5",)
+
+
+def test_what_shares_a_host_moves_together():
+    shared = replace(state(spares=("node4",)), engines={"engine-0": 0, "engine-1": 2})
+    found, actions = after(shared, HostLost("node1"))
+    assert actions == [StartEngine("engine-0"), EndTraining()] and found.hosts == ("node4", "node2", "node3")
+
+
+@pytest.mark.parametrize("comes_back", [False, True])
+def test_a_stop_is_asked_for_and_waited_for(comes_back):
+    found, actions = after(state(), StopAsked("time limit", comes_back))
+    assert actions == [AskToStop()] and found.phase is Phase.STOPPING
+    end = Requeue("time limit", ()) if comes_back else End("preempted", "stopped: time limit")
+    assert after(found, Finished(is_complete=False))[1] == [end]
+    assert after(found, Finished(is_complete=True))[1] == [End(None, "finished")]
+    (late,) = after(found, GraceOver())[1]
+    assert type(late) is type(end)
+    (failed,) = after(found, CRASH)[1]
+    assert type(failed) is type(end)
+    assert after(found, EngineLost("engine-0", "killed"))[1] == []
+    assert after(state(requeue=False), StopAsked("time limit", comes_back), Finished(False))[1] == [
+        End("preempted", "stopped: time limit")
+    ]
+
+
+def test_who_ends_a_run_for_good_is_heard_after_who_wants_it_back():
+    _, actions = after(state(), StopAsked("time limit", True), StopAsked("a person", False), Finished(False))
+    assert isinstance(actions[0], End)
+
+
+def test_a_stop_between_two_starts_does_not_wait():
+    _, actions = after(state(), CRASH, StopAsked("time limit", True))
+    assert actions == [Requeue("time limit", ())]
+
+
+def random_event(rng, at):
+    host = rng.choice([*at.hosts, *at.spares, "elsewhere"])
+    kind = rng.choice(["configuration", "data", "engine", "storage", "preempted", "crash"])
+    return rng.choice(
+        [
+            EngineLost(rng.choice(sorted(at.engines)), "e"),
+            TrainingFailed(kind, "t", rng.choice([None, *at.hosts])),
+            TrainingEnded(),
+            Finished(rng.random() < 0.5),
+            HostLost(host),
+            Progress(at.step + rng.randrange(2)),
+            StopAsked("s", rng.random() < 0.5),
+            GraceOver(),
+        ]
+    )
+
+
+@pytest.mark.parametrize("seed", range(300))
+def test_no_order_of_events_leads_into_a_dead_end_or_a_loop(seed):
+    rng = random.Random(seed)
+    limit, spares = rng.randrange(4), tuple(f"spare{i}" for i in range(rng.randrange(3)))
+    at = state(restarts=limit, requeue=rng.random() < 0.5, spares=spares)
+    if rng.random() < 0.3:
+        at = replace(at, engines={"engine-0": 0, "engine-1": 1})
+    starts, trainings, ends, asked = 0, 0, 0, 0
+    for _ in range(200):
+        before = at
+        at, actions = decide(at, random_event(rng, at))
+        assert len(set(at.hosts)) == len(at.hosts) and not set(at.hosts) & set(at.spares)
+        starts += sum(isinstance(a, StartEngine) for a in actions)
+        trainings += StartTraining() in actions
+        asked += AskToStop() in actions
+        ends += sum(isinstance(a, End | Requeue) for a in actions)
+        # Whoever waits has asked for what it waits for.
+        assert (at.phase is Phase.RESTARTING) <= (before.phase is Phase.RESTARTING or EndTraining() in actions)
+        assert (at.phase is Phase.STOPPING) <= (before.phase is Phase.STOPPING or AskToStop() in actions)
+        assert (at.phase is Phase.OVER) == (ends == 1)
+        if StartTraining() in actions:
+            assert before.phase is Phase.RESTARTING
+        if any(isinstance(a, Requeue) for a in actions):
+            assert at.limits.can_requeue
+    moves = 2 * len(spares)  # a slot has two engines at most
+    assert starts <= 2 * limit + moves and trainings <= limit + len(spares) and asked <= 1 and ends <= 1
+    # Every phase has a way out.
+    at, _ = decide(at, TrainingEnded())
+    at, _ = decide(at, GraceOver())
+    assert at.phase in (Phase.RUNNING, Phase.OVER)
