@@ -10,7 +10,7 @@ together. They run in slots, the places that the placement plans. Each slot is o
                 ... too often             over        Requeue if the run got further and the job may, or else End
                 ... again at that step    over        End: no progress since the last start
                 ... configuration, data   over        End: a person must mend it (a full disk too)
-                HostLost                  running     a spare host takes over: StartEngine or EndTraining, by what ran there
+                HostLost                  running     a spare host takes over: StartEngine, EndTraining, as needed
                 ... no spare host         over        Requeue without that host, or End
                 StopAsked                 stopping    AskToStop
                 Finished                  over        End
