@@ -31,6 +31,7 @@ from dapo_megatron.config import RunConfig
 from dapo_megatron.data.tokenizer import load_tokenizer
 from dapo_megatron.engines.client import EngineClient
 from dapo_megatron.engines.coalescing import CoalescingClient
+from dapo_megatron.engines.engine_set import of_urls
 from dapo_megatron.engines.wire import SamplingParams
 from dapo_megatron.grading.pool import GradingPool
 from dapo_megatron.records import Group, Prompt, Response, ScoredGroup
@@ -83,8 +84,12 @@ def _serve(port: int, tokens: int) -> None:
         next_one += 1
         return web.Response(body=replies[next_one % DISTINCT], content_type="application/json")
 
+    async def model_info(_: web.Request) -> web.Response:
+        return web.json_response({"weight_version": "0"})
+
     app = web.Application()
     app.router.add_post("/generate", generate)
+    app.router.add_get("/model_info", model_info)
     web.run_app(app, host=LOCALHOST, port=port, print=None, reuse_port=True)
 
 
@@ -127,7 +132,7 @@ async def _measure(folder: Path, count: int, url: str) -> None:
 
     async with (
         GradingPool(None, 1, 10.0, 1024) as grading,
-        EngineClient([url], concurrency=config.rollout.concurrency, timeout_s=600) as client,
+        EngineClient(lambda: of_urls([url]), concurrency=config.rollout.concurrency, timeout_s=600) as client,
     ):
         sampler = CoalescingClient(client)
         await group(prompts[0])  # the server is up

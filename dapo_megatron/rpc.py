@@ -4,6 +4,9 @@ An error on the controller's side comes back as `Failed` and is raised by the tr
 know each other by their keys (ZeroMQ CURVE): what anybody else sends is dropped before it is read.
 """
 
+import time
+from collections.abc import Callable
+
 import msgspec
 import zmq
 import zmq.asyncio
@@ -15,6 +18,10 @@ from dapo_megatron.messages import Failed, Reply, Request
 
 _requests = msgspec.msgpack.Decoder(Request)
 _replies = msgspec.msgpack.Decoder(Reply)
+
+
+LOOK_S = 0.5
+"""Between two looks for what interrupts a wait."""
 
 
 class RpcClient:
@@ -31,17 +38,31 @@ class RpcClient:
         self._socket.connect(address)
 
     def ask(self, request: Request, *, deadline_s: float) -> Reply:
-        """Send a request and wait for its reply.
+        """Send a request and wait for its reply; raises as `receive`."""
+        self.send(request, deadline_s=deadline_s)
+        reply = self.receive(lambda: False)
+        assert reply is not None
+        return reply
+
+    def send(self, request: Request, *, deadline_s: float) -> None:
+        """Send a request, to be answered before the deadline."""
+        self._asked, self._deadline_s, self._sent = request, deadline_s, time.monotonic()
+        self._socket.send(msgspec.msgpack.encode(request))
+
+    def receive(self, is_interrupted: Callable[[], bool]) -> Reply | None:
+        """Wait for the reply; None when the wait was interrupted, and may be taken up again.
 
         Raises:
             DapoError: no reply in time, or the controller failed (its own kind of error).
         """
-        self._socket.send(msgspec.msgpack.encode(request))
-        if not self._socket.poll(int(deadline_s * 1000)):
-            raise DapoError(
-                f"the controller at {self.address} did not answer {type(request).__name__} within {deadline_s:.0f} s: "
-                "see logs/controller.log"
-            )
+        while not self._socket.poll(int(LOOK_S * 1000)):
+            if is_interrupted():
+                return None
+            if time.monotonic() - self._sent > self._deadline_s:
+                raise DapoError(
+                    f"the controller at {self.address} did not answer {type(self._asked).__name__} within "
+                    f"{self._deadline_s:.0f} s: see logs/controller.log"
+                )
         reply = _replies.decode(self._socket.recv())
         if isinstance(reply, Failed):
             raise error_of_kind(reply.kind, f"the controller stopped: {reply.reason}")

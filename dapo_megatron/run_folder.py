@@ -80,6 +80,11 @@ class RunFolder:
         return self.path / "engine_options.yaml"
 
     @property
+    def engine_set(self) -> Path:
+        """Who serves now."""
+        return self.path / "engines.json"
+
+    @property
     def statuses(self) -> Path:
         """Folder of what each process does now."""
         return self.path / "status"

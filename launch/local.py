@@ -11,6 +11,7 @@ import torch
 
 from dapo_megatron.config import RunConfig
 from dapo_megatron.engines.command import engine_command, engine_environment
+from dapo_megatron.engines.engine_set import of_urls, write_engine_set
 from dapo_megatron.errors import ConfigError, DapoError, Preempted, told
 from dapo_megatron.observe.catalog import PHASES
 from dapo_megatron.observe.display import ProgressDisplay
@@ -97,12 +98,12 @@ def _start(config: RunConfig, folder: RunFolder, group: ProcessGroup, ports: lis
             "0"  # sets of strings (sympy's symbols) then have the same order in every process
         )
     link_port, meeting_port, *engine_ports = ports
-    urls = [f"http://{LOCALHOST}:{port}" for port in engine_ports]
+    write_engine_set(folder, of_urls([f"http://{LOCALHOST}:{port}" for port in engine_ports]))
     for i, port in enumerate(engine_ports):
         command = engine_command(config, LOCALHOST, port, cpu=cpu, options_file=folder.engine_options)
         # An SGLang server waits five seconds after SIGTERM, and has nothing to lose.
         group.start(f"engine-{i}", command, engine_environment(environment, cpu=cpu), grace=False)
-    shared = ["--config", str(job.config), "--link", f"tcp://{LOCALHOST}:{link_port}", "--engines", *urls]
+    shared = ["--config", str(job.config), "--link", f"tcp://{LOCALHOST}:{link_port}"]
     group.start("controller", [sys.executable, "-m", "dapo_megatron.rollout", *shared], environment)
     return start_ranks(
         group,

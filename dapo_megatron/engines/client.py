@@ -2,13 +2,14 @@
 
 import asyncio
 import random
-import time
-from collections import Counter
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
 import aiohttp
 
+from dapo_megatron.engines.engine_set import EngineSet
+from dapo_megatron.engines.serving import ServingEngines
 from dapo_megatron.engines.wire import Completion, SamplingParams, decode_completions, generate_request
 from dapo_megatron.errors import EngineError
 
@@ -19,20 +20,29 @@ REFUSED_FOR_NOW = (408, 429)
 class EngineClient:
     """One HTTP session to all engines; use as an async context manager.
 
-    A request goes to the engine with the fewest responses in flight.
+    A request goes to the engine with the fewest responses in flight, of those that serve. One that gave no answer is
+    put aside until it says that it serves again; what it was asked for is asked of another.
     """
 
-    def __init__(self, urls: list[str], *, concurrency: int, timeout_s: float, api_key: str | None = None):
+    def __init__(
+        self,
+        read_set: Callable[[], EngineSet],
+        *,
+        concurrency: int,
+        timeout_s: float,
+        api_key: str | None = None,
+    ):
         """
         Args:
+            read_set: who serves now.
             concurrency: most responses in flight on all engines together.
             timeout_s: seconds for one request from the moment it is sent, retries included.
             api_key: what the servers were started with.
         """
-        self.urls, self.concurrency, self.timeout_s = urls, concurrency, timeout_s
+        self.concurrency, self.timeout_s = concurrency, timeout_s
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._slots, self._turn = asyncio.Semaphore(concurrency), asyncio.Lock()
-        self._in_flight: Counter[str] = Counter(dict.fromkeys(urls, 0))
+        self._serving = ServingEngines(read_set)
         self._open: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
@@ -41,9 +51,11 @@ class EngineClient:
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=10),
             headers=self._headers,
         )
+        self._serving.start(self._open)
         return self
 
     async def __aexit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self._serving.stop()
         await self._session.close()
 
     async def generate(self, input_ids: list[int], params: SamplingParams, count: int = 1) -> list[Completion]:
@@ -61,7 +73,7 @@ class EngineClient:
             for _ in range(count):
                 await self._slots.acquire()
         try:
-            return await self._until_answered(input_ids, params, count, time.monotonic() + self.timeout_s)
+            return await self._until_answered(input_ids, params, count)
         finally:
             for _ in range(count):
                 self._slots.release()
@@ -72,29 +84,46 @@ class EngineClient:
             raise RuntimeError("EngineClient is used outside its `async with`")
         return self._open
 
-    async def _until_answered(
-        self, input_ids: list[int], params: SamplingParams, count: int, deadline: float
-    ) -> list[Completion]:
-        pause, last = 0.1, "no engine was free"
+    async def _until_answered(self, input_ids: list[int], params: SamplingParams, count: int) -> list[Completion]:
+        loop = asyncio.get_running_loop()
+        pause, last, deadline = 0.1, "", loop.time() + self.timeout_s
         found: list[Completion] = []
         while (missing := count - len(found)) > 0:
-            if (left := deadline - time.monotonic()) <= 0:
-                raise EngineError(
-                    f"no response from the engines within {self.timeout_s:.0f} s (last: {last}): see logs/engine-*.log"
-                )
-            url = min(self.urls, key=self._in_flight.__getitem__)
-            self._in_flight[url] += missing
             try:
-                some, last = await asyncio.wait_for(self._attempt(url, input_ids, params, missing), left)
-            except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, TimeoutError) as e:
-                some, last = [], f"{url}: {type(e).__name__} {e}".strip()
-            finally:
-                self._in_flight[url] -= missing
+                async with asyncio.timeout_at(deadline):
+                    some, last = await self._ask(input_ids, params, missing)
+            except TimeoutError:
+                raise EngineError(
+                    f"no response from the engines within {self.timeout_s:.0f} s (last: "
+                    f"{last or self._serving.why_none()}): see logs/engine-*.log"
+                ) from None
             found += some
             if len(some) < missing:
-                await asyncio.sleep(min(pause * random.uniform(0.5, 1.5), max(0.0, deadline - time.monotonic())))
+                await asyncio.sleep(min(pause * random.uniform(0.5, 1.5), max(0.0, deadline - loop.time())))
                 pause = min(pause * 2, 5.0)
         return found
+
+    async def _ask(self, input_ids: list[int], params: SamplingParams, count: int) -> tuple[list[Completion], str]:
+        """What one engine gives: at most `count` completions, and what became of the rest."""
+        server = await self._serving.fewest_in_flight()
+        server.in_flight += count
+        attempt = asyncio.ensure_future(self._attempt(server.url, input_ids, params, count))
+        server.attempts.add(attempt)
+        try:
+            await asyncio.wait([attempt])
+            return attempt.result()
+        except asyncio.CancelledError:
+            if not attempt.cancelled():  # it is this call that is cancelled
+                raise
+            return [], f"{server.url}: it was replaced"
+        except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, TimeoutError) as e:
+            last = f"{server.url}: {type(e).__name__} {e}".strip()
+            self._serving.failed(server, last)
+            return [], last
+        finally:
+            attempt.cancel()
+            server.attempts.discard(attempt)
+            server.in_flight -= count
 
     async def _attempt(
         self, url: str, input_ids: list[int], params: SamplingParams, count: int

@@ -17,6 +17,10 @@ SESSIONS_SINCE = (0, 5, 21)
 of such servers only, all of them know."""
 
 
+NO_SESSION = "no weight-update session is open"
+"""What a server answers that is asked to close one."""
+
+
 class EngineControl:
     """One server, told by its URL; every call has a deadline, and its error names the server and the call."""
 
@@ -83,6 +87,14 @@ class EngineControl:
         """Close the weight-update session."""
         if self.has_sessions:
             self._call("POST", "/end_weight_update", {}, timeout_s=self._quick_s)
+
+    def abandon_update(self) -> None:
+        """Close the session that a push has left open when it failed, if there is one."""
+        try:
+            self.end_update()
+        except EngineError as e:
+            if NO_SESSION not in str(e):
+                raise
 
     def flush_cache(self) -> None:
         """Drop the KV cache that the old weights produced, where receive_tensors has not done it.

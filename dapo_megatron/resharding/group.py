@@ -45,6 +45,11 @@ def join_as_sender(name: str, store: TCPStore, world: int, backend: str, timeout
     return group
 
 
+def end_group(group: dist.ProcessGroup) -> None:
+    """Close the sender's end of a group: engines that still wait for it in a broadcast stop waiting."""
+    dist.destroy_process_group(group)
+
+
 def sender_address(engine_urls: list[str]) -> str:
     """An address of this host that the engines can reach; loopback where all of them are on this host."""
     if all(urlsplit(url).hostname in ("127.0.0.1", "localhost") for url in engine_urls):

@@ -6,7 +6,7 @@
     all engines      close the session, set the version, go on, report the version back
 
 Every phase ends in an exchange of verdicts among all ranks, so that a failure on one of them stops the step on all with
-the same message instead of a hang.
+the same message instead of a hang. When the launcher has replaced the engine that failed, all get the weights anew.
 """
 
 import time
@@ -20,53 +20,68 @@ import torch.distributed as dist
 from dapo_megatron.actor.actor import Actor
 from dapo_megatron.actor.model import DTYPES
 from dapo_megatron.config import RunConfig
-from dapo_megatron.distributed.agreement import all_agree, sum_over_ranks
+from dapo_megatron.distributed.agreement import all_agree, on_first_rank, sum_over_ranks
 from dapo_megatron.engines.control import EngineControl
+from dapo_megatron.engines.engine_set import EngineSet, Member
 from dapo_megatron.errors import DapoError, EngineError
 from dapo_megatron.observe import catalog as m
-from dapo_megatron.resharding.group import join_as_sender, open_store, sender_address
+from dapo_megatron.resharding.group import end_group, join_as_sender, open_store, sender_address
 from dapo_megatron.resharding.plan import Bucket, plan_buckets
 from dapo_megatron.weights.exporter import export_names, export_stage, is_sender
 
 T = TypeVar("T")
+SETTLE_S = 5.0
+"""For an engine that has just died to be seen as dead."""
+LOOK_S = 0.25
 
 
 class Pusher:
     """Every trainer rank holds one; `connect`, `push` and `close` are collective over all of them."""
 
-    def __init__(self, config: RunConfig, actor: Actor, engine_urls: list[str], api_key: str | None = None):
+    def __init__(self, config: RunConfig, actor: Actor, read_set: Callable[[], EngineSet], api_key: str | None = None):
+        """`read_set` tells rank 0 who serves now."""
         self.actor, self.layout, self.config = actor, actor.layout, config
         self.dtype = config.engine_dtype
         self.is_sender = is_sender()
         self.timeout_s = config.engine_call_timeout_s
-        self.engines = [EngineControl(url, self.timeout_s, api_key) for url in engine_urls] if self._talks else []
-        self._threads = ThreadPoolExecutor(max_workers=max(1, len(engine_urls)))
+        self.engines: list[EngineControl] = []
+        """On rank 0 and the senders, which talk to them."""
+        self._read_set, self._api_key = read_set, api_key
+        self._set = EngineSet(0, ())
+        self._threads = ThreadPoolExecutor(max_workers=1)
         self._group: dist.ProcessGroup | None = None
         self._group_name = ""
-        self._live: int | None = None
+        self._live: dict[Member, int] = {}
+        """Version that each engine was given."""
 
-    @property
-    def _talks(self) -> bool:
-        return self.is_sender or self.layout.rank == 0
+    def is_outdated(self) -> bool:
+        """Whether other engines serve now than those that are connected; for rank 0 alone."""
+        return self._read_set().generation != self._set.generation
 
     def connect(self) -> None:
-        """Wait for the engines, then open one group from each pipeline stage's sender to all of them.
+        """Wait for the engines that serve now, then open one group from each pipeline stage's sender to all of them.
 
         Raises:
             DapoError: an engine did not answer or could not join.
         """
+        self._disconnect()
+        self._set = on_first_rank("reading the engine set", self.layout, self._read_set)
+        if self.is_sender or self.layout.rank == 0:
+            self.engines = [EngineControl(m.url, self.timeout_s, self._api_key) for m in self._set.members]
+            self._threads = ThreadPoolExecutor(max_workers=max(1, len(self.engines)))
         with all_agree("connecting to the engines", self.layout, may_take_long=True):
             for engine in self.engines:
                 engine.wait_ready(self.config.engine.start_timeout_s)
             if self.layout.rank == 0:
                 self.on_all(EngineControl.freeze_gc)
+                self.on_all(EngineControl.abandon_update)
         for stage in range(self.layout.pp_size):
             with all_agree(f"opening the weight group of pipeline stage {stage}", self.layout):
                 if self.is_sender and self.layout.pp_rank == stage:
                     self._open_group(stage)
 
     def push(self, version: int) -> dict[str, float]:
-        """Make `version` live on every engine.
+        """Make `version` live on every engine, also on those that replace others meanwhile.
 
         Returns:
             sync/seconds and sync/bytes.
@@ -74,10 +89,37 @@ class Pusher:
         Raises:
             DapoError: names the server and the bucket that failed.
         """
-        began, sent = time.monotonic(), 0
+        began, is_connected = time.monotonic(), True
+        while True:
+            try:
+                if not is_connected:
+                    self.connect()
+                sent = self._push(version)
+            except EngineError as e:
+                self._wait_until_replaced(e)
+                self._live, is_connected = {}, False
+            else:
+                return {m.SYNC_SECONDS: time.monotonic() - began, m.SYNC_BYTES: sent}
+
+    def _wait_until_replaced(self, error: EngineError) -> None:
+        """Raise the error again unless the set changes; nobody replaces engines that all answer."""
+
+        def wait() -> None:
+            began = time.monotonic()
+            while not self.is_outdated():
+                waited = time.monotonic() - began
+                if waited > self.config.heartbeat_timeout_s or (waited > SETTLE_S and all(self.on_all(_answers))):
+                    raise error
+                time.sleep(LOOK_S)
+
+        on_first_rank("waiting for another engine", self.layout, wait, may_take_long=True)
+
+    def _push(self, version: int) -> float:
+        """Bytes sent by all stages."""
+        sent = 0
         with all_agree("pausing the engines", self.layout):
             if self.layout.rank == 0:
-                self.on_all(self._begin)
+                self._all_begin()
         for stage in range(self.layout.pp_size):
             with all_agree(f"sending the weights of pipeline stage {stage}", self.layout):
                 if self.layout.pp_rank == stage:
@@ -85,16 +127,23 @@ class Pusher:
         with all_agree(f"making version {version} live", self.layout):
             if self.layout.rank == 0:
                 self.on_all(lambda e: self._make_live(e, version))
-        self._live = version
+        self._live = dict.fromkeys(self._set.members, version)
         total = torch.tensor(float(sent if self.is_sender else 0), dtype=torch.float64)
         sum_over_ranks("counting bytes", total, self.layout)
-        return {m.SYNC_SECONDS: time.monotonic() - began, m.SYNC_BYTES: float(total)}
+        return float(total)
 
     def close(self) -> None:
         """Close the connections; the groups end with the processes."""
         self._threads.shutdown(wait=False, cancel_futures=True)
         for engine in self.engines:
             engine.close()
+        self.engines = []
+
+    def _disconnect(self) -> None:
+        if self._group is not None:
+            end_group(self._group)
+            self._group = None
+        self.close()
 
     def _open_group(self, stage: int) -> None:
         backend = "nccl" if torch.cuda.is_available() else "gloo"
@@ -141,10 +190,14 @@ class Pusher:
             except DapoError as e:
                 raise EngineError(f"{_label(bucket)} did not arrive at {engine.url}: {e}") from None
 
-    def _begin(self, engine: EngineControl) -> None:
-        if self._live is not None and (served := engine.version()) != str(self._live):
+    def _all_begin(self) -> None:
+        given = {m.url: self._live[m] for m in self._set.members if m in self._live}
+        self.on_all(lambda engine: self._begin(engine, given.get(engine.url)))
+
+    def _begin(self, engine: EngineControl, given: int | None) -> None:
+        if given is not None and (served := engine.version()) != str(given):
             raise EngineError(
-                f"engine {engine.url} serves version {served}, the trainer had pushed {self._live}: somebody else has "
+                f"engine {engine.url} serves version {served}, the trainer had pushed {given}: somebody else has "
                 "changed its weights"
             )
         engine.pause()
@@ -169,6 +222,14 @@ class Pusher:
 
 def _receive(engine: EngineControl, group: str, bucket: Bucket, flush_cache: bool) -> None:
     engine.receive_tensors(group, bucket.names, bucket.shapes, bucket.dtype, flush_cache=flush_cache)
+
+
+def _answers(engine: EngineControl) -> bool:
+    try:
+        engine.version()
+    except EngineError:
+        return False
+    return True
 
 
 def _label(bucket: Bucket) -> str:

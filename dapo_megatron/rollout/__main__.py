@@ -17,7 +17,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m dapo_megatron.rollout", description=__doc__)
     parser.add_argument("--config", required=True, type=Path, help="config.yaml in the run folder")
     parser.add_argument("--link", required=True, help="address to bind, such as tcp://127.0.0.1:5555")
-    parser.add_argument("--engines", required=True, nargs="+", help="URLs of the SGLang servers")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
 
@@ -26,13 +25,14 @@ def main() -> int:
     from dapo_megatron.run_folder import RunFolder
 
     reporter = Reporter(RunFolder(args.config.parent), "controller")
-    return run_reported(reporter, lambda: asyncio.run(_serve(reporter, args.config, args.link, args.engines)))
+    return run_reported(reporter, lambda: asyncio.run(_serve(reporter, args.config, args.link)))
 
 
-async def _serve(reporter: "Reporter", config_path: Path, address: str, urls: list[str]) -> None:
+async def _serve(reporter: "Reporter", config_path: Path, address: str) -> None:
     from dapo_megatron.config import load_config
     from dapo_megatron.engines.client import EngineClient
     from dapo_megatron.engines.coalescing import CoalescingClient
+    from dapo_megatron.engines.engine_set import read_engine_set
     from dapo_megatron.grading.pool import grading_pool
     from dapo_megatron.keys import read_keys
     from dapo_megatron.rollout.controller import Controller
@@ -44,7 +44,10 @@ async def _serve(reporter: "Reporter", config_path: Path, address: str, urls: li
     async with (
         grading_pool(config) as grading,
         EngineClient(
-            urls, concurrency=r.concurrency, timeout_s=r.request_timeout_s, api_key=keys.engine_api_key
+            lambda: read_engine_set(reporter.folder),
+            concurrency=r.concurrency,
+            timeout_s=r.request_timeout_s,
+            api_key=keys.engine_api_key,
         ) as client,
     ):
         controller = Controller(config, reporter, CoalescingClient(client), grading)

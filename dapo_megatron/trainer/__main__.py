@@ -18,6 +18,7 @@ from dapo_megatron.actor.layout_check import check_layout
 from dapo_megatron.actor.precision import require_precision
 from dapo_megatron.config import load_config
 from dapo_megatron.distributed.layout import init_parallel
+from dapo_megatron.engines.engine_set import read_engine_set
 from dapo_megatron.keys import read_keys
 from dapo_megatron.process import Reporter, run_reported
 from dapo_megatron.resharding.push import Pusher
@@ -33,7 +34,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m dapo_megatron.trainer", description=__doc__)
     parser.add_argument("--config", required=True, type=Path, help="config.yaml in the run folder")
     parser.add_argument("--link", required=True, help="the controller's address")
-    parser.add_argument("--engines", required=True, nargs="+", help="URLs of the SGLang servers")
     parser.add_argument("--resume", type=Path, help="checkpoint to go on from")
     parser.add_argument("--weights", type=Path, help="checkpoint of which only the weights are taken")
     args = parser.parse_args()
@@ -53,7 +53,7 @@ def _train(args: argparse.Namespace, reporter: Reporter) -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     layout, keys = init_parallel(config), read_keys(folder)
     actor = Actor(config, shape, layout)
-    pusher = Pusher(config, actor, args.engines, keys.engine_api_key)
+    pusher = Pusher(config, actor, lambda: read_engine_set(folder), keys.engine_api_key)
     controller = ControllerClient(config, layout, folder, args.link, keys)
     recorder = Recorder(config, layout, reporter)
     try:

@@ -5,6 +5,9 @@ old log-probs           of all mini-batches but the first, before its update, on
 update                  one for each mini-batch
 push                    the next version goes live on the engines, and its log-probs are compared
 checkpoint              after some steps; written while the next ones run, published by a later one
+
+While the controller is waited for, an engine that the launcher has replaced gets the live version; a request to stop
+ends the run at once, with the checkpoint of the step before.
 """
 
 import math
@@ -16,7 +19,7 @@ import torch
 
 from dapo_megatron.actor.actor import Actor
 from dapo_megatron.actor.training_objective import PolicyObjective
-from dapo_megatron.batching.batch import MicroBatch
+from dapo_megatron.batching.batch import MicroBatch, StepBatch
 from dapo_megatron.checkpoint.distributed import Checkpointer
 from dapo_megatron.checkpoint.load import load_checkpoint, load_weights
 from dapo_megatron.checkpoint.manifest import Format, read_manifest
@@ -29,7 +32,7 @@ from dapo_megatron.observe import catalog as m
 from dapo_megatron.resharding.push import Pusher
 from dapo_megatron.resharding.verify import Verifier
 from dapo_megatron.run_folder import RunFolder
-from dapo_megatron.trainer.controller_client import ControllerClient
+from dapo_megatron.trainer.controller_client import ControllerClient, Meanwhile, StopAsked
 from dapo_megatron.trainer.recorder import Recorder
 from dapo_megatron.trainer.skipped import count_skipped, dump_skipped
 
@@ -62,42 +65,73 @@ def train(
     with recorder.phase("start"):
         verifier = Verifier(config, actor, pusher, controller.hello(state, snapshot))
         recorder.open(None if start.resume is None else state.step)
-        pusher.connect()
-        if config.resharding.verify_every:
-            verifier.prime()
-        pusher.push(state.version)
-        if config.resharding.verify_every:
-            verifier.verify(state.version)
+        go_live(config, pusher, verifier, state.version)
+    objective, checkpointer = PolicyObjective(config.algorithm), Checkpointer(config, actor)
+
+    def follow_engines() -> None:
+        if on_first_rank("looking for other engines", actor.layout, pusher.is_outdated):
+            go_live(config, pusher, verifier, state.version)
+
+    def stop_or_follow_engines() -> None:
+        if asked_to_stop(config, actor.layout):
+            raise StopAsked
+        follow_engines()
+
+    evaluating = Meanwhile(pusher.is_outdated, follow_engines)
+    generating = Meanwhile(lambda: stop_request(config).exists() or pusher.is_outdated(), stop_or_follow_engines)
+
     if start.resume is not None:
-        before = read_manifest(start.resume).metrics
+        manifest = read_manifest(start.resume)
+        evaluation, saved = manifest.metrics, (state.step, manifest.format)
     else:
         with recorder.phase("evaluate"):
-            before = controller.evaluate(state)
-        recorder.record({m.STEP: 0, m.VERSION: state.version} | before)
+            evaluation = controller.evaluate(state, evaluating)
+        recorder.record({m.STEP: 0, m.VERSION: state.version} | evaluation)
+        saved = (0, "weights")
 
-    objective, checkpointer = PolicyObjective(config.algorithm), Checkpointer(config, actor)
     published: dict[str, float] = {}
-    is_over = state.step >= config.trainer.steps or reached(config.trainer.stop_at, before)
-    while not is_over:
-        state, metrics, snapshot = rollout_step(config, actor, controller, pusher, verifier, recorder, objective, state)
-        evaluation: dict[str, float] = {}
-        is_over = state.step == config.trainer.steps
-        if is_over or state.step % config.evaluation.every == 0:
-            with recorder.phase("evaluate"):
-                evaluation = controller.evaluate(state)
-            is_over = is_over or reached(config.trainer.stop_at, evaluation)
-        is_over = is_over or asked_to_stop(config, actor.layout)
-        with recorder.phase("checkpoint"):
-            published |= checkpointer.poll()
-        # Before the checkpoint, so that whoever goes on from it has the record of its step.
-        recorder.record({m.STEP: state.step, m.VERSION: state.version} | metrics | evaluation | published)
-        published = {}
-        if is_over or state.step % config.checkpoint.every == 0:
+    is_over = state.step >= config.trainer.steps or reached(config.trainer.stop_at, evaluation)
+    try:
+        while not is_over:
+            with recorder.phase("step"):
+                with recorder.phase("generate"):
+                    batch, metrics, snapshot = controller.next_batch(state.step + 1, state.version, generating)
+                state, trained = train_step(config, actor, pusher, verifier, recorder, objective, state, batch)
+            evaluation = {}
+            is_over = state.step == config.trainer.steps
+            if is_over or state.step % config.evaluation.every == 0:
+                with recorder.phase("evaluate"):
+                    evaluation = controller.evaluate(state, evaluating)
+                is_over = is_over or reached(config.trainer.stop_at, evaluation)
+            is_over = is_over or asked_to_stop(config, actor.layout)
             with recorder.phase("checkpoint"):
-                format = format_of(state.step, config.checkpoint, is_last=is_over)
-                published = checkpointer.save(state, snapshot, format=format, metrics=evaluation)
+                published |= checkpointer.poll()
+            # Before the checkpoint, so that whoever goes on from it has the record of its step.
+            known = {m.STEP: state.step, m.VERSION: state.version}
+            recorder.record(known | metrics | trained | evaluation | published)
+            published = {}
+            if is_over or state.step % config.checkpoint.every == 0:
+                with recorder.phase("checkpoint"):
+                    format = format_of(state.step, config.checkpoint, is_last=is_over)
+                    published = checkpointer.save(state, snapshot, format=format, metrics=evaluation)
+                    saved = (state.step, format)
+    except StopAsked:
+        if snapshot is not None and saved != (state.step, "fully_reshardable"):
+            checkpointer.save(state, snapshot, format="fully_reshardable", metrics=evaluation)
+        checkpointer.finish()
+        return
     checkpointer.finish()
     controller.goodbye()
+
+
+def go_live(config: RunConfig, pusher: Pusher, verifier: Verifier, version: int) -> None:
+    """Give the engines that serve now the weights as `version`, and compare; collective over all ranks."""
+    pusher.connect()
+    if config.resharding.verify_every:
+        verifier.prime()
+    pusher.push(version)
+    if config.resharding.verify_every:
+        verifier.verify(version)
 
 
 def load(config: RunConfig, actor: Actor, start: Start) -> tuple[TrainState, bytes | None]:
@@ -118,8 +152,12 @@ def reached(goals: Mapping[EvaluationMetric, float], evaluation: dict[str, float
 
 def asked_to_stop(config: RunConfig, layout: Layout) -> bool:
     """Whether somebody (the launcher, at SIGTERM) has asked the run to save and end; rank 0 looks."""
-    request = RunFolder(Path(config.run_dir)).stop_request
-    return on_first_rank("looking for a request to stop", layout, request.exists)
+    return on_first_rank("looking for a request to stop", layout, stop_request(config).exists)
+
+
+def stop_request(config: RunConfig) -> Path:
+    """The file that asks for a stop."""
+    return RunFolder(Path(config.run_dir)).stop_request
 
 
 def format_of(step: int, config: CheckpointConfig, *, is_last: bool) -> Format:
@@ -128,39 +166,36 @@ def format_of(step: int, config: CheckpointConfig, *, is_last: bool) -> Format:
     return "fully_reshardable" if is_last or is_nth else "dp_reshardable"
 
 
-def rollout_step(
+def train_step(
     config: RunConfig,
     actor: Actor,
-    controller: ControllerClient,
     pusher: Pusher,
     verifier: Verifier,
     recorder: Recorder,
     objective: PolicyObjective,
     state: TrainState,
-) -> tuple[TrainState, dict[str, float], bytes]:
-    """One rollout step: where training stands after it, its metrics, and the controller's state that belongs to it."""
-    step = state.step + 1
-    with recorder.phase("step"):
-        with recorder.phase("generate"):
-            batch, metrics, snapshot = controller.next_batch(step, state.version)
-        shards = [mini_batch.shards[actor.layout.dp_rank] for mini_batch in batch.mini_batches]
-        with recorder.phase("old_logprobs"):
-            old = old_logprobs(config, actor, shards)
-        with recorder.phase("update"):
-            updates, skipped = [], state.skipped
-            for shard, own in zip(shards, old, strict=True):
-                updates.append(actor.update(shard, objective, own))
-                skipped = count_skipped(skipped, updates[-1])
-                if skipped > config.trainer.max_skipped_updates:
-                    raise dump_skipped(config, actor, batch, updates, replace(state, skipped=skipped))
-        metrics |= m.reduce_updates([u | {m.GRAD_NORM_MIN: u[m.GRAD_NORM]} for u in updates])
-        version = state.version + 1
-        with recorder.phase("push"):
-            metrics |= pusher.push(version)
-        if config.resharding.verify_every and step % config.resharding.verify_every == 0:
-            with recorder.phase("verify"):
-                metrics[m.SYNC_DIFFERENCE] = verifier.verify(version)
-    return replace(state, step=step, version=version, skipped=skipped), metrics, snapshot
+    batch: StepBatch,
+) -> tuple[TrainState, dict[str, float]]:
+    """What follows the batch of a rollout step: where training stands after it, and its metrics."""
+    metrics: dict[str, float] = {}
+    shards = [mini_batch.shards[actor.layout.dp_rank] for mini_batch in batch.mini_batches]
+    with recorder.phase("old_logprobs"):
+        old = old_logprobs(config, actor, shards)
+    with recorder.phase("update"):
+        updates, skipped = [], state.skipped
+        for shard, own in zip(shards, old, strict=True):
+            updates.append(actor.update(shard, objective, own))
+            skipped = count_skipped(skipped, updates[-1])
+            if skipped > config.trainer.max_skipped_updates:
+                raise dump_skipped(config, actor, batch, updates, replace(state, skipped=skipped))
+    metrics |= m.reduce_updates([u | {m.GRAD_NORM_MIN: u[m.GRAD_NORM]} for u in updates])
+    step, version = state.step + 1, state.version + 1
+    with recorder.phase("push"):
+        metrics |= pusher.push(version)
+    if config.resharding.verify_every and step % config.resharding.verify_every == 0:
+        with recorder.phase("verify"):
+            metrics[m.SYNC_DIFFERENCE] = verifier.verify(version)
+    return replace(state, step=step, version=version, skipped=skipped), metrics
 
 
 def old_logprobs(config: RunConfig, actor: Actor, shards: list[list[MicroBatch]]) -> list[list[torch.Tensor] | None]:

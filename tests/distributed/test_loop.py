@@ -18,7 +18,7 @@ from dapo_megatron.checkpoint.train_state import TrainState
 from dapo_megatron.config import CheckpointConfig
 from dapo_megatron.config.base import EvaluationMetric
 from dapo_megatron.observe.catalog import CATALOG, reduce_updates
-from dapo_megatron.trainer.loop import format_of, old_logprobs, reached, rollout_step
+from dapo_megatron.trainer.loop import format_of, old_logprobs, reached, train_step
 from dapo_megatron.weights.exporter import export_stage
 
 
@@ -58,17 +58,17 @@ def sequences_trained(config):
         return update(shard, objective, old)
 
     actor.update = noted
-    state, metrics, snapshot = rollout_step(
+    state, metrics = train_step(
         config,
         actor,
-        SimpleNamespace(next_batch=lambda step, version: (step_batch(config, 24), {}, b"state")),
         SimpleNamespace(push=lambda version: {"sync/bytes": float(version)}),
         SimpleNamespace(verify=lambda version: version / 8),
         SimpleNamespace(phase=lambda name: nullcontext()),
         PolicyObjective(config.algorithm),
         TrainState(),
+        step_batch(config, 24),
     )
-    assert (state.step, state.version, snapshot) == (1, 1, b"state")
+    assert (state.step, state.version) == (1, 1)
     assert (metrics["sync/bytes"], metrics["sync/logprob_difference"]) == (1.0, 0.125)
     return given, metrics, {name: tensor.numpy().copy() for name, tensor in export_stage(actor.modules, actor.shape)}
 

@@ -16,7 +16,7 @@ from dapo_megatron.actor.training_objective import PolicyObjective
 from dapo_megatron.checkpoint.integrity import intact_manifest
 from dapo_megatron.checkpoint.train_state import TrainState
 from dapo_megatron.errors import DapoError
-from dapo_megatron.trainer.loop import rollout_step
+from dapo_megatron.trainer.loop import train_step
 from dapo_megatron.trainer.skipped import count_skipped, read_dump
 
 
@@ -44,15 +44,15 @@ def poisoned_step(config, skipped_before):
 
     actor.update = noted
     try:
-        state, metrics, _ = rollout_step(
+        state, metrics = train_step(
             config,
             actor,
-            SimpleNamespace(next_batch=lambda step, version: (batch, {}, b"state")),
             SimpleNamespace(push=lambda version: {}),
             SimpleNamespace(verify=lambda version: 0.0),
             SimpleNamespace(phase=lambda name: nullcontext()),
             PolicyObjective(config.algorithm),
             TrainState(4, 4, skipped_before),
+            batch,
         )
     except DapoError as e:
         return str(e), sequences

@@ -9,6 +9,7 @@ import torch
 from dapo_megatron.engines.client import EngineClient
 from dapo_megatron.engines.coalescing import CoalescingClient
 from dapo_megatron.engines.control import EngineControl
+from dapo_megatron.engines.engine_set import of_urls
 from dapo_megatron.engines.seeds import sampling_seed
 from dapo_megatron.engines.wire import SamplingParams
 from tests.engine.conftest import serve
@@ -33,7 +34,7 @@ def generate(url, asked, concurrency=64):
     """(token ids, log-probs) of each request, all made at once."""
 
     async def run():
-        async with EngineClient([url], concurrency=concurrency, timeout_s=60) as client:
+        async with EngineClient(lambda: of_urls([url]), concurrency=concurrency, timeout_s=60) as client:
             together = CoalescingClient(client)
             return await asyncio.gather(*(together.generate(*r) for r in asked))
 

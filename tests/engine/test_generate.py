@@ -11,6 +11,7 @@ from dapo_megatron.errors import DapoError
 from dapo_megatron.engines.control import EngineControl
 from dapo_megatron.engines.client import EngineClient
 from dapo_megatron.engines.coalescing import CoalescingClient
+from dapo_megatron.engines.engine_set import of_urls
 from dapo_megatron.engines.wire import SamplingParams
 
 PROMPT = [5, 9, 33, 2, 60]
@@ -44,7 +45,7 @@ def generate(url, requests, concurrency=64, timeout_s=60.0):
     """Results, or errors, of requests made at once."""
 
     async def run():
-        async with EngineClient([url], concurrency=concurrency, timeout_s=timeout_s) as client:
+        async with EngineClient(lambda: of_urls([url]), concurrency=concurrency, timeout_s=timeout_s) as client:
             together = CoalescingClient(client)
             return await asyncio.gather(*(together.generate(*r) for r in requests), return_exceptions=True)
 

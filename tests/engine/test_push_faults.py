@@ -10,6 +10,7 @@ from tests.distributed.harness import actor_on_rank, run_ranks  # first: patches
 from tests.engine.conftest import ENGINE, serve
 from tests.tiny import hf_folder, run_config
 
+from dapo_megatron.engines.engine_set import of_urls
 from dapo_megatron.errors import DapoError
 from dapo_megatron.resharding.push import Pusher
 
@@ -27,7 +28,7 @@ def signal_server(pid, number):
 def faulty_push(config, url, pid, number):
     """The error of a second push, before whose first bucket the server gets a signal."""
     actor = actor_on_rank(config)
-    pusher = Pusher(config, actor, [url])
+    pusher = Pusher(config, actor, lambda: of_urls([url]))
     pusher.connect()
     pusher.push(1)
     send = pusher._send_bucket

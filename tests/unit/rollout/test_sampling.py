@@ -16,6 +16,7 @@ from aiohttp.test_utils import TestServer
 from dapo_megatron.batching.wire import decode_step_batch
 from dapo_megatron.engines.client import EngineClient
 from dapo_megatron.engines.coalescing import CoalescingClient
+from dapo_megatron.engines.engine_set import of_urls
 from dapo_megatron.engines.seeds import sampling_seed
 from dapo_megatron.engines.wire import SamplingParams, generate_request
 from dapo_megatron.data.snapshot import decode_snapshot, encode_snapshot
@@ -99,6 +100,9 @@ class Engine:
         self.asked = Counter()
         """Responses by (prompt, sampling parameters)."""
 
+    async def model_info(self, request):
+        return web.json_response({"weight_version": self.version})
+
     async def generate(self, request):
         body = await request.json()
         inputs = body["input_ids"]
@@ -132,11 +136,14 @@ async def serve(config, folder, link, engine):
 
     app = web.Application()
     app.router.add_post("/generate", engine.generate)
+    app.router.add_get("/model_info", engine.model_info)
     grading = SimpleNamespace(grade=grade, trouble=None, unknown=Counter())
     with Reporter(RunFolder(folder), "controller") as reporter:
         async with (
             TestServer(app) as server,
-            EngineClient([str(server.make_url("")).rstrip("/")], concurrency=8, timeout_s=10) as client,
+            EngineClient(
+                lambda: of_urls([str(server.make_url("")).rstrip("/")]), concurrency=8, timeout_s=10
+            ) as client,
         ):
             await Controller(config, reporter, CoalescingClient(client), grading).serve(link)
 
