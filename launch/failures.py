@@ -17,11 +17,12 @@ def failed(folder: RunFolder, children: Sequence[Child]) -> list[Child]:
 def _is_done(folder: RunFolder, child: Child) -> bool:
     if child.process.returncode != 0 or child.name.startswith("engine"):
         return False
-    return (record := read_exit(folder, child.name)) is not None and record.kind is None
+    records = [read_exit(folder, name) for name in child.processes]
+    return all(record is not None and record.kind is None for record in records)
 
 
-def failure(folder: RunFolder, children: Sequence[Child]) -> DapoError:
-    """The error of a run of whose children at least one has failed.
+def failure(folder: RunFolder, children: Sequence[Child]) -> tuple[DapoError, str | None]:
+    """The error of a run of whose children at least one has failed, and the host where it happened, if that is known.
 
     A killed process takes others with it, and of those that say why the controller comes first (the trainer passes on
     what it said), then whoever ended first.
@@ -29,12 +30,13 @@ def failure(folder: RunFolder, children: Sequence[Child]) -> DapoError:
     ended = failed(folder, children)
     killed = [c for c in ended if c.process.returncode < 0]
     if killed:
-        return _without_a_word(killed[0])
-    told = [(c, record) for c in ended if (record := read_exit(folder, c.name)) is not None and record.kind is not None]
+        return _without_a_word(killed[0]), None
+    records = [read_exit(folder, name) for child in ended for name in child.processes]
+    told = [record for record in records if record is not None and record.kind is not None]
     if told:
-        child, record = min(told, key=lambda pair: (pair[0].name != "controller", pair[1].time))
-        return _by_record(child, record)
-    return _without_a_word(ended[0])
+        first = min(told, key=lambda record: (record.process != "controller", record.time))
+        return _by_record(first, folder), first.host
+    return _without_a_word(ended[0]), None
 
 
 def hang(status: Status, silence_s: float) -> DapoError:
@@ -45,9 +47,10 @@ def hang(status: Status, silence_s: float) -> DapoError:
     )
 
 
-def _by_record(child: Child, record: Exit) -> DapoError:
+def _by_record(record: Exit, folder: RunFolder) -> DapoError:
     assert record.kind is not None
-    return error_of_kind(record.kind, f"the {child.name} stopped: {record.message} (log: {child.log})")
+    log = folder.log(record.process)
+    return error_of_kind(record.kind, f"the {record.process} stopped: {record.message} (log: {log})")
 
 
 def _without_a_word(child: Child) -> DapoError:

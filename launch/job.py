@@ -1,7 +1,7 @@
 """What a job begins with: the run folder made ready, the checkpoint chosen, the configuration written down once."""
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count, takewhile
 from pathlib import Path
 from typing import Literal
@@ -105,6 +105,19 @@ def prepare_resume(config: RunConfig, folder: RunFolder, resume: Resume) -> Job:
     _begin(folder)
     print(f"resume from {path}", flush=True)
     return Job(_write_config(config, folder, path.name, found), ["--resume", str(path)])
+
+
+def prepare_restart(folder: RunFolder, job: Job) -> Job:
+    """Controller and trainer begin again, beside the same engines: with their keys, from the newest checkpoint.
+
+    Raises:
+        StorageError: it is damaged.
+    """
+    store.clean(folder)
+    clear(folder)
+    if not store.published(folder):
+        return replace(job, trainer_arguments=_beginning(folder))
+    return replace(job, trainer_arguments=["--resume", str(store.latest(folder))])
 
 
 def _beginning(folder: RunFolder) -> list[str]:

@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,8 @@ class Child:
     process: subprocess.Popen[bytes]
     log: Path
     grace: bool
+    processes: tuple[str, ...]
+    """Names of all that it stands for, as in their statuses: a step of a job stands for several."""
 
     def tail(self, lines: int = 12) -> str:
         """The last lines of its log."""
@@ -51,8 +53,20 @@ class ProcessGroup:
         self.stop()
         _libc.prctl(_PR_SET_CHILD_SUBREAPER, 0)
 
-    def start(self, name: str, command: list[str], environment: dict[str, str], *, grace: bool = True) -> Child:
-        """Start a process; its output goes to <log_dir>/<name>.log. Without `grace` it is ended by SIGKILL at once."""
+    def start(
+        self,
+        name: str,
+        command: list[str],
+        environment: dict[str, str],
+        *,
+        grace: bool = True,
+        processes: tuple[str, ...] = (),
+    ) -> Child:
+        """Start a process; its output goes to <log_dir>/<name>.log. Without `grace` it is ended by SIGKILL at once.
+
+        Args:
+            processes: names of those that it stands for, if it is not the one itself.
+        """
         log = self.log_dir / f"{name}.log"
         with log.open("ab") as out:
             process = subprocess.Popen(
@@ -64,13 +78,32 @@ class ProcessGroup:
                 start_new_session=True,  # Ctrl-C reaches the launcher alone, which ends the rest in order
                 preexec_fn=_die_with_parent,
             )
-        child = Child(name, process, log, grace)
+        child = Child(name, process, log, grace, processes or (name,))
         self.children.append(child)
         return child
 
     def exited(self) -> list[Child]:
         """Children that have ended, in the order they were started."""
         return [c for c in self.children if c.process.poll() is not None]
+
+    def end(self, children: Sequence[Child]) -> None:
+        """End some children, as `stop` does all, and forget them."""
+        trees = {child.name: tree(child) for child in children}
+        for child in children:
+            _signal(trees[child.name], signal.SIGTERM if child.grace else signal.SIGKILL)
+        end = time.monotonic() + self.grace_s
+        while any(child.process.poll() is None for child in children) and time.monotonic() < end:
+            time.sleep(0.1)
+        self.children = [child for child in self.children if child not in children]
+        known = {child.process.pid for child in self.children}
+        # Whoever has lost its parent is this process's child now, and was of those that have ended.
+        orphans = [p for p in psutil.Process().children() if p.pid not in known]
+        left = [p for tree in trees.values() for p in tree]
+        left += [p for orphan in orphans for p in [orphan, *orphan.children(recursive=True)]]
+        _signal(left, signal.SIGKILL)
+        psutil.wait_procs(left, timeout=self.grace_s)
+        for child in children:
+            child.process.wait()
 
     def stop(self) -> None:
         """SIGTERM to every descendant of this process, then SIGKILL to what is left when the children have ended (they
@@ -114,6 +147,15 @@ def interruptible() -> Iterator[Callable[[], None]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def tree(child: Child) -> list[psutil.Process]:
+    """It and all that it has started; what ends meanwhile is left out."""
+    try:
+        process = psutil.Process(child.process.pid)
+        return [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
 
 
 def _signal(processes: list[psutil.Process], number: int) -> None:

@@ -1,0 +1,146 @@
+"""The processes of a job as steps of a SLURM allocation: one srun each for controller, trainer ranks and every engine.
+
+An srun is a child of the launcher, and is as long there as its step. Its tasks become the processes (launch/task.py), with
+a log each, which their nodes write themselves. A step is ended by scancel: an srun that is killed leaves its tasks.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+
+from dapo_megatron.errors import DapoError
+from dapo_megatron.run_folder import RunFolder
+from launch.allocation import Allocation
+from launch.commands import Command
+from launch.hosts import HostWatch
+from launch.processes import Child, ProcessGroup
+from launch.task import Task, write_step
+
+CALL_S = 60.0
+"""For one answer of SLURM."""
+END_S = 30.0
+"""For a step to end after SIGKILL: SLURM's own time for that, and more."""
+
+
+class Steps:
+    """The backend of a SLURM job."""
+
+    def __init__(
+        self, group: ProcessGroup, folder: RunFolder, allocation: Allocation, base: Mapping[str, str], head: str
+    ):
+        """
+        Args:
+            base: environment of the batch script, which every step gets.
+            head: address of the first node, towards which the network interface of a node is chosen.
+        """
+        self._group, self._folder, self._allocation = group, folder, allocation
+        self._base, self._head = base, head
+        self._watch = HostWatch([node.name for node in allocation.nodes])
+
+    def start(self, name: str, commands: Sequence[Command], hosts: Sequence[str], *, grace: bool) -> list[Child]:
+        """Start one step."""
+        path = self._folder.step(name)
+        write_step(path, [self._task(command) for command in commands])
+        processes = tuple(command.name for command in commands)
+        log = str(self._folder.logs / (f"{name}-%t.log" if processes != (name,) else f"{name}.log"))
+        command = step_command(self._allocation, name, hosts, log, [sys.executable, "-m", "launch.task", str(path)])
+        environment = {**self._base, "SLURM_HOSTFILE": str(self._host_file(name, hosts))}
+        return [self._group.start(name, command, environment, grace=grace, processes=processes)]
+
+    def end(self, children: Sequence[Child]) -> None:
+        """SIGTERM to the steps that have a grace period, then SIGKILL to what is left of all of them.
+
+        Raises:
+            DapoError: a step does not end.
+        """
+        steps = self._ids()
+        self._signal([steps[c.name] for c in children if c.grace and c.name in steps], "TERM")
+        _wait(children, self._group.grace_s if any(c.grace for c in children) else 0)
+        self._signal([step for name, step in self._ids().items() if name in {c.name for c in children}], "KILL")
+        if running := _wait(children, END_S):
+            # On a host that is gone, SLURM waits for it; nothing runs there.
+            for child in running:
+                child.process.kill()
+                child.process.wait()
+        self._group.forget(children)
+
+    def lost_hosts(self) -> Sequence[str]:
+        """Hosts that SLURM calls down, or whose slurmd has not answered for some time."""
+        return self._watch.lost()
+
+    def close(self) -> None:
+        """End all steps."""
+        self._watch.close()
+        self.end(list(self._group.children))
+
+    def _task(self, command: Command) -> Task:
+        own = {k: v for k, v in command.environment.items() if self._base.get(k) != v}
+        return Task(command.arguments, own, None if command.devices is None else list(command.devices), self._head)
+
+    def _host_file(self, name: str, hosts: Sequence[str]) -> str:
+        path = self._folder.step(name).with_suffix(".hosts")
+        path.write_text("".join(f"{host}\n" for host in hosts))
+        return str(path)
+
+    def _ids(self) -> dict[str, str]:
+        """{name: id} of the job's running steps."""
+        jobs = ",".join(str(group.job_id) for group in self._allocation.groups)
+        shown = slurm("squeue", "--steps", "--noheader", f"--jobs={jobs}", "--format=%i|%j")
+        rows = [line.strip().split("|") for line in shown.splitlines() if "|" in line]
+        return {name: step for step, name in rows}
+
+    def _signal(self, steps: Sequence[str], signal: str) -> None:
+        if steps:
+            slurm("scancel", f"--signal={signal}", *steps, check=False)  # a step may be gone meanwhile
+
+
+def step_command(
+    allocation: Allocation, name: str, hosts: Sequence[str], log: str, command: Sequence[str]
+) -> list[str]:
+    """argv of the srun of one step: a task for each entry of `hosts`, in that order. Pure."""
+    nodes = list(dict.fromkeys(hosts))
+    group = next(i for i, g in enumerate(allocation.groups) if nodes[0] in [node.name for node in g.nodes])
+    return [
+        "srun",
+        f"--job-name={name}",
+        *([f"--het-group={group}"] if allocation.is_heterogeneous else []),
+        f"--nodes={len(nodes)}",
+        f"--ntasks={len(hosts)}",
+        "--distribution=arbitrary",  # the order of SLURM_HOSTFILE
+        "--overlap",  # processes share their nodes; who may use which device is the placement's
+        "--cpu-bind=none",
+        "--mpi=none",
+        "--kill-on-bad-exit=1",
+        "--wait=0",
+        "--unbuffered",
+        f"--output={log}",
+        f"--error={log}",
+        "--open-mode=append",
+        *command,
+    ]
+
+
+def slurm(*command: str, check: bool = True) -> str:
+    """What one of SLURM's commands prints.
+
+    Raises:
+        DapoError: it failed (with `check`), or slurmctld did not answer.
+    """
+    environment = os.environ | {"SLURM_TIME_FORMAT": "%s"}
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=CALL_S, check=False)
+    except subprocess.TimeoutExpired:
+        raise DapoError(f"`{' '.join(command)}`: slurmctld did not answer within {CALL_S:g} s") from None
+    if check and done.returncode:
+        raise DapoError(f"`{' '.join(command)}` failed: {' '.join(done.stderr.split())[:300]}")
+    return done.stdout
+
+
+def _wait(children: Sequence[Child], seconds: float) -> list[Child]:
+    """Those that still run after that time."""
+    end = time.monotonic() + seconds
+    while (running := [c for c in children if c.process.poll() is None]) and time.monotonic() < end:
+        time.sleep(0.1)
+    return running

@@ -1,0 +1,231 @@
+"""Watch a run, and do what launch/states.py decides.
+
+    each look           what ended, what gives no sign of life, which hosts are gone, who asked for a stop -> events
+    each event          launch.states.decide -> actions
+    StartEngine         the engine's process is ended and started; the engine set's next generation is written, which
+                        controller and trainer follow
+    End/StartTraining   controller and trainer ranks are ended; started from the newest checkpoint, beside the same engines
+    AskToStop           the file `stop` in the run folder; the trainer saves and ends
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+
+from dapo_megatron.checkpoint import store
+from dapo_megatron.config import RunConfig
+from dapo_megatron.engines.engine_set import EngineSet, Member, write_engine_set
+from dapo_megatron.errors import DapoError
+from dapo_megatron.observe.catalog import PHASES
+from dapo_megatron.observe.display import ProgressDisplay
+from dapo_megatron.observe.metrics import read_metrics
+from dapo_megatron.process import read_statuses
+from dapo_megatron.run_folder import RunFolder
+from launch.backend import Backend
+from launch.commands import command_of_controller, command_of_engine, command_of_rank
+from launch.failures import failed, failure, hang
+from launch.heartbeats import Heartbeats
+from launch.job import Job, prepare_restart
+from launch.journal import Journal
+from launch.processes import Child
+from launch.states import (
+    Action,
+    AskToStop,
+    End,
+    EndTraining,
+    EngineLost,
+    Event,
+    Finished,
+    GraceOver,
+    HostLost,
+    Limits,
+    Phase,
+    Progress,
+    Requeue,
+    StartEngine,
+    StartTraining,
+    State,
+    StopAsked,
+    TrainingEnded,
+    TrainingFailed,
+    decide,
+)
+from launch.stopped import Stopped
+from launch.topology import Placement
+
+POLL_S = 0.25
+LOOK_S = 1.0
+"""Between two looks for processes that hang and for checkpoints."""
+LAST_WORDS_S = 1.5
+"""After a first failure, for what fails with it to say why."""
+
+
+class Supervisor:
+    """One attempt of a run."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: RunFolder,
+        job: Job,
+        backend: Backend,
+        plan: Callable[[tuple[str, ...]], Placement],
+        hosts: tuple[str, ...],
+        spares: tuple[str, ...],
+        shared: Mapping[str, str],
+        journal: Journal,
+        *,
+        can_requeue: bool,
+    ):
+        """
+        Args:
+            plan: from the host of each slot to the placement.
+            hosts, spares: of the slots, and others.
+            shared: environment that all processes have.
+        """
+        self.config, self.folder, self.job, self.backend, self.journal = config, folder, job, backend, journal
+        self._plan, self._shared = plan, shared
+        placement = plan(hosts)
+        step = _saved_step(folder)
+        self._state = State(
+            limits=Limits(config.launch.max_restarts, can_requeue),
+            hosts=hosts,
+            spares=spares,
+            engines={e.name: hosts.index(e.node.name) for e in placement.engines},
+            training=frozenset(hosts.index(p.node.name) for p in (*placement.ranks, placement.controller)),
+            step=step,
+            step_at_start=step,
+            step_at_restart=step,
+        )
+        self._engines: dict[str, Child] = {}
+        self._starts: dict[str, int] = {}
+        self._generation = 0
+        self._controller: list[Child] = []
+        self._trainer: list[Child] = []
+        self._heartbeats = Heartbeats(config.heartbeat_timeout_s)
+        self._stopped = Stopped(config.heartbeat_timeout_s)
+        self._looked = 0.0
+        self._grace_ends: float | None = None
+
+    def run(self, asked: Callable[[], StopAsked | GraceOver | None]) -> End | Requeue:
+        """Start everything, and watch it until it is over; returns how it ended. The caller closes the backend.
+
+        Args:
+            asked: what a signal, or the clock, has asked for since the last look.
+        """
+        for name in self._state.engines:
+            self._start_engine(name)
+        self._start_training()
+        with ProgressDisplay(self.folder, self.config.trainer.steps) as display:
+            while True:
+                display.poll()
+                for event in self._events(asked):
+                    self._state, actions = decide(self._state, event)
+                    self.journal.decided(event, actions)
+                    for action in actions:
+                        if isinstance(action, End | Requeue):
+                            display.poll()
+                            return action
+                        self._perform(action)
+                    if actions:
+                        break  # what was seen before them is no longer so
+                time.sleep(POLL_S)
+
+    def _events(self, asked: Callable[[], StopAsked | GraceOver | None]) -> Iterator[Event]:
+        now = time.monotonic()
+        if (wish := asked()) is not None:
+            yield wish
+        if self._grace_ends is not None and now > self._grace_ends:
+            yield GraceOver()
+        if self._state.phase is Phase.RESTARTING:
+            yield TrainingEnded()  # EndTraining has waited for it
+        for host in self.backend.lost_hosts():
+            yield HostLost(host)
+        for name, child in self._engines.items():
+            if child.process.poll() is not None:
+                yield EngineLost(name, str(failure(self.folder, [child])[0]))
+        yield from self._of_training()
+        if now - self._looked >= LOOK_S:
+            self._looked = now
+            yield Progress(_saved_step(self.folder))
+            yield from self._hanging(now)
+
+    def _of_training(self) -> Iterator[Event]:
+        if self._trainer and all(c.process.poll() == 0 for c in self._trainer):
+            yield Finished(self._is_complete())
+        elif failed(self.folder, [*self._controller, *self._trainer]):
+            time.sleep(LAST_WORDS_S)
+            error, host = failure(self.folder, [*self._controller, *self._trainer])
+            yield TrainingFailed(error.kind, str(error), host)
+
+    def _hanging(self, now: float) -> Iterator[Event]:
+        children = [*self._controller, *self._trainer]
+        running = {name for c in children if c.process.poll() is None for name in c.processes}
+        statuses = [s for s in read_statuses(self.folder) if s.process in running]
+        for status, silence_s in self._heartbeats.silent(statuses, now)[:1]:
+            yield TrainingFailed("crash", str(hang(status, silence_s)), status.host)
+        for child, message in self._stopped.look([*children, *self._engines.values()], now)[:1]:
+            if child.name in self._engines:
+                self.backend.end([child])
+                yield EngineLost(child.name, message)
+            else:
+                yield TrainingFailed("crash", message)
+
+    def _perform(self, action: Action) -> None:
+        match action:
+            case StartEngine(name):
+                self._start_engine(name)
+            case EndTraining():
+                self.backend.end([*self._controller, *self._trainer])
+                self._controller, self._trainer = [], []
+            case StartTraining():
+                self.job = prepare_restart(self.folder, self.job)
+                self._start_training()
+            case AskToStop():
+                self._ask_to_stop()
+
+    def _placement(self) -> Placement:
+        return self._plan(self._state.hosts)
+
+    def _start_engine(self, name: str) -> None:
+        if name in self._engines:
+            self.backend.end([self._engines[name]])
+        placement = self._placement()
+        (place,) = [e for e in placement.engines if e.name == name]
+        command = command_of_engine(self.config, self.folder, place, self._shared)
+        # An SGLang server waits five seconds after SIGTERM, and has nothing to lose.
+        (self._engines[name],) = self.backend.start(name, [command], [place.node.name], grace=False)
+        self._starts[name] = self._starts.get(name, 0) + 1
+        if self._starts.keys() == self._state.engines.keys():
+            self._generation += 1
+            members = tuple(Member(e.name, e.url, self._starts[e.name]) for e in placement.engines)
+            write_engine_set(self.folder, EngineSet(self._generation, members))
+
+    def _start_training(self) -> None:
+        placement = self._placement()
+        head = placement.controller.node.name
+        controller = command_of_controller(self.job, placement, self._shared)
+        self._controller = self.backend.start("controller", [controller], [head], grace=True)
+        ranks = [command_of_rank(self.job, placement, place.rank, self._shared) for place in placement.ranks]
+        self._trainer = self.backend.start("trainer", ranks, [p.node.name for p in placement.ranks], grace=True)
+
+    def _ask_to_stop(self) -> None:
+        if not any(s.process == "trainer-0" and s.phase in PHASES for s in read_statuses(self.folder)):
+            self._grace_ends = time.monotonic()  # before the first step there is nothing to save
+            return
+        self.folder.stop_request.touch()
+        self._grace_ends = time.monotonic() + self.config.launch.stop_grace_s
+
+    def _is_complete(self) -> bool:
+        """Whether a run whose training has ended has nothing left to do."""
+        records = read_metrics(self.folder)
+        last = records[-1] if records else {}
+        goals = self.config.trainer.stop_at
+        reached = bool(goals) and all(last.get(name, float("-inf")) >= value for name, value in goals.items())
+        return reached or last.get("step", 0) >= self.config.trainer.steps
+
+
+def _saved_step(folder: RunFolder) -> int:
+    """Step of the newest checkpoint: what a restart cannot lose."""
+    published = store.published(folder)
+    return store.step_of(published[-1]) if published else 0

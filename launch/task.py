@@ -1,0 +1,45 @@
+"""One task of a SLURM step becomes one process of a job: `srun ... python -m launch.task STEP_FILE`.
+
+A step's file lists its processes by task number. What a process needs is added to its node's environment; of GPUs, the
+numbers are those that the job sees there.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import msgspec
+
+from launch.environment import VISIBLE, visible_devices
+
+
+class Task(msgspec.Struct):
+    """One process."""
+
+    arguments: list[str]
+    environment: dict[str, str]
+    """What is set in it, beside what the node's processes have."""
+    devices: list[int] | None
+    """Of the GPUs that the job sees on the node; None: nobody has any."""
+
+
+def write_step(path: Path, tasks: list[Task]) -> None:
+    """Write a step's file, all at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".new")
+    aside.write_bytes(msgspec.json.encode(tasks))
+    os.replace(aside, path)
+
+
+def main() -> None:
+    """Become the process of this task."""
+    tasks = msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=list[Task])
+    task = tasks[int(os.environ["SLURM_PROCID"])]
+    environment = os.environ | task.environment
+    if task.devices is not None:
+        environment[VISIBLE] = visible_devices(task.devices, os.environ.get(VISIBLE))
+    os.execvpe(task.arguments[0], task.arguments, environment)
+
+
+if __name__ == "__main__":
+    main()
