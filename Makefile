@@ -2,6 +2,7 @@
 # make demo   set up, then train a tiny model to add, every part real
 # make test   set up, then all tests (about a quarter of an hour on 2 cores); FAST=1 leaves out the slow ones
 # make test-full   the same, with every combination of layout, model, packing and loss, and with megatron-core 0.19
+# make test-slurm   set up and install SLURM (Debian's slurm-wlm and munge; as root), then the tests on a real cluster
 # make lint   ruff and mypy
 # make prove REV=HEAD~1   that this tree computes what another revision does, bit for bit: every layout and a short run
 # make bench-trl   set up, TRL too in an environment of its own, then compare speed with it; ARGS=--quick for a few steps
@@ -21,7 +22,7 @@ NEWER := .venv-megatron-0.19
 TRL_READY := .venv-trl/.ready
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test test-full lint prove bench-trl bench-chaos bench-checkpoint bench-conversion setup clean
+.PHONY: help demo test test-full test-slurm lint prove bench-trl bench-chaos bench-checkpoint bench-conversion setup clean
 
 help:
 	@sed -n "s/^# \(make .*\)/\1/p" Makefile
@@ -34,6 +35,13 @@ test: $(READY) $(TE_READY)
 
 test-full: $(READY) $(TE_READY) $(NEWER)
 	OMP_NUM_THREADS=1 LAYOUTS=all $(BIN)/python -m pytest -q $(ARGS)
+
+test-slurm: $(READY)
+	@test "$$(id -u)" = 0 || { echo "tests/slurm make network namespaces: run make test-slurm as root"; exit 1; }
+	@which slurmctld slurmd munged ip >/dev/null || { apt-get update -qq && \
+	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurm-wlm munge iproute2; } || \
+	  { echo "tests/slurm need SLURM, and apt-get could not install it: install slurm-wlm, munge and iproute2"; exit 1; }
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs tests/slurm $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

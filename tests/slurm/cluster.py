@@ -1,0 +1,333 @@
+"""A real SLURM cluster on this machine: each node is a set of namespaces (network, name, processes, mounts, IPC).
+
+    login    munged and slurmctld; where users type their commands         10.77.0.254
+    nodeK    slurmd                                                        10.77.0.K
+
+A bridge in the login node's network namespace links them, so two clusters do not see each other. /tmp and /dev/shm are
+each node's own; every other folder is shared. Jobs run as root.
+
+The nodes end with the process that started them, however that ends (node.sh); what a killed one leaves, its folder and
+in the worst case a node, is removed when the next cluster starts.
+"""
+
+import contextlib
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+
+from tests.slurm.slurm_conf import LOGIN, address, gres_conf, hosts, slurm_conf
+
+FOLDERS = Path("/var/tmp")  # on every node the same; short, because a socket's path must be
+PREFIX = "dapo-slurm-"
+REPOSITORY = Path(__file__).parents[2]
+PROGRAMS = ("slurmctld", "slurmd", "srun", "munged", "unshare", "nsenter", "ip", "mount")
+DAEMONS = {"slurmctld", "slurmscriptd", "slurmd", "munged"}
+LEAVE_S = 3.0
+"""For the processes of a job that has ended."""
+BOOT_S = 30.0
+"""Until every node is up, and until one is gone."""
+
+
+class Cluster:
+    """node1 .. nodeN and a login node, up inside the `with` block.
+
+    Attributes:
+        shared: a folder that all nodes see.
+    """
+
+    def __init__(self, nodes: int, *, cpus: int = 16, gpus: int = 8):
+        self.nodes = [f"node{k}" for k in range(1, nodes + 1)]
+        self.cpus, self.gpus = cpus, gpus
+        self.folder = _free_folder()
+        self.shared = self.folder / "shared"
+        self._inits: dict[str, subprocess.Popen[bytes]] = {}
+        self._pids: dict[str, int] = {}
+
+    def __enter__(self) -> "Cluster":
+        remove_abandoned()
+        self._write_files()
+        try:
+            for node in (LOGIN, *self.nodes):
+                self._boot(node)
+            self.wait_until(self.all_idle, BOOT_S, "all nodes to be idle")
+        except BaseException:
+            self.down()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.down()
+
+    def down(self) -> None:
+        """End every node and remove the folder."""
+        for node in reversed(list(self._inits)):
+            self._kill(node)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def tidy(self) -> None:
+        """Cancel every job, bring every node back, and end what is left.
+
+        Raises:
+            AssertionError: a process was left on a node after its job.
+        """
+        self.run("scancel", "--user=root")
+        for node in self.nodes:
+            self.heal(node) if node in self._pids else self.power_on(node)
+        self.wait_until_empty()
+        self.wait_until(self.all_idle, BOOT_S, "all nodes to be idle")
+        if left := self._left_after(LEAVE_S):
+            for process, _ in list(self._running()):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            self.wait_until(lambda: not self._left_after(0), BOOT_S, "the last processes to go")
+            raise AssertionError(f"left on the nodes: {left}")
+
+    def _left_after(self, seconds: float) -> dict[str, list[str]]:
+        end = time.monotonic() + seconds
+        while left := {node: commands for node, commands in self.processes().items() if commands}:
+            if time.monotonic() > end:
+                break
+            time.sleep(0.1)
+        return left
+
+    # --- commands -----------------------------------------------------------------------------------------------------
+
+    def run(self, *command: str, node: str = LOGIN, timeout_s: float = 60.0, check: bool = True) -> str:
+        """What a command prints (stdout and stderr) that is typed on a node, in the repository's folder.
+
+        Raises:
+            RuntimeError: it failed (with `check`), or took longer than `timeout_s`.
+        """
+        # timeout(1), not Python's: a killed nsenter leaves the command behind.
+        limited = ["timeout", "--kill-after=5", str(timeout_s), *command]
+        done = subprocess.run(
+            self._inside(node, limited),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s + 10,  # where something in the background keeps the output open
+        )
+        output = done.stdout + done.stderr
+        if done.returncode in (124, 137):
+            raise RuntimeError(f"{' '.join(command)} on {node} took more than {timeout_s:g} s:\n{output}")
+        if check and done.returncode:
+            raise RuntimeError(f"{' '.join(command)} on {node} ended with {done.returncode}:\n{output}")
+        return output
+
+    def start(self, *command: str, node: str = LOGIN) -> subprocess.Popen[str]:
+        """A command on a node that runs in the background; stderr goes to stdout, a pipe."""
+        return subprocess.Popen(
+            self._inside(node, list(command)),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def sbatch(self, script: str, *options: str) -> int:
+        """Submit a script's text; returns the job's id. Its output goes to shared/<job id>.out."""
+        path = self.shared / f"job-{time.monotonic_ns()}.sh"
+        path.write_text(f"#!/bin/bash\n{script.lstrip()}")
+        return int(self.run("sbatch", "--parsable", f"--output={self.shared}/%j.out", *options, str(path)).strip())
+
+    def output(self, job: int) -> str:
+        """What a job has printed so far."""
+        path = self.shared / f"{job}.out"
+        return path.read_text() if path.exists() else ""
+
+    def job(self, job: int) -> dict[str, str]:
+        """What `scontrol show job` knows: JobState, ExitCode, Restarts, NodeList, ..."""
+        words = self.run("scontrol", "--oneliner", "show", "job", str(job)).splitlines()[0].split()
+        return {key: value for key, _, value in (word.partition("=") for word in words)}
+
+    def wait_for_state(self, job: int, *states: str, timeout_s: float = 30.0) -> dict[str, str]:
+        """Wait until a job is in one of the states (RUNNING, COMPLETED, ...); returns what is known of it."""
+        self.wait_until(
+            lambda: self.job(job)["JobState"] in states, timeout_s, f"job {job} to be {' or '.join(states)}"
+        )
+        return self.job(job)
+
+    def wait_until_empty(self, timeout_s: float = 30.0) -> None:
+        """Wait until no job is queued, running or ending."""
+        self.wait_until(lambda: not self.run("squeue", "--noheader").strip(), timeout_s, "squeue to be empty")
+
+    def wait_until(self, condition: Callable[[], bool], timeout_s: float, what: str) -> None:
+        """Wait for a condition.
+
+        Raises:
+            TimeoutError: says what was waited for, and shows queue, nodes and the ends of the logs.
+        """
+        end = time.monotonic() + timeout_s
+        while not condition():
+            if time.monotonic() > end:
+                raise TimeoutError(f"waited {timeout_s:g} s for {what}\n{self._look()}")
+            time.sleep(0.1)
+
+    def all_idle(self) -> bool:
+        """Whether every node is up and has no job."""
+        states = self.run("sinfo", "--noheader", "--Node", "--partition=main", "--format=%T", check=False).split()
+        return states == ["idle"] * len(self.nodes)
+
+    def processes(self) -> dict[str, list[str]]:
+        """Command lines of what runs on each node that is on, SLURM's daemons and the node's first process left out."""
+        found: dict[str, list[str]] = {node: [] for node in self._pids}
+        for process, node in self._running():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found[node].append(" ".join(process.cmdline()) or f"[{process.name()}]")
+        return found
+
+    def _running(self) -> Iterator[tuple[psutil.Process, str]]:
+        spaces = {os.readlink(f"/proc/{pid}/ns/pid"): node for node, pid in self._pids.items()}
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.NoSuchProcess, OSError):  # gone meanwhile, or not ours
+                node = spaces.get(os.readlink(f"/proc/{process.pid}/ns/pid"))
+                if node and process.pid != self._pids[node] and process.name() not in DAEMONS:
+                    yield process, node
+
+    # --- accidents ----------------------------------------------------------------------------------------------------
+
+    def power_off(self, node: str) -> None:
+        """End a node at once. Its link goes first: no peer gets a last packet."""
+        self._ip(LOGIN, "link", "delete", f"v{node}")
+        self._kill(node)
+
+    def power_on(self, node: str) -> None:
+        """Start a node again, with an empty /tmp; SLURM takes it back within seconds."""
+        self._boot(node)
+
+    def cut(self, node: str) -> None:
+        """Pull a node's network cable."""
+        self._ip(LOGIN, "link", "set", f"v{node}", "down")
+
+    def heal(self, node: str) -> None:
+        """Plug it in again."""
+        self._ip(LOGIN, "link", "set", f"v{node}", "up")
+
+    # --- nodes --------------------------------------------------------------------------------------------------------
+
+    def _write_files(self) -> None:
+        for name in ("etc/slurm", "log", "state", "munge", "devices", "shared", "inits"):
+            (self.folder / name).mkdir(parents=True)
+        for node in (LOGIN, *self.nodes):
+            (self.folder / "nodes" / node).mkdir(parents=True)
+        for gpu in range(self.gpus):
+            # SLURM numbers devices, not plain files; these are /dev/null.
+            os.mknod(self.folder / "devices" / f"gpu{gpu}", stat.S_IFCHR | 0o666, os.makedev(1, 3))
+        etc = self.folder / "etc"
+        (etc / "hosts").write_text(hosts(self.nodes))
+        (etc / "nsswitch.conf").write_text("passwd: files\ngroup: files\nhosts: files\n")
+        (etc / "slurm" / "slurm.conf").write_text(slurm_conf(self.folder, self.nodes, self.cpus, self.gpus))
+        (etc / "slurm" / "gres.conf").write_text(gres_conf(self.folder, self.nodes, self.gpus))
+        key = self.folder / "munge" / "key"
+        key.touch(mode=0o600)
+        key.write_bytes(os.urandom(128))
+
+    def _boot(self, node: str) -> None:
+        with (self.folder / "log" / f"{node}.log").open("ab") as log:
+            init = subprocess.Popen(
+                [
+                    *("unshare", "--net", "--uts", "--ipc", "--mount", "--pid", "--fork", "--mount-proc"),
+                    *("--kill-child=KILL", "--", "bash", str(Path(__file__).with_name("node.sh"))),
+                    *(node, str(self.folder), str(REPOSITORY)),
+                ],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # Ctrl-C is for the tests
+            )
+        self._inits[node] = init
+        self.wait_until(lambda: init.poll() is not None or bool(_children(init.pid)), BOOT_S, f"{node}'s first process")
+        # Both are in the new namespaces before the first process is there.
+        self._pids[node] = pid = _children(init.pid)[0]
+        (self.folder / "inits" / node).write_text(f"{pid} {_started(pid)}")
+        self._wire(node)
+        init.stdin.write(b"go\n")
+        init.stdin.flush()
+
+    def _wire(self, node: str) -> None:
+        self._ip(node, "link", "set", "lo", "up")
+        device = "br0" if node == LOGIN else "eth0"
+        if node == LOGIN:
+            self._ip(LOGIN, "link", "add", device, "type", "bridge")
+        else:
+            peer = ("type", "veth", "peer", "name", device, "netns", str(self._pids[node]))
+            self._ip(LOGIN, "link", "add", f"v{node}", *peer)
+            self._ip(LOGIN, "link", "set", f"v{node}", "master", "br0", "up")
+        self._ip(node, "address", "add", f"{address(node)}/24", "dev", device)
+        self._ip(node, "link", "set", device, "up")
+
+    def _kill(self, node: str) -> None:
+        """Its first process takes the namespaces with it: processes, mounts and interfaces."""
+        init, pid = self._inits.pop(node), self._pids.pop(node, None)
+        if pid is not None and init.poll() is None:
+            os.kill(pid, signal.SIGKILL)
+        init.stdin.close()
+        init.wait(BOOT_S)
+
+    def _ip(self, node: str, *arguments: str) -> str:
+        command = ["nsenter", "--target", str(self._pids[node]), "--net", "ip", *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    def _inside(self, node: str, command: list[str]) -> list[str]:
+        enter = ["nsenter", "--target", str(self._pids[node]), "--mount", "--uts", "--ipc", "--net", "--pid"]
+        return [*enter, f"--wdns={REPOSITORY}", "--", *command]
+
+    def _look(self) -> str:
+        seen = [self.run(*words, check=False) for words in (("squeue",), ("sinfo", "-N", "-l"))] if self._pids else []
+        for log in sorted((self.folder / "log").glob("*.log")):
+            seen.append(f"{log.name}: " + "\n".join(log.read_text(errors="replace").splitlines()[-5:]))
+        return "\n".join(seen)
+
+
+def missing_programs() -> list[str]:
+    """What of SLURM and its helpers is not installed."""
+    return [p for p in PROGRAMS if shutil.which(p) is None]
+
+
+def remove_abandoned() -> None:
+    """End and remove the clusters whose owners are gone."""
+    for folder in _folders():
+        pid, started = folder.name.removeprefix(PREFIX).split("-")[:2]
+        if _started(int(pid)) == int(started):
+            continue
+        for init in folder.glob("inits/*"):
+            node_pid, node_started = map(int, init.read_text().split())
+            if _started(node_pid) == node_started:
+                os.kill(node_pid, signal.SIGKILL)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _folders() -> Iterator[Path]:
+    return FOLDERS.glob(f"{PREFIX}*-*-*")
+
+
+def _free_folder() -> Path:
+    """A new folder whose name says who owns it."""
+    owner, number = f"{PREFIX}{os.getpid()}-{_started(os.getpid())}", 0
+    while True:
+        folder = FOLDERS / f"{owner}-{number}"
+        try:
+            folder.mkdir(mode=0o755)
+        except FileExistsError:
+            number += 1
+        else:
+            return folder
+
+
+def _started(pid: int) -> int | None:
+    """When a process began, in clock ticks since boot; None if there is none: pids are used again."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+
+
+def _children(pid: int) -> list[int]:
+    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
