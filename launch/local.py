@@ -2,29 +2,30 @@
 
 import contextlib
 import os
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 from dapo_megatron.config import RunConfig
-from dapo_megatron.engines.command import engine_command, engine_environment
 from dapo_megatron.errors import ConfigError, DapoError, Preempted, told
 from dapo_megatron.observe.catalog import PHASES
 from dapo_megatron.observe.display import ProgressDisplay
 from dapo_megatron.observe.report import write_report
 from dapo_megatron.process import Reporter, read_statuses
 from dapo_megatron.run_folder import RunFolder
+from launch.commands import Command, command_of_controller, command_of_engine, command_of_rank
+from launch.environment import shared_environment
 from launch.failures import failed, failure, hang
 from launch.heartbeats import Heartbeats
 from launch.job import Job, Resume, prepare_new, prepare_resume
 from launch.lock import locked
-from launch.ports import LOCALHOST, reserved_ports
+from launch.machine import raise_open_files_limit, this_machine
+from launch.network import require_interface
+from launch.port_map import ports_needed
+from launch.ports import reserved_ports
 from launch.processes import Child, ProcessGroup, interruptible
-from launch.ranks import start_ranks
 from launch.stopped import Stopped
+from launch.topology import Placement, place, split
 
 POLL_S = 0.25
 LOOK_S = 1.0
@@ -49,26 +50,35 @@ def run_local(config: RunConfig, *, resume: Resume | None = None, weights: Path 
     if resume is not None and not folder.config.exists():
         # Nothing is made where there is nothing to go on from.
         raise ConfigError(f"{folder.path} holds no run: start it without --resume")
-    _make_folder(folder)
-    with interruptible() as check_interrupt, locked(folder.lock):
-        if resume is None:
-            job = prepare_new(config, folder, weights)
-        else:
-            job = prepare_resume(config, folder, resume)
-        try:
-            with reserved_ports(config.engine.replicas + 2) as ports, ProcessGroup(folder.logs) as group:
-                trainer = _start(config, folder, group, ports, job)
-                with ProgressDisplay(folder, config.trainer.steps) as display:
-                    try:
-                        _watch(config, folder, group, trainer, display, check_interrupt)
-                    except KeyboardInterrupt:
-                        _finish_step(config, folder, group, trainer)
-                        raise
-        except (DapoError, OSError, KeyboardInterrupt) as e:
-            _end(folder, e)
-            raise
-        Reporter(folder, "launcher").ended(None, "")
-        return write_report(folder)
+    with reserved_ports(ports_needed(config.engine.replicas, config.actor.pipeline_model_parallel_size)) as ports:
+        placement = place(config, *split([this_machine()], config.launch.engine_nodes), ports)
+        _make_folder(folder)
+        with interruptible() as check_interrupt, locked(folder.lock):
+            if resume is None:
+                job = prepare_new(config, folder, weights)
+            else:
+                job = prepare_resume(config, folder, resume)
+            try:
+                _run(config, folder, job, placement, check_interrupt)
+            except (DapoError, OSError, KeyboardInterrupt) as e:
+                _end(folder, e)
+                raise
+            Reporter(folder, "launcher").ended(None, "")
+            return write_report(folder)
+
+
+def _run(
+    config: RunConfig, folder: RunFolder, job: Job, placement: Placement, check_interrupt: Callable[[], None]
+) -> None:
+    raise_open_files_limit()
+    with ProcessGroup(folder.logs) as group:
+        trainer = _start(config, folder, group, job, placement)
+        with ProgressDisplay(folder, config.trainer.steps) as display:
+            try:
+                _watch(config, folder, group, trainer, display, check_interrupt)
+            except KeyboardInterrupt:
+                _finish_step(config, folder, group, trainer)
+                raise
 
 
 def _end(folder: RunFolder, error: DapoError | OSError | KeyboardInterrupt) -> None:
@@ -87,32 +97,20 @@ def _make_folder(folder: RunFolder) -> None:
         raise ConfigError(f"run_dir={folder.path} is a file, or lies in one: choose another run_dir=...") from None
 
 
-def _start(config: RunConfig, folder: RunFolder, group: ProcessGroup, ports: list[int], job: Job) -> list[Child]:
-    cpu = not torch.cuda.is_available()
-    environment = dict(os.environ)
-    if cpu:
-        environment["OMP_NUM_THREADS"] = "1"
-    if config.engine.deterministic:
-        environment["PYTHONHASHSEED"] = (
-            "0"  # sets of strings (sympy's symbols) then have the same order in every process
-        )
-    link_port, meeting_port, *engine_ports = ports
-    urls = [f"http://{LOCALHOST}:{port}" for port in engine_ports]
-    for i, port in enumerate(engine_ports):
-        command = engine_command(config, LOCALHOST, port, cpu=cpu, options_file=folder.engine_options)
+def _start(config: RunConfig, folder: RunFolder, group: ProcessGroup, job: Job, placement: Placement) -> list[Child]:
+    """Start everything; returns the trainer ranks."""
+    if (interface := config.launch.interface) is not None:
+        require_interface(interface)
+    shared = shared_environment(config, os.environ, cpu=placement.cpu, interface=interface)
+    for engine in placement.engines:
         # An SGLang server waits five seconds after SIGTERM, and has nothing to lose.
-        group.start(f"engine-{i}", command, engine_environment(environment, cpu=cpu), grace=False)
-    shared = ["--config", str(job.config), "--link", f"tcp://{LOCALHOST}:{link_port}", "--engines", *urls]
-    group.start("controller", [sys.executable, "-m", "dapo_megatron.rollout", *shared], environment)
-    return start_ranks(
-        group,
-        "trainer",
-        "dapo_megatron.trainer",
-        shared + job.trainer_arguments,
-        config.world_size,
-        meeting_port,
-        environment,
-    )
+        _start_one(group, command_of_engine(config, folder, engine, shared), grace=False)
+    _start_one(group, command_of_controller(job, placement, shared))
+    return [_start_one(group, command_of_rank(job, placement, place.rank, shared)) for place in placement.ranks]
+
+
+def _start_one(group: ProcessGroup, command: Command, *, grace: bool = True) -> Child:
+    return group.start(command.name, command.arguments, command.environment, grace=grace)
 
 
 def _finish_step(config: RunConfig, folder: RunFolder, group: ProcessGroup, trainer: list[Child]) -> None:

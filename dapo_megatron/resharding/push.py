@@ -10,7 +10,7 @@ the same message instead of a hang.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -34,11 +34,20 @@ T = TypeVar("T")
 class Pusher:
     """Every trainer rank holds one; `connect`, `push` and `close` are collective over all of them."""
 
-    def __init__(self, config: RunConfig, actor: Actor, engine_urls: list[str], api_key: str | None = None):
+    def __init__(
+        self,
+        config: RunConfig,
+        actor: Actor,
+        engine_urls: list[str],
+        api_key: str | None = None,
+        ports: Sequence[int] | None = None,
+    ):
+        """`ports`: where each pipeline stage's sender meets the engines; None takes free ones."""
         self.actor, self.layout, self.config = actor, actor.layout, config
         self.dtype = config.engine_dtype
         self.is_sender = is_sender()
         self.timeout_s = config.engine_call_timeout_s
+        self._ports = ports or [0] * actor.layout.pp_size
         self.engines = [EngineControl(url, self.timeout_s, api_key) for url in engine_urls] if self._talks else []
         self._threads = ThreadPoolExecutor(max_workers=max(1, len(engine_urls)))
         self._group: dist.ProcessGroup | None = None
@@ -101,7 +110,7 @@ class Pusher:
         name, timeout = f"weights-{stage}-{time.time_ns()}", self.timeout_s
         address = sender_address([e.url for e in self.engines])
         world = 1 + sum(e.tensor_parallel_size for e in self.engines)
-        store = open_store(address, world, timeout)
+        store = open_store(address, self._ports[stage], world, timeout)
         rank, joins = 1, []
         for engine in self.engines:
             joins.append(self._threads.submit(engine.join_group, name, address, store.port, rank, world, backend))

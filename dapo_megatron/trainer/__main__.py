@@ -34,6 +34,7 @@ def main() -> int:
     parser.add_argument("--config", required=True, type=Path, help="config.yaml in the run folder")
     parser.add_argument("--link", required=True, help="the controller's address")
     parser.add_argument("--engines", required=True, nargs="+", help="URLs of the SGLang servers")
+    parser.add_argument("--push-ports", nargs="+", type=int, help="of the weight groups, one a pipeline stage")
     parser.add_argument("--resume", type=Path, help="checkpoint to go on from")
     parser.add_argument("--weights", type=Path, help="checkpoint of which only the weights are taken")
     args = parser.parse_args()
@@ -53,7 +54,7 @@ def _train(args: argparse.Namespace, reporter: Reporter) -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     layout, keys = init_parallel(config), read_keys(folder)
     actor = Actor(config, shape, layout)
-    pusher = Pusher(config, actor, args.engines, keys.engine_api_key)
+    pusher = Pusher(config, actor, args.engines, keys.engine_api_key, args.push_ports)
     controller = ControllerClient(config, layout, folder, args.link, keys)
     recorder = Recorder(config, layout, reporter)
     try:
