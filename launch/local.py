@@ -51,7 +51,7 @@ def run_local(config: RunConfig, *, resume: Resume | None = None, weights: Path 
         # Nothing is made where there is nothing to go on from.
         raise ConfigError(f"{folder.path} holds no run: start it without --resume")
     with reserved_ports(ports_needed(config.engine.replicas, config.actor.pipeline_model_parallel_size)) as ports:
-        placement = place(config, *split([this_machine()], config.launch.engine_nodes), ports)
+        placement = _place(config, ports)
         _make_folder(folder)
         with interruptible() as check_interrupt, locked(folder.lock):
             if resume is None:
@@ -65,6 +65,12 @@ def run_local(config: RunConfig, *, resume: Resume | None = None, weights: Path 
                 raise
             Reporter(folder, "launcher").ended(None, "")
             return write_report(folder)
+
+
+def _place(config: RunConfig, ports: list[int]) -> Placement:
+    if config.launch.interface is not None:
+        require_interface(config.launch.interface)
+    return place(config, *split([this_machine()], config.launch.engine_nodes), ports)
 
 
 def _run(
@@ -99,9 +105,7 @@ def _make_folder(folder: RunFolder) -> None:
 
 def _start(config: RunConfig, folder: RunFolder, group: ProcessGroup, job: Job, placement: Placement) -> list[Child]:
     """Start everything; returns the trainer ranks."""
-    if (interface := config.launch.interface) is not None:
-        require_interface(interface)
-    shared = shared_environment(config, os.environ, cpu=placement.cpu, interface=interface)
+    shared = shared_environment(config, os.environ, cpu=placement.cpu, interface=config.launch.interface)
     for engine in placement.engines:
         # An SGLang server waits five seconds after SIGTERM, and has nothing to lose.
         _start_one(group, command_of_engine(config, folder, engine, shared), grace=False)

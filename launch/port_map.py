@@ -3,13 +3,16 @@
 On a cluster a job has PORTS_A_JOB ports from `launch.base_port` on, below the kernel's ephemeral range, from which
 connections are given theirs (Linux: 32768 and up). Counted from the job's first port:
 
-    | port       | listens                                         | on the node of            |
-    |------------|-------------------------------------------------|---------------------------|
-    | 0          | controller, for trainer rank 0 (ZeroMQ)         | the controller            |
-    | 1          | trainer ranks meet (MASTER_PORT)                | trainer rank 0            |
-    | 2 + 2k     | engine, HTTP; k counts the engines of its node  | that engine               |
-    | 3 + 2k     | the engine's own processes meet (--nccl-port)   | that engine               |
-    | last - s   | pushes of pipeline stage s: sender and engines  | the stage's sender        |
+    | port              | listens                                         | on the node of     |
+    |-------------------|-------------------------------------------------|--------------------|
+    | 0                 | controller, for trainer rank 0 (ZeroMQ)         | the controller     |
+    | 1                 | trainer ranks meet (MASTER_PORT)                | trainer rank 0     |
+    | 2 + 2k            | engine, HTTP; k counts the engines of its node  | that engine        |
+    | 3 + 2k            | the engine's own processes meet (--nccl-port)   | that engine        |
+    | last - (g PP + s) | pushes of pipeline stage s: sender and engines  | the stage's sender |
+
+A group for pushes that is opened anew, after an engine was replaced, takes the next g of WEIGHT_GROUPS: a collective
+that hangs may still hold the last one's port.
 
 NCCL's and gloo's data connections take ephemeral ports, which they tell each other. On one machine a job has any ports
 that are free (launch/ports.py), in the same order.
@@ -23,6 +26,7 @@ from dapo_megatron.errors import ConfigError
 EPHEMERAL = 32768
 """The first port that Linux gives to whoever asks for any (net.ipv4.ip_local_port_range)."""
 PORTS_A_JOB = 64
+WEIGHT_GROUPS = 4
 
 
 def job_ports(base_port: int, job: int) -> range:
@@ -45,7 +49,7 @@ def job_ports(base_port: int, job: int) -> range:
 
 def ports_needed(engines_a_node: int, stages: int) -> int:
     """Ports of a job with so many engines on its fullest node, and pipeline stages."""
-    return 2 + 2 * engines_a_node + stages
+    return 2 + 2 * engines_a_node + WEIGHT_GROUPS * stages
 
 
 @dataclass(frozen=True)
@@ -69,8 +73,8 @@ class PortMap:
         return self.numbers[2 + 2 * k], self.numbers[3 + 2 * k]
 
     def pushes(self, stages: int) -> tuple[int, ...]:
-        """Of each pipeline stage, in order."""
-        return tuple(self.numbers[-1 - stage] for stage in range(stages))
+        """Of the pipeline stages' first weight groups, their second ones, ..."""
+        return tuple(self.numbers[-1 - i] for i in range(WEIGHT_GROUPS * stages))
 
     def require(self, engines_a_node: int, stages: int) -> None:
         """Raise ConfigError if there are not enough."""

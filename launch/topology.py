@@ -93,7 +93,7 @@ class Placement:
     meeting_port: int
     """MASTER_PORT; the address is that of rank 0's node."""
     push_ports: tuple[int, ...]
-    """One a pipeline stage, on the node of its sender: where it meets the engines for a weight group."""
+    """Where the senders meet the engines: of each pipeline stage's first weight group, of the second ones, ..."""
 
     @property
     def cpu(self) -> bool:

@@ -42,12 +42,13 @@ class Pusher:
         api_key: str | None = None,
         ports: Sequence[int] | None = None,
     ):
-        """`ports`: where each pipeline stage's sender meets the engines; None takes free ones."""
+        """`ports`: where senders and engines meet, of each pipeline stage's first group, of the second ones, and so on,
+        then from the first again; None takes free ones."""
         self.actor, self.layout, self.config = actor, actor.layout, config
         self.dtype = config.engine_dtype
         self.is_sender = is_sender()
         self.timeout_s = config.engine_call_timeout_s
-        self._ports = ports or [0] * actor.layout.pp_size
+        self._ports, self._opened = ports or [0] * actor.layout.pp_size, 0
         self.engines = [EngineControl(url, self.timeout_s, api_key) for url in engine_urls] if self._talks else []
         self._threads = ThreadPoolExecutor(max_workers=max(1, len(engine_urls)))
         self._group: dist.ProcessGroup | None = None
@@ -110,7 +111,9 @@ class Pusher:
         name, timeout = f"weights-{stage}-{time.time_ns()}", self.timeout_s
         address = sender_address([e.url for e in self.engines])
         world = 1 + sum(e.tensor_parallel_size for e in self.engines)
-        store = open_store(address, self._ports[stage], world, timeout)
+        port = self._ports[(self._opened * self.layout.pp_size + stage) % len(self._ports)]
+        self._opened += 1
+        store = open_store(address, port, world, timeout)
         rank, joins = 1, []
         for engine in self.engines:
             joins.append(self._threads.submit(engine.join_group, name, address, store.port, rank, world, backend))

@@ -34,7 +34,7 @@ def main() -> int:
     parser.add_argument("--config", required=True, type=Path, help="config.yaml in the run folder")
     parser.add_argument("--link", required=True, help="the controller's address")
     parser.add_argument("--engines", required=True, nargs="+", help="URLs of the SGLang servers")
-    parser.add_argument("--push-ports", nargs="+", type=int, help="of the weight groups, one a pipeline stage")
+    parser.add_argument("--push-ports", nargs="+", type=int, help="where the weight groups meet")
     parser.add_argument("--resume", type=Path, help="checkpoint to go on from")
     parser.add_argument("--weights", type=Path, help="checkpoint of which only the weights are taken")
     args = parser.parse_args()

@@ -77,7 +77,7 @@ def test_command_lines_agree_on_ports():
     urls = ["http://10.0.0.1:20002", "http://10.0.0.1:20004"]
     links = ["--config", "run/config.yaml", "--link", "tcp://10.0.0.1:20000", "--engines", *urls]
     assert controller.arguments[1:] == ["-m", "dapo_megatron.rollout", *links]
-    tail = ["--push-ports", "20063", "20062", "--resume", "step"]
+    tail = ["--push-ports", *map(str, range(20063, 20055, -1)), "--resume", "step"]
     assert ranks[0].arguments[1:] == ranks[1].arguments[1:] == ["-m", "dapo_megatron.trainer", *links, *tail]
     for k, engine in enumerate(engines):
         options = dict(zip(engine.arguments, engine.arguments[1:], strict=False))

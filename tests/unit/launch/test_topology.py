@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 
 from dapo_megatron.errors import ConfigError
-from launch.port_map import job_ports, ports_needed
+from launch.port_map import WEIGHT_GROUPS, job_ports, ports_needed
 from launch.topology import Node, place, place_ranks, split
 from tests.tiny import run_config
 
@@ -50,7 +50,7 @@ def check(found, c, trainer, engines):
 
     head, tp = found.ranks[0].node.name, c.actor.tensor_model_parallel_size
     stages = c.actor.pipeline_model_parallel_size
-    senders = [found.ranks[stage * c.world_size // stages].node.name for stage in range(stages)]
+    senders = [found.ranks[stage * c.world_size // stages].node.name for stage in range(stages)] * WEIGHT_GROUPS
     listening = [(head, found.controller.port), (head, found.meeting_port)]
     listening += zip(senders, found.push_ports, strict=True)
     listening += [(e.node.name, port) for e in found.engines for port in (e.port, e.nccl_port)]
@@ -129,7 +129,7 @@ def test_one_box_of_eight():
     assert found.controller.link == "tcp://10.0.0.1:20000".replace("20000", str(PORTS[0]))
     assert found.urls == [f"http://10.0.0.1:{PORTS[2]}", f"http://10.0.0.1:{PORTS[4]}"]
     assert [e.nccl_port for e in found.engines] == [PORTS[3], PORTS[5]] and found.meeting_port == PORTS[1]
-    assert found.push_ports == (PORTS[63],)
+    assert found.push_ports == (PORTS[63], PORTS[62], PORTS[61], PORTS[60])
     # The larger group first: it begins at a multiple of its size.
     found = place(config(engine_tp=4, tp=2, dp=2), [box], [box], PORTS)
     assert found.engines[0].devices == (0, 1, 2, 3) and [r.devices for r in found.ranks] == [(4,), (5,), (6,), (7,)]
@@ -144,7 +144,7 @@ def test_sixteen_nodes_of_eight():
     assert [e.node.name for e in found.engines] == [f"n{8 + i // 2}" for i in range(16)]
     assert [e.devices for e in found.engines[:2]] == [(0, 1, 2, 3), (4, 5, 6, 7)]
     assert {(e.port, e.nccl_port) for e in found.engines} == {(PORTS[2], PORTS[3]), (PORTS[4], PORTS[5])}
-    assert found.push_ports == (PORTS[63], PORTS[62])
+    assert found.push_ports[:2] == (PORTS[63], PORTS[62]) and len(found.push_ports) == 8
     assert (found.ranks[0].cpus, found.ranks[8].cpus, found.engines[0].cpus) == (14, 16, 64)
     # Without one engine node and with a spare one: the rest stays where it was.
     again = place(config(replicas=14, engine_tp=4, tp=8, pp=2, dp=4), trainer, engines[:7], PORTS)
@@ -176,7 +176,7 @@ def test_ranks_alone():
         (config(), nodes(2, 0)[:1], nodes(2, 4)[1:], "1 trainer ranks"),
         (config(), nodes(2, 4)[:1], nodes(2, 0)[1:], "engine.replicas=1 engines need"),
         (config(), [], nodes(1, 1), "have no node"),
-        (config(replicas=31), nodes(1, 0), nodes(1, 0), "31 engines on one node and 1 pipeline stages need 65 ports"),
+        (config(replicas=30), nodes(1, 0), nodes(1, 0), "30 engines on one node and 1 pipeline stages need 66 ports"),
     ],
 )
 def test_what_does_not_fit_is_one_line(made, trainer, engines, says):
@@ -193,7 +193,7 @@ def test_engines_leave_a_node_for_the_trainer():
 
 
 def test_ports_of_jobs():
-    assert ports_needed(30, 2) == 64
+    assert ports_needed(27, 2) == 64
     ranges = [job_ports(20000, job) for job in range(1000, 1199)]
     assert len({port for r in ranges for port in r}) == 199 * 64
     assert min(r[0] for r in ranges) == 20000 and max(r[-1] for r in ranges) < 32768
