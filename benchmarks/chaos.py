@@ -67,7 +67,13 @@ def chaos(args: argparse.Namespace) -> None:
     unmount(args.out)
     shutil.rmtree(args.out, ignore_errors=True)
     args.out.mkdir(parents=True)
-    overrides = ["checkpoint.every=1", "checkpoint.keep_last=3", "evaluation.every=1000", *args.overrides]
+    overrides = [
+        "checkpoint.every=1",
+        "checkpoint.keep_last=3",
+        "evaluation.every=1000",
+        "launch.max_restarts=0",
+        *args.overrides,
+    ]
     rng, lived = random.Random(args.seed), list[tuple[Fault, float]]()
     with small_disk(args.out, DISK_MB) as disk:
         job = Job(recipe_path("demo"), RunFolder((disk or args.out) / "disturbed"), overrides, disk)

@@ -108,6 +108,10 @@ class RunFolder:
         """Finished groups of one step."""
         return self.banks / f"step_{step:06d}.bank"
 
+    def step(self, name: str) -> Path:
+        """What a step of a SLURM job starts."""
+        return self.path / "steps" / f"{name}.json"
+
     def log(self, process: str) -> Path:
         """Output of one process."""
         return self.logs / f"{process}.log"

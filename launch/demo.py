@@ -15,10 +15,13 @@ import torch
 import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
+from dapo_megatron.config import ActorConfig
 from dapo_megatron.errors import ConfigError
+from launch.machine import this_machine
 from launch.ports import reserved_ports
 from launch.processes import ProcessGroup, interruptible
 from launch.ranks import start_ranks, wait_for_ranks
+from launch.topology import place_ranks
 
 CHARACTERS = "0123456789+="
 ANSWER = "Answer: "
@@ -134,8 +137,7 @@ def warm_up(folder: Path, updates: int) -> None:
         "--updates", str(updates), "--batch", str(WARM_UP_BATCH),
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    places = place_ranks(ActorConfig(data_parallel_size=WARM_UP_RANKS), [this_machine()])
     with interruptible() as check_interrupt, reserved_ports(1) as (port,), ProcessGroup(folder) as group:
-        ranks = start_ranks(
-            group, "warm_up", "dapo_megatron.trainer.warm_up", arguments, WARM_UP_RANKS, port, environment
-        )
+        ranks = start_ranks(group, "warm_up", "dapo_megatron.trainer.warm_up", arguments, places, port, environment)
         wait_for_ranks(ranks, "the supervised warm-up", WARM_UP_DEADLINE_S, check_interrupt)

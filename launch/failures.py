@@ -60,6 +60,12 @@ def _without_a_word(child: Child) -> DapoError:
             f"the {child.name} stopped: the disk of {child.log.parent.parent} is full, read-only or gone: make room, "
             "and go on from the newest checkpoint with --resume"
         )
-    how = f"was killed by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"ended with exit code {code}"
+    # An srun ends as a shell does: with 128 and the signal's number.
+    number = -code if code < 0 else code - 128 if child.processes != (child.name,) else 0
+    how = (
+        f"was killed by signal {number} ({signal.Signals(number).name})"
+        if number > 0
+        else f"ended with exit code {code}"
+    )
     kind = EngineError if child.name.startswith("engine") else DapoError
     return kind(f"the {child.name} {how}; the end of {child.log}:\n{child.tail()}")

@@ -66,6 +66,6 @@ def _told(action: Action) -> str:
         case AskToStop():
             return "ask for a checkpoint and the end"
         case Requeue(_, exclude):
-            return f"back into the queue{f', without {", ".join(exclude)}' if exclude else ''}"
+            return " ".join(["back into the queue", *(["without", ", ".join(exclude)] if exclude else [])])
         case End(kind, _):
             return "the end" if kind is None else f"the end ({kind})"

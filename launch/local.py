@@ -1,37 +1,45 @@
-"""One machine: start the engines, the controller and the trainer ranks, watch them, and end all of them together."""
+"""One machine: engines, controller and trainer ranks are children of the launcher, which ends all of them together."""
 
-import contextlib
 import os
-import sys
-import time
-from collections.abc import Callable
+import signal
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from dapo_megatron.config import RunConfig
-from dapo_megatron.engines.command import engine_command, engine_environment
-from dapo_megatron.engines.engine_set import of_urls, write_engine_set
-from dapo_megatron.errors import ConfigError, DapoError, Preempted, told
-from dapo_megatron.observe.catalog import PHASES
-from dapo_megatron.observe.display import ProgressDisplay
+from dapo_megatron.errors import ConfigError
 from dapo_megatron.observe.report import write_report
-from dapo_megatron.process import Reporter, read_statuses
 from dapo_megatron.run_folder import RunFolder
-from launch.failures import failed, failure, hang
-from launch.heartbeats import Heartbeats
-from launch.job import Job, Resume, prepare_new, prepare_resume
-from launch.lock import locked
-from launch.ports import LOCALHOST, reserved_ports
-from launch.processes import Child, ProcessGroup, interruptible
-from launch.ranks import start_ranks
-from launch.stopped import Stopped
+from launch.attempt import asked_by_signals, attempt, raise_end
+from launch.commands import Command
+from launch.environment import shared_environment
+from launch.job import Job, Resume
+from launch.machine import raise_open_files_limit, this_machine
+from launch.network import require_interface
+from launch.port_map import ports_needed
+from launch.ports import reserved_ports
+from launch.processes import Child, ProcessGroup
+from launch.states import End, StopAsked
+from launch.supervisor import Supervisor
+from launch.topology import Placement, place, split
 
-POLL_S = 0.25
-LOOK_S = 1.0
-"""Between two looks for processes that hang."""
-LAST_WORDS_S = 1.5
-"""After a first failure, for what fails with it to say why."""
+
+class LocalProcesses:
+    """The backend of one machine."""
+
+    def __init__(self, group: ProcessGroup):
+        self._group = group
+
+    def start(self, name: str, commands: Sequence[Command], hosts: Sequence[str], *, grace: bool) -> list[Child]:
+        """Start a process for each command."""
+        return [self._group.start(c.name, c.arguments, c.environment, grace=grace) for c in commands]
+
+    def end(self, children: Sequence[Child]) -> None:
+        """End them."""
+        self._group.end(children)
+
+    def lost_hosts(self) -> Sequence[str]:
+        """None: the launcher would be gone too."""
+        return ()
 
 
 def run_local(config: RunConfig, *, resume: Resume | None = None, weights: Path | None = None) -> Path:
@@ -43,121 +51,39 @@ def run_local(config: RunConfig, *, resume: Resume | None = None, weights: Path 
 
     Raises:
         DapoError: the run folder is taken (or empty, with resume), its checkpoint is damaged, or a process died or
-            hangs; names its log.
+            hangs, too often to start it again; names its log.
         KeyboardInterrupt: Ctrl-C or SIGTERM.
     """
     folder = RunFolder(Path(config.run_dir))
     if resume is not None and not folder.config.exists():
         # Nothing is made where there is nothing to go on from.
         raise ConfigError(f"{folder.path} holds no run: start it without --resume")
-    _make_folder(folder)
-    with interruptible() as check_interrupt, locked(folder.lock):
-        if resume is None:
-            job = prepare_new(config, folder, weights)
-        else:
-            job = prepare_resume(config, folder, resume)
-        try:
-            with reserved_ports(config.engine.replicas + 2) as ports, ProcessGroup(folder.logs) as group:
-                trainer = _start(config, folder, group, ports, job)
-                with ProgressDisplay(folder, config.trainer.steps) as display:
-                    try:
-                        _watch(config, folder, group, trainer, display, check_interrupt)
-                    except KeyboardInterrupt:
-                        _finish_step(config, folder, group, trainer)
-                        raise
-        except (DapoError, OSError, KeyboardInterrupt) as e:
-            _end(folder, e)
-            raise
-        Reporter(folder, "launcher").ended(None, "")
+    if config.launch.interface is not None:
+        require_interface(config.launch.interface)
+    raise_open_files_limit()
+    with reserved_ports(ports_needed(config.engine.replicas, config.actor.pipeline_model_parallel_size)) as ports:
+        placement = place(config, *split([this_machine()], config.launch.engine_nodes), ports)
+        with attempt(config, folder, resume, weights) as job:
+            _run(config, folder, job, placement)
         return write_report(folder)
 
 
-def _end(folder: RunFolder, error: DapoError | OSError | KeyboardInterrupt) -> None:
-    """Leave an exit record and a report, where the disk lets us: what ended the run is what must be told."""
-    told_by = Preempted("stopped by a signal") if isinstance(error, KeyboardInterrupt) else told(error)
-    kind, message = (told_by.kind, str(told_by)) if told_by is not None else ("crash", str(error))
-    Reporter(folder, "launcher").ended(kind, message)
-    with contextlib.suppress(OSError, DapoError):
-        write_report(folder)
-
-
-def _make_folder(folder: RunFolder) -> None:
-    try:
-        folder.path.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise ConfigError(f"run_dir={folder.path} is a file, or lies in one: choose another run_dir=...") from None
-
-
-def _start(config: RunConfig, folder: RunFolder, group: ProcessGroup, ports: list[int], job: Job) -> list[Child]:
-    cpu = not torch.cuda.is_available()
-    environment = dict(os.environ)
-    if cpu:
-        environment["OMP_NUM_THREADS"] = "1"
-    if config.engine.deterministic:
-        environment["PYTHONHASHSEED"] = (
-            "0"  # sets of strings (sympy's symbols) then have the same order in every process
+def _run(config: RunConfig, folder: RunFolder, job: Job, placement: Placement) -> None:
+    stop = StopAsked("a signal", comes_back=False)
+    with asked_by_signals({signal.SIGTERM: stop, signal.SIGINT: stop}) as asked, ProcessGroup(folder.logs) as group:
+        supervisor = Supervisor(
+            config,
+            folder,
+            job,
+            LocalProcesses(group),
+            lambda hosts: placement,
+            hosts=(placement.controller.node.name,),
+            spares=(),
+            shared=shared_environment(config, os.environ, cpu=placement.cpu, interface=config.launch.interface),
+            can_requeue=False,
         )
-    link_port, meeting_port, *engine_ports = ports
-    write_engine_set(folder, of_urls([f"http://{LOCALHOST}:{port}" for port in engine_ports]))
-    for i, port in enumerate(engine_ports):
-        command = engine_command(config, LOCALHOST, port, cpu=cpu, options_file=folder.engine_options)
-        # An SGLang server waits five seconds after SIGTERM, and has nothing to lose.
-        group.start(f"engine-{i}", command, engine_environment(environment, cpu=cpu), grace=False)
-    shared = ["--config", str(job.config), "--link", f"tcp://{LOCALHOST}:{link_port}"]
-    group.start("controller", [sys.executable, "-m", "dapo_megatron.rollout", *shared], environment)
-    return start_ranks(
-        group,
-        "trainer",
-        "dapo_megatron.trainer",
-        shared + job.trainer_arguments,
-        config.world_size,
-        meeting_port,
-        environment,
-    )
-
-
-def _finish_step(config: RunConfig, folder: RunFolder, group: ProcessGroup, trainer: list[Child]) -> None:
-    """Ask for the end of the step in progress and a checkpoint, and wait for it as long as a stop may take.
-
-    Before the first step there is nothing to save, and nothing is waited for.
-    """
-    if not any(status.process == "trainer-0" and status.phase in PHASES for status in read_statuses(folder)):
-        return
-    folder.stop_request.touch()
-    end = time.monotonic() + config.launch.stop_grace_s
-    while any(c.process.poll() is None for c in trainer) and not failed(folder, group.children):
-        if time.monotonic() > end:
-            return
-        time.sleep(POLL_S)
-
-
-def _watch(
-    config: RunConfig,
-    folder: RunFolder,
-    group: ProcessGroup,
-    trainer: list[Child],
-    display: ProgressDisplay,
-    check_interrupt: Callable[[], None],
-) -> None:
-    """Until every trainer rank has ended well.
-
-    Raises:
-        DapoError: a process died first, or gives no sign of life.
-    """
-    heartbeats, stopped = Heartbeats(config.heartbeat_timeout_s), Stopped(group, config.heartbeat_timeout_s)
-    looked = 0.0
-    while any(c.process.poll() != 0 for c in trainer):
-        check_interrupt()
-        display.poll()
-        # The controller leaves first when the trainer says goodbye.
-        if failed(folder, group.children):
-            time.sleep(LAST_WORDS_S)
-            raise failure(folder, group.children)
-        if (now := time.monotonic()) - looked >= LOOK_S:
-            looked = now
-            running = {c.name for c in group.children if c.process.poll() is None}
-            if silent := heartbeats.silent([s for s in read_statuses(folder) if s.process in running], now):
-                raise hang(*silent[0])
-            stopped.check(now)
-        time.sleep(POLL_S)
-    display.poll()
+        end = supervisor.run(asked)
+    assert isinstance(end, End)  # nobody can put this machine back into a queue
+    if end.kind == "preempted":
+        raise KeyboardInterrupt
+    raise_end(end)

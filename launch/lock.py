@@ -20,21 +20,27 @@ class Holder(msgspec.Struct):
     pid: int
     started: float
     """When that process began, by its host's clock: pids are used again."""
+    slurm_job: int | None = None
+    """The SLURM job that it is of: when that starts again, whoever held the lock before is gone."""
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path, slurm_job: int | None = None) -> Iterator[None]:
     """Hold the lock at `path` as long as the block runs.
+
+    Args:
+        slurm_job: the job that this launcher is of; one with the same job has ended.
 
     Raises:
         ConfigError: another launcher holds it.
     """
-    me = Holder(socket.gethostname(), os.getpid(), psutil.Process().create_time())
+    me = Holder(socket.gethostname(), os.getpid(), psutil.Process().create_time(), slurm_job)
     while not _create(path, me):
         holder = _read(path)
         if holder is None:
             continue
-        if holder.host != me.host or _is_alive(holder):
+        is_same_job = slurm_job is not None and holder.slurm_job == slurm_job
+        if not is_same_job and (holder.host != me.host or _is_alive(holder)):
             raise ConfigError(
                 f"{path.parent} is in use by another launcher (pid {holder.pid} on {holder.host}): wait for it, choose "
                 f"another run_dir=..., or remove {path.name} if that launcher is gone"

@@ -94,7 +94,7 @@ class ProcessGroup:
         end = time.monotonic() + self.grace_s
         while any(child.process.poll() is None for child in children) and time.monotonic() < end:
             time.sleep(0.1)
-        self.children = [child for child in self.children if child not in children]
+        self.forget(children)
         known = {child.process.pid for child in self.children}
         # Whoever has lost its parent is this process's child now, and was of those that have ended.
         orphans = [p for p in psutil.Process().children() if p.pid not in known]
@@ -104,6 +104,10 @@ class ProcessGroup:
         psutil.wait_procs(left, timeout=self.grace_s)
         for child in children:
             child.process.wait()
+
+    def forget(self, children: Sequence[Child]) -> None:
+        """Children that have ended."""
+        self.children = [child for child in self.children if child not in children]
 
     def stop(self) -> None:
         """SIGTERM to every descendant of this process, then SIGKILL to what is left when the children have ended (they

@@ -1,15 +1,13 @@
-"""Trainer ranks on this machine: one child process each, so that each has its own log, exit code and name.
-
-They meet as torchrun's would, by the environment variables of torch's env:// rendezvous.
-"""
+"""Trainer ranks on this machine: one child process each, so that each has its own log, exit code and name."""
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 from dapo_megatron.errors import DapoError
-from launch.ports import LOCALHOST
+from launch.environment import environment_of_rank
 from launch.processes import Child, ProcessGroup
+from launch.topology import RankPlace
 
 
 def start_ranks(
@@ -17,21 +15,15 @@ def start_ranks(
     name: str,
     module: str,
     arguments: list[str],
-    world: int,
+    ranks: Sequence[RankPlace],
     port: int,
-    environment: dict[str, str],
+    environment: Mapping[str, str],
 ) -> list[Child]:
-    """Start `python -m module arguments` as `world` ranks called <name>-<rank>; `port` is where they meet."""
-    shared = environment | {
-        "WORLD_SIZE": str(world),
-        "LOCAL_WORLD_SIZE": str(world),
-        "MASTER_ADDR": LOCALHOST,
-        "MASTER_PORT": str(port),
-    }
+    """Start `python -m module arguments` as ranks called <name>-<rank>; `port` is where they meet."""
     command = [sys.executable, "-m", module, *arguments]
     return [
-        group.start(f"{name}-{rank}", command, shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(world)
+        group.start(f"{name}-{place.rank}", command, environment_of_rank(environment, ranks, place.rank, port))
+        for place in ranks
     ]
 
 

@@ -8,9 +8,11 @@ import yaml
 
 from dapo_megatron.config import RunConfig
 from dapo_megatron.errors import ConfigError
+from launch.machine import this_machine
 from launch.ports import reserved_ports
 from launch.processes import ProcessGroup, interruptible
 from launch.ranks import start_ranks, wait_for_ranks
+from launch.topology import place_ranks
 
 DEADLINE_S = 3600
 
@@ -26,6 +28,7 @@ def replay(config: RunConfig, dump: Path) -> str:
         raise ConfigError(
             f"{dump} is no dump of skipped updates ({missing[0]} is missing): give a folder under <run_dir>/dumps"
         )
+    places = place_ranks(config.actor, [this_machine()])
     with tempfile.TemporaryDirectory() as place, interruptible() as check_interrupt, reserved_ports(1) as (port,):
         folder = Path(place)
         out, recipe = folder / "table.txt", folder / "config.yaml"
@@ -34,6 +37,6 @@ def replay(config: RunConfig, dump: Path) -> str:
         with ProcessGroup(folder) as group:
             environment = os.environ | {"OMP_NUM_THREADS": "1"}
             module = "dapo_megatron.trainer.replay"
-            ranks = start_ranks(group, "replay", module, arguments, config.world_size, port, environment)
+            ranks = start_ranks(group, "replay", module, arguments, places, port, environment)
             wait_for_ranks(ranks, "the replay", DEADLINE_S, check_interrupt)
         return out.read_text()

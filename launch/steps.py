@@ -1,7 +1,7 @@
 """The processes of a job as steps of a SLURM allocation: one srun each for controller, trainer ranks and every engine.
 
-An srun is a child of the launcher, and is as long there as its step. Its tasks become the processes (launch/task.py), with
-a log each, which their nodes write themselves. A step is ended by scancel: an srun that is killed leaves its tasks.
+An srun is a child of the launcher, and is as long there as its step. Its tasks become the processes (launch/task.py),
+each with a log that its node writes itself. A step is ended by scancel: an srun that is killed leaves its tasks.
 """
 
 import os
@@ -28,15 +28,20 @@ class Steps:
     """The backend of a SLURM job."""
 
     def __init__(
-        self, group: ProcessGroup, folder: RunFolder, allocation: Allocation, base: Mapping[str, str], head: str
+        self,
+        group: ProcessGroup,
+        folder: RunFolder,
+        allocation: Allocation,
+        base: Mapping[str, str],
+        towards: str | None,
     ):
         """
         Args:
             base: environment of the batch script, which every step gets.
-            head: address of the first node, towards which the network interface of a node is chosen.
+            towards: address towards which every node chooses its network interface; None: `base` names it.
         """
         self._group, self._folder, self._allocation = group, folder, allocation
-        self._base, self._head = base, head
+        self._base, self._towards = base, towards
         self._watch = HostWatch([node.name for node in allocation.nodes])
 
     def start(self, name: str, commands: Sequence[Command], hosts: Sequence[str], *, grace: bool) -> list[Child]:
@@ -77,7 +82,7 @@ class Steps:
 
     def _task(self, command: Command) -> Task:
         own = {k: v for k, v in command.environment.items() if self._base.get(k) != v}
-        return Task(command.arguments, own, None if command.devices is None else list(command.devices), self._head)
+        return Task(command.arguments, own, None if command.devices is None else list(command.devices), self._towards)
 
     def _host_file(self, name: str, hosts: Sequence[str]) -> str:
         path = self._folder.step(name).with_suffix(".hosts")

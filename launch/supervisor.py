@@ -1,21 +1,19 @@
 """Watch a run, and do what launch/states.py decides.
 
-    each look           what ended, what gives no sign of life, which hosts are gone, who asked for a stop -> events
-    each event          launch.states.decide -> actions
-    StartEngine         the engine's process is ended and started; the engine set's next generation is written, which
-                        controller and trainer follow
-    End/StartTraining   controller and trainer ranks are ended; started from the newest checkpoint, beside the same engines
-    AskToStop           the file `stop` in the run folder; the trainer saves and ends
+each look           what ended, what gives no sign of life, which hosts are gone, who asked for a stop -> events
+each event          launch.states.decide -> actions
+StartEngine         the engine's process is ended and started; the engine set's next generation is written, which
+                    controller and trainer follow
+End/StartTraining   controller and trainer ranks are ended; started from the newest checkpoint, beside the same engines
+AskToStop           the file `stop` in the run folder; the trainer saves and ends
 """
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 
 from dapo_megatron.checkpoint import store
 from dapo_megatron.config import RunConfig
 from dapo_megatron.engines.engine_set import EngineSet, Member, write_engine_set
-from dapo_megatron.errors import DapoError
 from dapo_megatron.observe.catalog import PHASES
 from dapo_megatron.observe.display import ProgressDisplay
 from dapo_megatron.observe.metrics import read_metrics
@@ -73,7 +71,6 @@ class Supervisor:
         hosts: tuple[str, ...],
         spares: tuple[str, ...],
         shared: Mapping[str, str],
-        journal: Journal,
         *,
         can_requeue: bool,
     ):
@@ -83,7 +80,7 @@ class Supervisor:
             hosts, spares: of the slots, and others.
             shared: environment that all processes have.
         """
-        self.config, self.folder, self.job, self.backend, self.journal = config, folder, job, backend, journal
+        self.config, self.folder, self.job, self.backend, self.journal = config, folder, job, backend, Journal(folder)
         self._plan, self._shared = plan, shared
         placement = plan(hosts)
         step = _saved_step(folder)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import msgspec
 
-from launch.environment import VISIBLE, visible_devices
+from launch.environment import VISIBLE, interface_environment, visible_devices
+from launch.network import interface_towards
 
 
 class Task(msgspec.Struct):
@@ -21,6 +22,8 @@ class Task(msgspec.Struct):
     """What is set in it, beside what the node's processes have."""
     devices: list[int] | None
     """Of the GPUs that the job sees on the node; None: nobody has any."""
+    towards: str | None
+    """Address of the host towards which gloo and NCCL choose their interface; None: it is in the environment."""
 
 
 def write_step(path: Path, tasks: list[Task]) -> None:
@@ -38,6 +41,8 @@ def main() -> None:
     environment = os.environ | task.environment
     if task.devices is not None:
         environment[VISIBLE] = visible_devices(task.devices, os.environ.get(VISIBLE))
+    if task.towards is not None:
+        environment |= interface_environment(interface_towards(task.towards))
     os.execvpe(task.arguments[0], task.arguments, environment)
 
 

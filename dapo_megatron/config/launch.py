@@ -11,3 +11,14 @@ class LaunchConfig(Section):
     trainer.collective_timeout_s."""
     stop_grace_s: float = Field(15.0, ge=0)
     """Seconds that SIGTERM or Ctrl-C leave for the step in progress to be finished and saved; a second one ends all."""
+    max_restarts: int = Field(3, ge=0)
+    """How often controller and trainer are started again after a failure, in one start of the run; the same for each
+    engine."""
+    engine_nodes: int | None = Field(None, ge=1)
+    """Nodes of a job that run engines alone, its last ones; the others train. null: engines and trainer share the
+    nodes, but never a GPU."""
+    base_port: int = Field(20000, ge=1024, le=32768 - 64)
+    """First port of those that jobs on a cluster listen on, 64 each, below 32768 (launch/port_map.py)."""
+    interface: str | None = Field(None, min_length=1)
+    """Network interface of gloo and NCCL, such as ib0; null: the one that the route to the head node takes, and on one
+    machine what they choose."""

@@ -20,11 +20,18 @@ _CPU_ARGS = [
 
 
 def engine_command(
-    config: RunConfig, host: str, port: int, *, cpu: bool, options_file: Path | None = None
+    config: RunConfig,
+    host: str,
+    port: int,
+    *,
+    cpu: bool,
+    nccl_port: int | None = None,
+    options_file: Path | None = None,
 ) -> list[str]:
     """argv of one server. It gets token ids and returns token ids: the tokenizer stays with the controller.
 
     Args:
+        nccl_port: where its processes meet; None lets SGLang choose.
         options_file: YAML of further options that no command line must show, such as the API key.
     """
     e = config.engine
@@ -44,6 +51,8 @@ def engine_command(
         "--sleep-on-idle",
         "--log-level", "warning",
     ]  # fmt: skip
+    if nccl_port is not None:
+        command += ["--nccl-port", str(nccl_port)]
     if e.max_total_tokens is not None:
         command += ["--max-total-tokens", str(e.max_total_tokens)]
     if e.deterministic:

@@ -11,13 +11,13 @@ from torch.distributed.distributed_c10d import PrefixStore, _new_process_group_h
 from dapo_megatron.errors import EngineError
 
 
-def open_store(address: str, world: int, timeout_s: float) -> TCPStore:
-    """The meeting place of a group of `world` ranks, on a free port of `address` (store.port); does not wait.
+def open_store(address: str, port: int, world: int, timeout_s: float) -> TCPStore:
+    """The meeting place of a group of `world` ranks, on a port of `address` (0: a free one, store.port); does not wait.
 
     It is opened directly: under torchrun, which has a store of its own, torch's rendezvous() would not listen.
     """
     timeout = timedelta(seconds=timeout_s)
-    return TCPStore(address, 0, world, is_master=True, timeout=timeout, wait_for_workers=False)
+    return TCPStore(address, port, world, is_master=True, timeout=timeout, wait_for_workers=False)
 
 
 def join_as_sender(name: str, store: TCPStore, world: int, backend: str, timeout_s: float) -> dist.ProcessGroup:

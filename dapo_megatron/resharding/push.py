@@ -10,7 +10,7 @@ the same message instead of a hang. When the launcher has replaced the engine th
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -38,8 +38,20 @@ LOOK_S = 0.25
 class Pusher:
     """Every trainer rank holds one; `connect`, `push` and `close` are collective over all of them."""
 
-    def __init__(self, config: RunConfig, actor: Actor, read_set: Callable[[], EngineSet], api_key: str | None = None):
-        """`read_set` tells rank 0 who serves now."""
+    def __init__(
+        self,
+        config: RunConfig,
+        actor: Actor,
+        read_set: Callable[[], EngineSet],
+        api_key: str | None = None,
+        ports: Sequence[int] | None = None,
+    ):
+        """
+        Args:
+            read_set: who serves now.
+            ports: where senders and engines meet, of each pipeline stage's first group, of the second ones, and so on,
+                then from the first again; None takes free ones.
+        """
         self.actor, self.layout, self.config = actor, actor.layout, config
         self.dtype = config.engine_dtype
         self.is_sender = is_sender()
@@ -49,6 +61,7 @@ class Pusher:
         self._read_set, self._api_key = read_set, api_key
         self._set = EngineSet(0, ())
         self._threads = ThreadPoolExecutor(max_workers=1)
+        self._ports, self._opened = ports or [0] * actor.layout.pp_size, 0
         self._group: dist.ProcessGroup | None = None
         self._group_name = ""
         self._live: dict[Member, int] = {}
@@ -150,7 +163,9 @@ class Pusher:
         name, timeout = f"weights-{stage}-{time.time_ns()}", self.timeout_s
         address = sender_address([e.url for e in self.engines])
         world = 1 + sum(e.tensor_parallel_size for e in self.engines)
-        store = open_store(address, world, timeout)
+        port = self._ports[(self._opened * self.layout.pp_size + stage) % len(self._ports)]
+        self._opened += 1
+        store = open_store(address, port, world, timeout)
         rank, joins = 1, []
         for engine in self.engines:
             joins.append(self._threads.submit(engine.join_group, name, address, store.port, rank, world, backend))

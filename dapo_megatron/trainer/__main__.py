@@ -34,6 +34,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m dapo_megatron.trainer", description=__doc__)
     parser.add_argument("--config", required=True, type=Path, help="config.yaml in the run folder")
     parser.add_argument("--link", required=True, help="the controller's address")
+    parser.add_argument("--push-ports", nargs="+", type=int, help="where the weight groups meet")
     parser.add_argument("--resume", type=Path, help="checkpoint to go on from")
     parser.add_argument("--weights", type=Path, help="checkpoint of which only the weights are taken")
     args = parser.parse_args()
@@ -53,7 +54,7 @@ def _train(args: argparse.Namespace, reporter: Reporter) -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     layout, keys = init_parallel(config), read_keys(folder)
     actor = Actor(config, shape, layout)
-    pusher = Pusher(config, actor, lambda: read_engine_set(folder), keys.engine_api_key)
+    pusher = Pusher(config, actor, lambda: read_engine_set(folder), keys.engine_api_key, args.push_ports)
     controller = ControllerClient(config, layout, folder, args.link, keys)
     recorder = Recorder(config, layout, reporter)
     try:

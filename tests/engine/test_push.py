@@ -1,5 +1,6 @@
 """Resharding into a real server: from any trainer layout, the engine samples as the trainer would."""
 
+import psutil
 import pytest
 
 from tests.distributed.harness import actor_on_rank, run_ranks  # first: patches megatron-core on machines without CUDA
@@ -12,6 +13,7 @@ from dapo_megatron.engines.engine_set import of_urls
 from dapo_megatron.errors import EngineError
 from dapo_megatron.resharding import push
 from dapo_megatron.resharding.verify import Verifier
+from launch.ports import reserved_ports
 
 PROMPTS = [[5, 9, 33, 2, 60, 17, 8], [3, 4], [61, 12, 12, 40, 7]]
 
@@ -40,6 +42,24 @@ def test_push_from_every_layout(tmp_path, engine_url, layout):
     assert all(0 < difference <= 1e-4 for difference, _ in results)
     assert all(m["sync/bytes"] > 100_000 for _, m in results)
     assert EngineControl(engine_url, 10).version() == str(version)
+
+
+def push_over_two_groups(config, url, ports):
+    """Ports that this rank listens on after a push over a first group, and one over a second beside it."""
+    pusher = push.Pusher(config, actor_on_rank(config), [url], ports=ports)
+    for version in (60, 61):
+        pusher.connect()
+        pusher.push(version)
+    pusher.close()
+    listening = {c.laddr.port for c in psutil.Process().net_connections("tcp") if c.status == psutil.CONN_LISTEN}
+    return [ports.index(port) for port in ports if port in listening]
+
+
+def test_groups_meet_on_the_given_ports_one_after_the_other(tmp_path, engine_url):
+    config = run_config(hf_folder(tmp_path, "qwen3", tied=True), actor=LAYOUTS["pp2"], engine=ENGINE)
+    with reserved_ports(8) as ports:
+        assert run_ranks(2, push_over_two_groups, config, engine_url, ports) == [[0, 2], [1, 3]]
+    assert EngineControl(engine_url, 10).version() == "61"
 
 
 def message_of(config, url, version):
@@ -131,7 +151,7 @@ def test_the_version_comes_after_the_weights_and_the_flush_with_the_last_of_them
         "set_version",
         "resume",
     ]
-    assert max(i for i, (name, _) in enumerate(calls) if name == "receive_tensors") < calls.index(("set_version", None)) - 1
+    assert [name for name, _ in calls][-4:] == ["receive_tensors", "end_update", "set_version", "resume"]
 
 
 def push_to_nobody(config, url):

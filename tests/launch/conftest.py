@@ -29,6 +29,7 @@ def recipe(folder, **sections):
     tree["trainer"] |= {"mini_batch_prompts": 2, "steps": 2}
     tree["checkpoint"] = {"every": 1}
     tree["optimizer"] = {"lr": 1e-3, "warmup_steps": 4}
+    tree["launch"] = {"max_restarts": 0}
     tree["run_dir"] = str(folder / "run")
     for name, section in sections.items():
         tree[name] = tree.get(name, {}) | section

@@ -1,5 +1,6 @@
 """Who failed, and who hangs: by exit codes, exit records and heartbeats."""
 
+import socket
 import subprocess
 import sys
 import time
@@ -28,17 +29,17 @@ def child(folder, name, how):
     process.wait()
     log = folder.path / f"{name}.log"
     log.write_text("first\nlast line\n")
-    return Child(name, process, log, True)
+    return Child(name, process, log, True, (name,))
 
 
 def test_who_leaves_without_a_word_has_failed_whatever_the_exit_code(folder):
     gone = child(folder, "controller", "sys.exit(0)")
     assert failed(folder, [gone]) == [gone]
-    assert "the controller ended with exit code 0" in str(failure(folder, [gone]))
+    assert "the controller ended with exit code 0" in str(failure(folder, [gone])[0])
 
 
 def test_a_full_disk_is_told_by_the_exit_code_where_no_record_fits(folder):
-    error = failure(folder, [child(folder, "trainer-0", f"sys.exit({EXIT_CODES['storage']})")])
+    error, _ = failure(folder, [child(folder, "trainer-0", f"sys.exit({EXIT_CODES['storage']})")])
     assert isinstance(error, StorageError) and "is full, read-only or gone" in str(error) and "\n" not in str(error)
 
 
@@ -50,7 +51,7 @@ def leave_word(folder, name, kind, message):
 def test_who_was_killed_comes_before_those_who_complain(folder):
     leave_word(folder, "trainer-0", "crash", "RuntimeError: connection closed by peer")
     children = [child(folder, "trainer-0", "sys.exit(1)"), child(folder, "trainer-1", "os.kill(os.getpid(), 9)")]
-    error = failure(folder, children)
+    error, _ = failure(folder, children)
     assert "the trainer-1 was killed by signal 9 (SIGKILL)" in str(error) and "last line" in str(error)
 
 
@@ -59,9 +60,10 @@ def test_the_controllers_own_words_come_first_then_the_earliest(folder):
     leave_word(folder, "trainer-0", "engine", "first")
     leave_word(folder, "controller", "data", "no prompts")
     ranks = [child(folder, f"trainer-{i}", "sys.exit(1)") for i in range(2)]
-    error = failure(folder, ranks)
+    error, host = failure(folder, ranks)
+    assert host == socket.gethostname()
     assert type(error) is DapoError and "the trainer-1 stopped: second" in str(error)
-    error = failure(folder, [*ranks, child(folder, "controller", "sys.exit(1)")])
+    error, _ = failure(folder, [*ranks, child(folder, "controller", "sys.exit(1)")])
     assert isinstance(error, DataError) and "the controller stopped: no prompts" in str(error)
 
 
@@ -69,7 +71,7 @@ def test_an_engine_never_leaves_by_itself(folder):
     leave_word(folder, "controller", None, "")
     controller = child(folder, "controller", "sys.exit(0)")
     assert failed(folder, [controller]) == []
-    error = failure(folder, [child(folder, "engine-0", "sys.exit(0)"), controller])
+    error, _ = failure(folder, [child(folder, "engine-0", "sys.exit(0)"), controller])
     assert isinstance(error, EngineError) and "engine-0 ended with exit code 0" in str(error)
 
 

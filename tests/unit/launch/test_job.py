@@ -7,7 +7,7 @@ import yaml
 
 from dapo_megatron.checkpoint import store
 from dapo_megatron.checkpoint.manifest import Manifest, model_numbers
-from dapo_megatron.config import ModelConfig, RunConfig, load_config
+from dapo_megatron.config import LaunchConfig, ModelConfig, RunConfig, load_config
 from dapo_megatron.observe.jsonl import append_lines
 from dapo_megatron.errors import ConfigError, StorageError
 from dapo_megatron.run_folder import RunFolder
@@ -148,6 +148,19 @@ def test_a_second_resume_says_what_it_takes_back(begun, capsys):
 def test_where_there_is_no_run_nothing_is_made(tmp_path):
     with pytest.raises(ConfigError, match="holds no run: start it without --resume"):
         run_local(config(tmp_path / "none"), resume="latest")
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("launch", "says"),
+    [
+        ({"engine_nodes": 1}, "launch.engine_nodes=1 leaves no node for the trainer, there are 1"),
+        ({"interface": "ib77"}, "launch.interface=ib77 is no interface of"),
+    ],
+)
+def test_where_processes_have_no_place_nothing_is_made(tmp_path, launch, says):
+    with pytest.raises(ConfigError, match=says):
+        run_local(config(tmp_path / "none").model_copy(update={"launch": LaunchConfig(**launch)}))
     assert not (tmp_path / "none").exists()
 
 
