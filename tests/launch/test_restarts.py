@@ -1,0 +1,53 @@
+"""What dies in the midst of a run is started again, and the run goes on: an engine alone, the training beside it."""
+
+import psutil
+import pytest
+
+from benchmarks.chaos import check
+from benchmarks.faults import MODULES, Job
+from dapo_megatron.run_folder import RunFolder
+from tests.launch.conftest import recipe
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+def started(job, role):
+    """Pids of the launcher's own children of a role."""
+    alive = [p for p in psutil.Process(job.process.pid).children() if p.status() != psutil.STATUS_ZOMBIE]
+    return [p.pid for p in alive if MODULES[role] in p.cmdline()]
+
+
+def test_an_engine_then_a_rank_then_the_controller_die_and_the_run_goes_on(tmp_path):
+    path = recipe(tmp_path, launch={"max_restarts": 2}, evaluation={"every": 1000})
+    folder = RunFolder(tmp_path / "run")
+    job = Job(path, folder, [], None)
+    job.start("trainer.steps=1000")
+    try:
+        killed_again_and_again(job)
+    finally:
+        job.note_all()
+        job.process.terminate()
+        job.finish(130)
+    assert job.left() == []
+    check(folder)
+    log = folder.log("launcher").read_text()
+    assert log.count("-> start engine-0") == 1 and log.count("-> start controller and trainer") == 2
+
+
+def killed_again_and_again(job):
+    job.wait_for_steps(1)
+    (engine,), ranks = started(job, "engine"), started(job, "trainer rank")
+    psutil.Process(engine).kill()
+    job.wait(lambda: started(job, "engine") not in ([], [engine]), "another engine")
+    job.wait_for_steps(3)
+    assert started(job, "trainer rank") == ranks
+    (second,) = started(job, "engine")
+
+    psutil.Process(ranks[1]).kill()
+    job.wait(lambda: started(job, "trainer rank") not in ([], ranks), "other ranks")
+    job.wait_for_steps(4)
+    (controller,) = started(job, "controller")
+    psutil.Process(controller).kill()
+    job.wait(lambda: started(job, "controller") not in ([], [controller]), "another controller")
+    job.wait_for_steps(5)
+    assert started(job, "engine") == [second]
