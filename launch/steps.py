@@ -115,6 +115,7 @@ def step_command(
         f"--ntasks={len(hosts)}",
         "--distribution=arbitrary",  # the order of SLURM_HOSTFILE
         "--overlap",  # processes share their nodes; who may use which device is the placement's
+        "--overcommit",
         "--cpu-bind=none",
         "--mpi=none",
         "--kill-on-bad-exit=1",

@@ -14,6 +14,10 @@ class LaunchConfig(Section):
     max_restarts: int = Field(3, ge=0)
     """How often controller and trainer are started again after a failure, in one start of the run; the same for each
     engine."""
+    max_requeues: int = Field(10, ge=0)
+    """How often a SLURM job puts itself back into the queue."""
+    save_before_end_s: float = Field(600.0, ge=0)
+    """Seconds before a SLURM job's time limit at which it saves and goes back into the queue, if no signal came."""
     engine_nodes: int | None = Field(None, ge=1)
     """Nodes of a job that run engines alone, its last ones; the others train. null: engines and trainer share the
     nodes, but never a GPU."""

@@ -1,0 +1,178 @@
+"""Run a job on the nodes of a SLURM allocation: a batch script ends in `exec python -m launch.slurm --recipe ... "$@"`.
+
+The launcher runs on the first node. Engines, controller and trainer ranks are steps of the job (launch/steps.py). The
+last `launch.engine_nodes` nodes of a plain job are the engines'; of a heterogeneous job the first group trains and the
+second generates. A run folder that holds a run is gone on with: so does who submits the script again, and a requeue.
+
+    SIGUSR1 (#SBATCH --signal=B:USR1@600), or `launch.save_before_end_s` before the time limit
+                    the run saves, and the job goes back into the queue
+    SIGTERM         the run saves as long as SLURM lets it; a preempted job is put back by SLURM itself
+"""
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dapo_megatron.config import RunConfig, load_config
+from dapo_megatron.errors import ConfigError, DapoError, exit_code
+from dapo_megatron.observe.report import write_report
+from dapo_megatron.run_folder import RunFolder
+from launch.allocation import Allocation, find_allocation
+from launch.attempt import Asked, asked_by_signals, attempt, raise_end
+from launch.environment import VISIBLE, shared_environment
+from launch.job import Job
+from launch.machine import raise_open_files_limit
+from launch.port_map import job_ports
+from launch.processes import ProcessGroup
+from launch.states import End, GraceOver, Requeue, StopAsked
+from launch.steps import Steps, slurm
+from launch.supervisor import Supervisor
+from launch.topology import Node, Placement, place, split
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+REQUEUED_S = 120.0
+"""For SLURM to end this script after it has put the job back."""
+
+
+@app.command(epilog="Example:  python -m launch.slurm --recipe launch/recipes/demo.yaml trainer.steps=20")
+def main(
+    recipe: Annotated[Path, typer.Option(help="YAML file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, as many as needed")] = None,
+) -> None:
+    """Run a job on the nodes of this SLURM allocation."""
+    raise typer.Exit(exit_code(lambda: run_slurm(load_config(recipe, overrides or []))))
+
+
+def run_slurm(config: RunConfig) -> None:
+    """Run one attempt of a job.
+
+    Raises:
+        DapoError: why it ended, unless it is finished or goes back into the queue.
+    """
+    allocation = find_allocation(os.environ)
+    nodes = {node.name: Node(node.name, address_of(node.name), node.gpus, node.cpus) for node in allocation.nodes}
+    trainers, engines = _sides(config, allocation, nodes)
+    ports = job_ports(config.launch.base_port, allocation.job_id)
+
+    def plan(hosts: tuple[str, ...]) -> Placement:
+        """`hosts` are those of the slots: the nodes that are used at first, in their order."""
+        at = dict(zip(slots, hosts, strict=True))
+        training, serving = ([nodes[at[n.name]] for n in side if n.name in at] for side in (trainers, engines))
+        return place(config, training, serving, ports)
+
+    first = place(config, trainers, engines, ports)
+    slots = tuple(dict.fromkeys(p.node.name for p in (first.controller, *first.ranks, *first.engines)))
+    spares = tuple(name for name in nodes if name not in slots)
+    folder = RunFolder(Path(config.run_dir).resolve())
+    raise_open_files_limit()
+    with attempt(config, folder, "latest" if folder.config.exists() else None, None, allocation.job_id) as job:
+        end = _supervised(config, folder, job, allocation, plan, slots, spares)
+        if isinstance(end, End):
+            raise_end(end)
+    if isinstance(end, Requeue):
+        requeue(allocation, end)
+    print(f"report: {write_report(folder)}", flush=True)
+
+
+def _supervised(
+    config: RunConfig,
+    folder: RunFolder,
+    job: Job,
+    allocation: Allocation,
+    plan: Callable[[tuple[str, ...]], Placement],
+    slots: tuple[str, ...],
+    spares: tuple[str, ...],
+) -> End | Requeue:
+    placement = plan(slots)
+    base = {name: value for name, value in os.environ.items() if name != VISIBLE}
+    shared = shared_environment(config, base, cpu=placement.cpu, interface=config.launch.interface)
+    towards = None if config.launch.interface is not None else placement.controller.node.address
+    signals = {
+        signal.SIGUSR1: StopAsked("SIGUSR1: the time limit is near", comes_back=True),
+        signal.SIGTERM: StopAsked("SIGTERM: the job is cancelled or preempted", comes_back=False),
+        signal.SIGINT: StopAsked("a signal", comes_back=False),
+    }
+    with asked_by_signals(signals) as by_signals, ProcessGroup(folder.logs) as group:
+        steps = Steps(group, folder, allocation, base, towards)
+        supervisor = Supervisor(
+            config,
+            folder,
+            job,
+            steps,
+            plan,
+            hosts=slots,
+            spares=spares,
+            shared=shared,
+            can_requeue=allocation.restarts < config.launch.max_requeues,
+        )
+        try:
+            return supervisor.run(_also_by_clock(by_signals, allocation.ends, config.launch.save_before_end_s))
+        finally:
+            steps.close()
+
+
+def _sides(config: RunConfig, allocation: Allocation, nodes: dict[str, Node]) -> tuple[list[Node], list[Node]]:
+    """(nodes of the trainer, nodes of the engines)."""
+    if not allocation.is_heterogeneous:
+        trainers, engines = split(list(nodes.values()), config.launch.engine_nodes)
+        return list(trainers), list(engines)
+    if len(allocation.groups) != 2:
+        raise ConfigError(
+            f"a heterogeneous job has 2 groups, trainer and engines; this one has {len(allocation.groups)}"
+        )
+    trainers, engines = ([nodes[node.name] for node in group.nodes] for group in allocation.groups)
+    return trainers, engines
+
+
+def _also_by_clock(asked: Asked, ends: float | None, before_s: float) -> Asked:
+    """Signals, and the time limit: also where nobody sends a signal."""
+    told = False
+
+    def look() -> StopAsked | GraceOver | None:
+        nonlocal told
+        if (wish := asked()) is not None:
+            return wish
+        if not told and ends is not None and time.time() > ends - before_s:
+            told = True
+            return StopAsked(f"the time limit is {before_s:.0f} s away", comes_back=True)
+        return None
+
+    return look
+
+
+def address_of(host: str) -> str:
+    """IPv4 address under which the other nodes reach a host.
+
+    Raises:
+        ConfigError: its name has none, or only one of itself alone.
+    """
+    try:
+        address = str(socket.getaddrinfo(host, None, socket.AF_INET)[0][4][0])
+    except socket.gaierror as e:
+        raise ConfigError(
+            f"{host} has no address ({e.strerror}): nodes must be found by their names in SLURM"
+        ) from None
+    if address.startswith("127."):
+        raise ConfigError(f"{host} is {address} here, which other nodes cannot reach: mend /etc/hosts")
+    return address
+
+
+def requeue(allocation: Allocation, end: Requeue) -> None:
+    """Put the job back into the queue, and wait for SLURM to end this script.
+
+    Raises:
+        DapoError: SLURM refuses, or does not end it.
+    """
+    slurm("scontrol", "requeue", str(allocation.job_id))
+    time.sleep(REQUEUED_S)
+    raise DapoError(f"SLURM has put job {allocation.job_id} back, and has not ended it for {REQUEUED_S:.0f} s")
+
+
+if __name__ == "__main__":
+    app()
