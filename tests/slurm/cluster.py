@@ -22,11 +22,12 @@ from pathlib import Path
 
 import psutil
 
+from tests.slurm.folders import free_folder, record_init, remove_abandoned
 from tests.slurm.slurm_conf import LOGIN, address, gres_conf, hosts, slurm_conf
 
-FOLDERS = Path("/var/tmp")  # on every node the same; short, because a socket's path must be
-PREFIX = "dapo-slurm-"
 REPOSITORY = Path(__file__).parents[2]
+NODE = Path(__file__).with_name("node.sh")
+UNSHARE = ("unshare", "--net", "--uts", "--ipc", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child=KILL")
 PROGRAMS = ("slurmctld", "slurmd", "srun", "munged", "unshare", "nsenter", "ip", "mount")
 DAEMONS = {"slurmctld", "slurmscriptd", "slurmd", "munged"}
 LEAVE_S = 3.0
@@ -45,15 +46,16 @@ class Cluster:
     def __init__(self, nodes: int, *, cpus: int = 16, gpus: int = 8):
         self.nodes = [f"node{k}" for k in range(1, nodes + 1)]
         self.cpus, self.gpus = cpus, gpus
-        self.folder = _free_folder()
+        self.folder = free_folder()
         self.shared = self.folder / "shared"
         self._inits: dict[str, subprocess.Popen[bytes]] = {}
         self._pids: dict[str, int] = {}
+        self._cut: set[str] = set()
 
     def __enter__(self) -> "Cluster":
         remove_abandoned()
-        self._write_files()
         try:
+            self._write_files()
             for node in (LOGIN, *self.nodes):
                 self._boot(node)
             self.wait_until(self.all_idle, BOOT_S, "all nodes to be idle")
@@ -79,7 +81,10 @@ class Cluster:
         """
         self.run("scancel", "--user=root")
         for node in self.nodes:
-            self.heal(node) if node in self._pids else self.power_on(node)
+            if node not in self._pids:
+                self.power_on(node)
+            elif node in self._cut:
+                self.heal(node)
         self.wait_until_empty()
         self.wait_until(self.all_idle, BOOT_S, "all nodes to be idle")
         if left := self._left_after(LEAVE_S):
@@ -100,10 +105,10 @@ class Cluster:
     # --- commands -----------------------------------------------------------------------------------------------------
 
     def run(self, *command: str, node: str = LOGIN, timeout_s: float = 60.0, check: bool = True) -> str:
-        """What a command prints (stdout and stderr) that is typed on a node, in the repository's folder.
+        """What a command prints that is typed on a node, in the repository's folder.
 
         Raises:
-            RuntimeError: it failed (with `check`), or took longer than `timeout_s`.
+            RuntimeError: it failed (with `check`), or took longer than `timeout_s`; says what it printed, and stderr.
         """
         # timeout(1), not Python's: a killed nsenter leaves the command behind.
         limited = ["timeout", "--kill-after=5", str(timeout_s), *command]
@@ -114,12 +119,12 @@ class Cluster:
             text=True,
             timeout=timeout_s + 10,  # where something in the background keeps the output open
         )
-        output = done.stdout + done.stderr
+        printed, what = done.stdout + done.stderr, f"{' '.join(command)} on {node}"
         if done.returncode in (124, 137):
-            raise RuntimeError(f"{' '.join(command)} on {node} took more than {timeout_s:g} s:\n{output}")
+            raise RuntimeError(f"{what} took more than {timeout_s:g} s:\n{printed}")
         if check and done.returncode:
-            raise RuntimeError(f"{' '.join(command)} on {node} ended with {done.returncode}:\n{output}")
-        return output
+            raise RuntimeError(f"{what} ended with {done.returncode}:\n{printed}")
+        return done.stdout
 
     def start(self, *command: str, node: str = LOGIN) -> subprocess.Popen[str]:
         """A command on a node that runs in the background; stderr goes to stdout, a pipe."""
@@ -158,7 +163,7 @@ class Cluster:
         """Wait until no job is queued, running or ending."""
         self.wait_until(lambda: not self.run("squeue", "--noheader").strip(), timeout_s, "squeue to be empty")
 
-    def wait_until(self, condition: Callable[[], bool], timeout_s: float, what: str) -> None:
+    def wait_until(self, condition: Callable[[], object], timeout_s: float, what: str) -> None:
         """Wait for a condition.
 
         Raises:
@@ -196,6 +201,7 @@ class Cluster:
     def power_off(self, node: str) -> None:
         """End a node at once. Its link goes first: no peer gets a last packet."""
         self._ip(LOGIN, "link", "delete", f"v{node}")
+        self._cut.discard(node)
         self._kill(node)
 
     def power_on(self, node: str) -> None:
@@ -205,15 +211,18 @@ class Cluster:
     def cut(self, node: str) -> None:
         """Pull a node's network cable."""
         self._ip(LOGIN, "link", "set", f"v{node}", "down")
+        self._cut.add(node)
 
     def heal(self, node: str) -> None:
-        """Plug it in again."""
+        """Plug it in again. SLURM, which looks for a lost node every minute, looks for it now."""
         self._ip(LOGIN, "link", "set", f"v{node}", "up")
+        self._cut.discard(node)
+        self.run("scontrol", "reconfigure")
 
     # --- nodes --------------------------------------------------------------------------------------------------------
 
     def _write_files(self) -> None:
-        for name in ("etc/slurm", "log", "state", "munge", "devices", "shared", "inits"):
+        for name in ("etc/slurm", "log", "state", "munge", "devices", "shared"):
             (self.folder / name).mkdir(parents=True)
         for node in (LOGIN, *self.nodes):
             (self.folder / "nodes" / node).mkdir(parents=True)
@@ -232,21 +241,19 @@ class Cluster:
     def _boot(self, node: str) -> None:
         with (self.folder / "log" / f"{node}.log").open("ab") as log:
             init = subprocess.Popen(
-                [
-                    *("unshare", "--net", "--uts", "--ipc", "--mount", "--pid", "--fork", "--mount-proc"),
-                    *("--kill-child=KILL", "--", "bash", str(Path(__file__).with_name("node.sh"))),
-                    *(node, str(self.folder), str(REPOSITORY)),
-                ],
+                [*UNSHARE, "bash", str(NODE), node, str(self.folder), str(REPOSITORY)],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,  # Ctrl-C is for the tests
             )
         self._inits[node] = init
-        self.wait_until(lambda: init.poll() is not None or bool(_children(init.pid)), BOOT_S, f"{node}'s first process")
-        # Both are in the new namespaces before the first process is there.
-        self._pids[node] = pid = _children(init.pid)[0]
-        (self.folder / "inits" / node).write_text(f"{pid} {_started(pid)}")
+        self.wait_until(lambda: init.poll() is not None or _children(init), BOOT_S, f"{node}'s first process")
+        if init.poll() is not None:
+            raise RuntimeError(f"{node} ended at once\n{self._look()}")
+        # It is in the new namespaces from its beginning.
+        self._pids[node] = pid = _children(init)[0]
+        record_init(self.folder, node, pid)
         self._wire(node)
         init.stdin.write(b"go\n")
         init.stdin.flush()
@@ -286,48 +293,19 @@ class Cluster:
         return "\n".join(seen)
 
 
-def missing_programs() -> list[str]:
-    """What of SLURM and its helpers is not installed."""
-    return [p for p in PROGRAMS if shutil.which(p) is None]
+def obstacle() -> str | None:
+    """Why there can be no cluster here; None: nothing is in its way."""
+    if os.geteuid() != 0:
+        return "a SLURM cluster in namespaces needs root"
+    if missing := [p for p in PROGRAMS if shutil.which(p) is None]:
+        return f"{', '.join(missing)} missing: `make test-slurm` installs SLURM"
+    tried = subprocess.run([*UNSHARE, "mount", "-t", "tmpfs", "tmpfs", "/tmp"], capture_output=True, text=True)
+    if tried.returncode:
+        return f"namespaces are not allowed here: {tried.stderr.strip()}"
+    return None
 
 
-def remove_abandoned() -> None:
-    """End and remove the clusters whose owners are gone."""
-    for folder in _folders():
-        pid, started = folder.name.removeprefix(PREFIX).split("-")[:2]
-        if _started(int(pid)) == int(started):
-            continue
-        for init in folder.glob("inits/*"):
-            node_pid, node_started = map(int, init.read_text().split())
-            if _started(node_pid) == node_started:
-                os.kill(node_pid, signal.SIGKILL)
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _folders() -> Iterator[Path]:
-    return FOLDERS.glob(f"{PREFIX}*-*-*")
-
-
-def _free_folder() -> Path:
-    """A new folder whose name says who owns it."""
-    owner, number = f"{PREFIX}{os.getpid()}-{_started(os.getpid())}", 0
-    while True:
-        folder = FOLDERS / f"{owner}-{number}"
-        try:
-            folder.mkdir(mode=0o755)
-        except FileExistsError:
-            number += 1
-        else:
-            return folder
-
-
-def _started(pid: int) -> int | None:
-    """When a process began, in clock ticks since boot; None if there is none: pids are used again."""
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-
-
-def _children(pid: int) -> list[int]:
-    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+def _children(process: subprocess.Popen[bytes]) -> list[int]:
+    with contextlib.suppress(FileNotFoundError):  # it has ended
+        return [int(p) for p in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    return []

@@ -1,10 +1,8 @@
 """A real SLURM cluster for tests, or the reason why there is none."""
 
-import os
-
 import pytest
 
-from tests.slurm.cluster import Cluster, missing_programs
+from tests.slurm.cluster import Cluster, obstacle
 
 NODES = 4
 
@@ -12,10 +10,8 @@ NODES = 4
 @pytest.fixture(scope="module")
 def nodes_up(request):
     """A cluster of 4 nodes; of another number with @pytest.mark.parametrize("nodes_up", [2], indirect=True)."""
-    if os.geteuid() != 0:
-        pytest.skip("a SLURM cluster in namespaces needs root")
-    if missing := missing_programs():
-        pytest.skip(f"{', '.join(missing)} missing: `make test-slurm` installs SLURM")
+    if reason := obstacle():
+        pytest.skip(reason)
     with Cluster(getattr(request, "param", NODES)) as cluster:
         yield cluster
 

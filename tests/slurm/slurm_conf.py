@@ -37,8 +37,6 @@ StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/nodes/%n
 SlurmctldPidFile={folder}/state/slurmctld.pid
 SlurmdPidFile={folder}/nodes/%n/slurmd.pid
-SlurmctldLogFile={folder}/log/slurmctld.log
-SlurmdLogFile={folder}/log/slurmd-%n.log
 MailProg=/bin/true
 # Without cgroups, which nodes on one machine would share: a process that leaves its parents escapes SLURM.
 ProctrackType=proctrack/linuxproc

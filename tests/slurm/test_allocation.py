@@ -2,6 +2,8 @@
 
 import sys
 
+import pytest
+
 CODE = "import os; from launch.allocation import find_allocation; print(find_allocation(os.environ))"
 PYTHON = f"{sys.executable} -c '{CODE}'"
 
@@ -28,5 +30,7 @@ def test_a_heterogeneous_job(cluster):
 
 
 def test_what_slurm_refuses_is_told_in_one_line(cluster):
-    seen = cluster.run("env", "SLURM_JOB_ID=999", sys.executable, "-c", CODE, check=False).splitlines()
-    assert seen[-1].startswith("dapo_megatron.errors.DapoError: `scontrol --details show job 999` failed: slurm_load")
+    with pytest.raises(
+        RuntimeError, match="DapoError: `scontrol --details show job 999` failed: slurm_load_jobs error"
+    ):
+        cluster.run("env", "SLURM_JOB_ID=999", sys.executable, "-c", CODE)
