@@ -88,7 +88,7 @@ class Cluster:
         self.wait_until_empty()
         self.wait_until(self.all_idle, BOOT_S, "all nodes to be idle")
         if left := self._left_after(LEAVE_S):
-            for process, _ in list(self._running()):
+            for process, _ in list(self.running()):
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
             self.wait_until(lambda: not self._left_after(0), BOOT_S, "the last processes to go")
@@ -183,12 +183,12 @@ class Cluster:
     def processes(self) -> dict[str, list[str]]:
         """Command lines of what runs on each node that is on, SLURM's daemons and the node's first process left out."""
         found: dict[str, list[str]] = {node: [] for node in self._pids}
-        for process, node in self._running():
+        for process, node in self.running():
             with contextlib.suppress(psutil.NoSuchProcess):
                 found[node].append(" ".join(process.cmdline()) or f"[{process.name()}]")
         return found
 
-    def _running(self) -> Iterator[tuple[psutil.Process, str]]:
+    def running(self) -> Iterator[tuple[psutil.Process, str]]:
         spaces = {os.readlink(f"/proc/{pid}/ns/pid"): node for node, pid in self._pids.items()}
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.NoSuchProcess, OSError):  # gone meanwhile, or not ours

@@ -1,0 +1,168 @@
+"""Whole jobs on a real SLURM cluster: two nodes train, one generates; and what happens to a job there."""
+
+import os
+import signal
+from pathlib import Path
+
+import psutil
+import pytest
+
+from benchmarks.chaos import check
+from dapo_megatron.observe.metrics import read_metrics
+from dapo_megatron.run_folder import RunFolder
+from tests.launch.conftest import recipe
+from tests.slurm.cluster import REPOSITORY
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+ACTOR = {"pipeline_model_parallel_size": 2, "tensor_model_parallel_size": 1}
+LAUNCH = {"engine_nodes": 1, "max_restarts": 2, "save_before_end_s": 0, "stop_grace_s": 20}
+PLAIN = ("--nodes=3", "--requeue", "--no-kill", "--open-mode=append", "--signal=B:USR1@60")
+LIFE_S = 180.0
+
+
+class Run:
+    """A job of a run on the cluster."""
+
+    def __init__(self, cluster, name, *options, steps=5, script=None, **sections):
+        self.cluster = cluster
+        home = cluster.shared / name
+        sections = {"actor": ACTOR, "launch": LAUNCH, "evaluation": {"every": 1000}} | sections
+        path = recipe(home, **sections)
+        self.folder = RunFolder(home / "run")
+        script = script or f"exec .venv/bin/python -m launch.slurm --recipe {path} trainer.steps={steps}"
+        self.job = cluster.sbatch(script, f"--chdir={REPOSITORY}", *(options or PLAIN))
+
+    def steps(self):
+        """Steps that are recorded."""
+        return len(read_metrics(self.folder))
+
+    def wait_for_steps(self, count):
+        """Wait until so many are recorded, the evaluation before the first included."""
+        self.cluster.wait_until(lambda: self.ended() or self.steps() >= count, LIFE_S, f"step {count}")
+        assert not self.ended(), self.cluster.output(self.job)[-3000:]
+
+    def ended(self):
+        """Whether the job is over."""
+        return self.cluster.job(self.job)["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+
+    def finish(self, state="COMPLETED"):
+        """Wait for its end; returns what it printed."""
+        self.cluster.wait_until(self.ended, LIFE_S, f"job {self.job} to end")
+        said = self.cluster.output(self.job)
+        assert self.cluster.job(self.job)["JobState"] == state, said[-3000:]
+        self.cluster.wait_until_empty()
+        if state == "COMPLETED":
+            check(self.folder)
+        return said
+
+    def decisions(self):
+        """The launcher's log."""
+        return self.folder.log("launcher").read_text()
+
+    def pids(self, module):
+        """{pid: node} of this job's processes that run a module."""
+        found = {}
+        for process, node in self.cluster.running():
+            try:
+                if module in process.cmdline() and str(self.folder.path) in " ".join(process.cmdline()):
+                    found[process.pid] = node
+            except psutil.NoSuchProcess:
+                continue
+        return found
+
+
+def test_a_job_over_three_nodes_ends_well(cluster):
+    run = Run(cluster, "plain", steps=3)
+    said = run.finish()
+    assert "step 3/3" in said and "report: " in said
+    hosts = {p.stem: p.read_text() for p in run.folder.statuses.glob("*.json")}
+    assert all(f'"host":"{node}"' in hosts[name] for name, node in [("trainer-0", "node1"), ("trainer-1", "node2")])
+    assert "http://10.77.0.3:" in run.folder.engine_set.read_text()
+    assert oct(run.folder.keys.stat().st_mode)[-3:] == "600"
+
+
+def test_a_heterogeneous_job(cluster):
+    launch = LAUNCH | {"engine_nodes": None}
+    run = Run(cluster, "het", "--nodes=2", "--requeue", ":", "--nodes=1", steps=3, launch=launch)
+    run.finish()
+    assert "http://10.77.0.3:" in run.folder.engine_set.read_text()
+
+
+def test_before_the_time_limit_a_job_saves_and_comes_back(cluster):
+    run = Run(cluster, "limit", steps=12)
+    run.wait_for_steps(3)
+    cluster.run("scancel", "--batch", "--signal=USR1", str(run.job))
+    said = run.finish()
+    assert cluster.job(run.job)["Restarts"] == "1"
+    assert "SIGUSR1: the time limit is near" in run.decisions() and "resume from" in said
+
+
+def test_a_preempted_job_comes_back(cluster):
+    run = Run(cluster, "preempted", steps=12)
+    run.wait_for_steps(3)
+    cluster.sbatch("sleep 5", "--partition=high", "--nodes=4", "--exclusive")
+    run.finish()
+    assert cluster.job(run.job)["Restarts"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("module", "says"),
+    [
+        ("sglang.launch_server", "-> start engine-0"),
+        ("dapo_megatron.trainer", "-> start controller and trainer"),
+        ("dapo_megatron.rollout", "-> start controller and trainer"),
+    ],
+)
+def test_what_is_killed_is_started_again(cluster, module, says):
+    run = Run(cluster, module, steps=8)
+    run.wait_for_steps(3)
+    os.kill(min(run.pids(module)), signal.SIGKILL)
+    run.finish()
+    assert says in run.decisions()
+
+
+@pytest.mark.parametrize("accident", ["power_off", "cut"])
+@pytest.mark.parametrize(("node", "role"), [("node3", "engine"), ("node2", "trainer")])
+def test_a_spare_node_takes_over_from_a_lost_one(cluster, accident, node, role):
+    run = Run(cluster, f"{accident}-{role}", "--nodes=4", *PLAIN[1:], steps=10)
+    run.wait_for_steps(3)
+    getattr(cluster, accident)(node)
+    run.finish()
+    assert f"{node} is lost -> " in run.decisions()
+
+
+def test_without_a_spare_node_the_job_comes_back_elsewhere(cluster):
+    run = Run(cluster, "elsewhere", steps=10)
+    run.wait_for_steps(3)
+    cluster.power_off("node3")
+    run.finish()
+    assert "back into the queue without node3" in run.decisions()
+    assert "http://10.77.0.4:" in run.folder.engine_set.read_text()
+
+
+def test_the_batch_host_dies(cluster):
+    run = Run(cluster, "batch-host", steps=10)
+    run.wait_for_steps(3)
+    cluster.power_off("node1")
+    run.finish()
+    assert int(cluster.job(run.job)["Restarts"]) >= 1
+
+
+def test_a_cancelled_job_leaves_nothing(cluster):
+    run = Run(cluster, "cancelled", steps=1000)
+    run.wait_for_steps(3)
+    cluster.run("scancel", str(run.job))
+    run.finish("CANCELLED")
+
+
+def test_what_a_person_must_mend_is_one_line(cluster):
+    run = Run(cluster, "wrong", model={"path": "/nowhere"})
+    said = run.finish("FAILED")
+    (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert "/nowhere" in line
+
+
+def test_a_script_of_the_project(cluster):
+    script = Path("slurm/dapo_smoke.sh").read_text()
+    assert script
