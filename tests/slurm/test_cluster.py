@@ -31,10 +31,11 @@ def test_nodes_reach_each_other_by_name_and_nobody_else(cluster):
 
 
 def test_temporary_files_and_shared_memory_are_a_nodes_own(cluster):
-    cluster.run("touch", "/tmp/mine", "/dev/shm/mine", f"{cluster.shared}/ours", node="node1")
-    seen = cluster.run("bash", "-c", f"ls /tmp /dev/shm {cluster.shared}", node="node2")
-    assert "ours" in seen and "mine" not in seen
-    assert not Path("/tmp/mine").exists() and not Path("/dev/shm/mine").exists()
+    mine = cluster.folder.name
+    cluster.run("touch", f"/tmp/{mine}", f"/dev/shm/{mine}", f"{cluster.shared}/ours", node="node1")
+    seen = cluster.run("bash", "-c", f"ls /tmp /dev/shm {cluster.shared}", node="node2").split()
+    assert "ours" in seen and mine not in seen
+    assert not Path("/tmp", mine).exists() and not Path("/dev/shm", mine).exists()
 
 
 def test_a_step_gets_the_devices_it_asks_for(cluster):
