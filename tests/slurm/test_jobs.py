@@ -1,4 +1,4 @@
-"""Whole jobs on a real SLURM cluster: two nodes train, one generates; and what happens to a job there."""
+"""Whole jobs on a real SLURM cluster: the first two nodes train, the last one generates; and what happens to them."""
 
 import os
 import signal
@@ -101,7 +101,7 @@ def test_before_the_time_limit_a_job_saves_and_comes_back(cluster):
 def test_a_preempted_job_comes_back(cluster):
     run = Run(cluster, "preempted", steps=12)
     run.wait_for_steps(3)
-    cluster.sbatch("sleep 5", "--partition=high", "--nodes=4", "--exclusive")
+    cluster.sbatch("sleep 5", "--partition=urgent", "--nodes=4", "--exclusive")
     run.finish()
     assert cluster.job(run.job)["Restarts"] == "1"
 
@@ -123,7 +123,7 @@ def test_what_is_killed_is_started_again(cluster, module, says):
 
 
 @pytest.mark.parametrize("accident", ["power_off", "cut"])
-@pytest.mark.parametrize(("node", "role"), [("node3", "engine"), ("node2", "trainer")])
+@pytest.mark.parametrize(("node", "role"), [("node4", "engine"), ("node2", "trainer")])
 def test_a_spare_node_takes_over_from_a_lost_one(cluster, accident, node, role):
     run = Run(cluster, f"{accident}-{role}", "--nodes=4", *PLAIN[1:], steps=10)
     run.wait_for_steps(3)
