@@ -4,7 +4,8 @@
     gradients     float32, one for each parameter
     optimizer     AdamW's two moments and, for bfloat16, the float32 masters, spread over data and context parallelism
     activations   what autograd keeps of the micro-batches in flight (1F1B: PP - stage of them)
-    work          buffers of one layer's backward: its gathered input, the gradients of both; an estimate
+    work          buffers of one layer's backward (its gathered input, gradients) and outputs sent to the next stage;
+                  an estimate
     loss          backward of the token loss, on the last stage: the gathered rows, their gradient, a chunk of logits
     gather        a fully_reshardable save: one of the three optimizer tensors whole, and the shard of it that is sent
 
@@ -135,6 +136,7 @@ def layer_activations(actor: ActorConfig, shape: ModelShape, tokens: int, item: 
     kept += tokens * 2 * kv * item * (1 if fused else cp)
     if not fused:
         kept += tokens * (q * item + 2 * LONG)  # outputs of the sequences put together, and their rows
+        kept += tokens * tokens * cp * FLOAT if cp > 1 else 0  # the mask of one sequence
     return kept + (_mlp if shape.experts is None else _mixture)(actor, shape, tokens, item)
 
 
@@ -163,7 +165,7 @@ def _stage_memory(config: RunConfig, shape: ModelShape, stage: int, tokens: int,
         gradients=counts.total * FLOAT,
         optimizer=state * counts.dense // dense + state * counts.experts // experts,
         activations=_activations(actor, shape, stage, tokens, item, fused),
-        work=_work(actor, shape, tokens, item),
+        work=_work(actor, shape, stage, tokens, item),
         loss=_loss(actor, shape, stage, tokens, item),
         gather=FLOAT * max(counts.dense + counts.dense // dense, counts.experts + counts.experts // experts),
     )
@@ -172,26 +174,28 @@ def _stage_memory(config: RunConfig, shape: ModelShape, stage: int, tokens: int,
 def _activations(actor: ActorConfig, shape: ModelShape, stage: int, tokens: int, item: int, fused: bool) -> int:
     """All layers of all micro-batches in flight, and the ends of the model."""
     pp, chunks = actor.pipeline_model_parallel_size, actor.virtual_pipeline_model_parallel_size
-    layers = shape.layers // (pp * chunks)
-    in_flight = pp - stage if chunks == 1 else 2 * (pp - stage - 1) + (chunks - 1) * pp + 1
+    layers, in_flight = shape.layers // (pp * chunks), _in_flight(actor, stage)
     rows, layer = _rows(actor, tokens), layer_activations(actor, shape, tokens, item, fused=fused)
     hidden = rows * shape.hidden * item
     kept = in_flight * layers * (hidden if actor.recompute else layer)
-    if actor.recompute:
-        kept += layer - hidden  # the layer whose backward runs has its input already
-    if pp > 1:
-        kept += in_flight * hidden  # outputs sent to the next stage
     if stage == 0:
         kept += tokens * (LONG + (1 if actor.tensor_model_parallel_size > 1 else 0))
-    if stage == pp - 1:
-        kept += _norm(rows, shape.hidden, item, fused=fused) + hidden
-    return kept
+    end = _norm(rows, shape.hidden, item, fused=fused) + hidden if stage == pp - 1 else 0
+    # The final norm's backward is over before a layer is computed again, and that layer has its input already.
+    return kept + (max(end, layer - hidden) if actor.recompute else end)
 
 
-def _work(actor: ActorConfig, shape: ModelShape, tokens: int, item: int) -> int:
-    tp = actor.tensor_model_parallel_size
+def _in_flight(actor: ActorConfig, stage: int) -> int:
+    """Micro-batches of one model chunk that are forward of their backward at the same time."""
+    pp, chunks = actor.pipeline_model_parallel_size, actor.virtual_pipeline_model_parallel_size
+    return pp - stage if chunks == 1 else 2 * (pp - stage - 1) + (chunks - 1) * pp + 1
+
+
+def _work(actor: ActorConfig, shape: ModelShape, stage: int, tokens: int, item: int) -> int:
+    tp, pp = actor.tensor_model_parallel_size, actor.pipeline_model_parallel_size
     ffn = shape.ffn // tp if shape.experts is None else shape.experts.ffn * shape.experts.per_token // tp
-    return tokens * (2 * shape.hidden + 4 * ffn) * item
+    sent = _in_flight(actor, stage) * _rows(actor, tokens) * shape.hidden if pp > 1 else 0
+    return (tokens * (2 * shape.hidden + 4 * ffn) + sent) * item
 
 
 def _loss(actor: ActorConfig, shape: ModelShape, stage: int, tokens: int, item: int) -> int:
