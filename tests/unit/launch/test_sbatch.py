@@ -50,7 +50,9 @@ def test_a_heterogeneous_job():
 
 
 def test_what_slurm_does_not_read():
-    text = "#!/bin/bash\n##SBATCH --nodes=7\n#SBATCH --nodes=2 # not --nodes=5\nmodule load x\n#SBATCH --nodes=9\n" + RUN
+    text = (
+        "#!/bin/bash\n##SBATCH --nodes=7\n#SBATCH --nodes=2 # not --nodes=5\nmodule load x\n#SBATCH --nodes=9\n" + RUN
+    )
     assert read_script(text, "x.sh").groups == (Request(2, 0, 1),)
 
 
