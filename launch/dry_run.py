@@ -1,6 +1,6 @@
 """The dry run of a cluster's job, on a login node: what it comes to, and what cannot work, before it waits in a queue.
 
-Nothing is started but, where the engines have a Python of their own, each of the two to ask which NCCL it has.
+Nothing is started but, where the engines have a Python of their own, that one: it is asked which NCCL it has.
 """
 
 import subprocess
@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from dapo_megatron.actor.precision import read_machine
@@ -71,7 +72,9 @@ def dry_run(recipe: Path, overrides: Sequence[str], options: Options, console: C
     """
     groups, set_by_script = _requests(recipe, options)
     if options.bash:
-        console.print(_script_text(recipe, overrides, groups, options), markup=False, soft_wrap=True, end="")
+        console.print(
+            _script_text(recipe, overrides, groups, options), markup=False, highlight=False, soft_wrap=True, end=""
+        )
         return
     config = load_config(recipe, [*set_by_script, *overrides])
     gpu = _gpu(groups)
@@ -80,7 +83,7 @@ def dry_run(recipe: Path, overrides: Sequence[str], options: Options, console: C
     checks: list[Callable[[], object]] = [lambda: check_data(config), lambda: check_nccl(config, groups)]
     if not options.shape_only:
         checks.append(lambda: check_model_files(config))
-    found = [error for error in map(_error, checks) if error is not None]
+    found: list[DapoError] = [error for error in map(_error, checks) if error is not None]
     cluster = Cluster(
         options.gpu_memory_gib or gpu.gib,
         options.host_memory_gib,
@@ -103,7 +106,8 @@ def check_nccl(config: RunConfig, groups: Sequence[Request]) -> None:
     """Raise ConfigError where the engines' Python has another NCCL than this one, or cannot be options."""
     if config.engine.python is None or not any(group.gpus for group in groups):
         return
-    ours, theirs = (_nccl(python) for python in (sys.executable, config.engine.python))
+    theirs = _nccl(config.engine.python)
+    ours = ".".join(map(str, torch.cuda.nccl.version())) if torch.version.cuda else "none"
     if ours != theirs:
         raise ConfigError(
             f"engine.python={config.engine.python} has NCCL {theirs}, {sys.executable} has {ours}: a weight push needs "
@@ -117,10 +121,10 @@ def _nccl(python: str) -> str:
     except OSError as e:
         raise ConfigError(f"engine.python={python} cannot be started: {e.strerror}") from None
     except subprocess.TimeoutExpired:
-        raise ConfigError(f"{python} did not import torch within {ASK_NCCL_S:.0f} s") from None
+        raise ConfigError(f"engine.python={python} did not import torch within {ASK_NCCL_S:.0f} s") from None
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:]
-        raise ConfigError(f"{python} cannot import torch: {' '.join(last)}")
+        raise ConfigError(f"engine.python={python} cannot import torch: {' '.join(last)}")
     return done.stdout.strip()
 
 

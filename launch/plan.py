@@ -98,7 +98,7 @@ def make_plan(config: RunConfig, shape: ModelShape, placement: Placement, cluste
         config,
         placement,
         cluster,
-        trainer_memory(config, shape, fused=not placement.cpu),
+        trainer_memory(config, shape, fused=_is_fused(config, shape, placement)),
         engine_memory(config, shape, int(cluster.gpu_gib * GIB)),
         _push(config, shape, cluster.bandwidth_gbs),
         save,
@@ -121,6 +121,11 @@ def micro_batches(config: RunConfig, tokens: int) -> int:
     """Micro-batches of one data-parallel replica in one update, if every sequence has so many tokens."""
     responses = ceil(config.trainer.mini_batch_prompts * config.rollout.group_size / config.actor.data_parallel_size)
     return ceil(responses / max(1, config.actor.micro_batch_tokens // tokens))
+
+
+def _is_fused(config: RunConfig, shape: ModelShape, placement: Placement) -> bool:
+    """Whether the layers will be TransformerEngine's."""
+    return not placement.cpu and config.actor.layer_spec != "torch" and not shape.family.post_norm
 
 
 def _push(config: RunConfig, shape: ModelShape, bandwidth_gbs: float) -> Push:
@@ -170,7 +175,7 @@ def _host_refusal(plan: Plan) -> ConfigError | None:
     if gib is None or plan.host.total <= gib * GIB:
         return None
     return ConfigError(
-        f"the trainer's first node needs {plan.host.total / GIB:.0f} GiB of host memory when a fully_reshardable "
+        f"the controller's node needs {plan.host.total / GIB:.0f} GiB of host memory when a fully_reshardable "
         f"checkpoint is gathered ({plan.host.gather / GIB:.0f} for the gather), nodes have {gib:g}: raise "
         "actor.pipeline_model_parallel_size or spread the ranks over more nodes"
     )

@@ -11,18 +11,23 @@ from launch.plan import GIB, RESERVE_GIB, Plan, micro_batches
 
 def print_plan(plan: Plan, console: Console) -> None:
     """Placement, layout, batches, memory, push, checkpoint and, where a rate was given, the time of a step."""
-    for table in (_placement(plan), _layout(plan), _batches(plan), *_gpu_memory(plan), _host(plan), _transfers(plan)):
+    tables = [_placement(plan), _layout(plan), _batches(plan), *_gpu_memory(plan), _host(plan), _transfers(plan)]
+    for title, table in tables:
+        console.print(f"\n{title}", highlight=False)
         console.print(table)
 
 
-def _table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    table = Table(*head, title=title, title_justify="left")
+_Titled = tuple[str, Table]
+
+
+def _table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> _Titled:
+    table = Table(*head, show_header=any(head))
     for row in rows:
         table.add_row(*row)
-    return table
+    return title, table
 
 
-def _placement(plan: Plan) -> Table:
+def _placement(plan: Plan) -> _Titled:
     p = plan.placement
     nodes = list(dict.fromkeys(place.node for place in (*p.ranks, *p.engines)))
     rows = []
@@ -40,7 +45,7 @@ def _devices(devices: Sequence[int]) -> str:
     return f" ({devices[0]})" if len(devices) == 1 else f" ({devices[0]}-{devices[-1]})"
 
 
-def _layout(plan: Plan) -> Table:
+def _layout(plan: Plan) -> _Titled:
     a, e = plan.config.actor, plan.config.engine
     sizes = {
         "TP": a.tensor_model_parallel_size,
@@ -62,7 +67,7 @@ def _layout(plan: Plan) -> Table:
     )
 
 
-def _batches(plan: Plan) -> Table:
+def _batches(plan: Plan) -> _Titled:
     c, r, a = plan.config, plan.config.rollout, plan.config.actor
     longest = c.data.max_prompt_tokens + r.max_response_tokens
     rows = {
@@ -78,7 +83,7 @@ def _batches(plan: Plan) -> Table:
     return _table("batches", ("", ""), rows.items())
 
 
-def _gpu_memory(plan: Plan) -> list[Table]:
+def _gpu_memory(plan: Plan) -> list[_Titled]:
     stages, gpu = plan.trainer, plan.cluster.gpu_gib
     where = "process" if plan.placement.cpu else "GPU"
     rows = [(name, *(_gib(s.parts[name]) for s in stages)) for name in stages[0].parts]
@@ -108,7 +113,7 @@ def _gpu_memory(plan: Plan) -> list[Table]:
     return [trainer, engine]
 
 
-def _host(plan: Plan) -> Table:
+def _host(plan: Plan) -> _Titled:
     h = plan.host
     limit = f", of {plan.cluster.host_gib:g}" if plan.cluster.host_gib is not None else ""
     return _table(
@@ -124,7 +129,7 @@ def _host(plan: Plan) -> Table:
     )
 
 
-def _transfers(plan: Plan) -> Table:
+def _transfers(plan: Plan) -> _Titled:
     c, push = plan.cluster, plan.push
     rows = [
         ("weight push", f"{_gib(push.bytes)} GiB in {push.buckets} buckets"),

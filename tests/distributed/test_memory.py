@@ -2,7 +2,8 @@
 
 Mutations that were tried, each of which made it fail: gradients in the parameters' type; masters counted for float32;
 the optimizer spread over data parallelism without context parallelism; the output layer of a tied model left out on the
-last of two stages; experts not divided by EP; one micro-batch in flight; five instead of six widths of an expert; a checkpoint without masters.
+last of two stages; experts not divided by EP; one micro-batch in flight; five instead of six widths of an expert; a
+checkpoint without masters.
 """
 
 from collections import Counter, defaultdict
