@@ -1,6 +1,7 @@
 """The dry run of a cluster's job, on a login node: what it comes to, and what cannot work, before it waits in a queue.
 
-Nothing is started but, where the engines have a Python of their own, that one: it is asked which NCCL it has.
+Nothing is started but the engines' Python, where they have one of their own, to ask which NCCL it has, and what reads
+the rows as the controller would (dapo_megatron/rollout/dry_run).
 """
 
 import subprocess
@@ -10,12 +11,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import typer
 from rich.console import Console
 
 from dapo_megatron.actor.precision import read_machine
 from dapo_megatron.config import RunConfig, load_config
 from dapo_megatron.errors import ConfigError, DapoError
+from dapo_megatron.run_folder import RunFolder
 from launch.inputs import check_data, check_model_files, check_shape
+from launch.job import check_new, check_resume
 from launch.plan import Cluster, make_plan, refusals
 from launch.plan_text import print_plan
 from launch.port_map import job_ports
@@ -68,7 +72,8 @@ def dry_run(recipe: Path, overrides: Sequence[str], options: Options, console: C
     """Print the plan; nothing is started.
 
     Raises:
-        ConfigError: the reasons why the job cannot work: all but the last are printed, the last is raised.
+        DapoError: the reasons why the job cannot work: all but the last are printed, the last is raised.
+        typer.Exit: a row of the data, or a user's function, cannot work; it is told already.
     """
     groups, set_by_script = _requests(recipe, options)
     if options.bash:
@@ -80,7 +85,11 @@ def dry_run(recipe: Path, overrides: Sequence[str], options: Options, console: C
     gpu = _gpu(groups)
     machine = replace(read_machine(), capability=gpu.capability if any(g.gpus for g in groups) else None)
     shape = check_shape(config, machine)
-    checks: list[Callable[[], object]] = [lambda: check_data(config), lambda: check_nccl(config, groups)]
+    checks: list[Callable[[], object]] = [
+        lambda: check_data(config),
+        lambda: check_run_folder(config),
+        lambda: check_nccl(config, groups),
+    ]
     if not options.shape_only:
         checks.append(lambda: check_model_files(config))
     found: list[DapoError] = [error for error in map(_error, checks) if error is not None]
@@ -99,7 +108,30 @@ def dry_run(recipe: Path, overrides: Sequence[str], options: Options, console: C
         print(f"error: {error}", file=sys.stderr)
     if found:
         raise found[-1]
+    if not options.shape_only:
+        check_rows(recipe, [*set_by_script, *overrides])
     console.print("dry run: nothing was started")
+
+
+def check_run_folder(config: RunConfig) -> None:
+    """Raise DapoError where a run in the folder cannot be gone on with."""
+    folder = RunFolder(Path(config.run_dir))
+    if folder.config.exists():
+        check_resume(config, folder, "latest")
+    else:
+        check_new(config, folder, None)
+
+
+def check_rows(recipe: Path, overrides: Sequence[str]) -> None:
+    """Read every row and call a user's functions, in a process of its own, which tells what it finds.
+
+    Raises:
+        typer.Exit: with its exit code, where it found a mistake.
+    """
+    command = [sys.executable, "-W", "ignore", "-m", "dapo_megatron.rollout.dry_run", str(recipe), *overrides]
+    code = subprocess.run(command, check=False).returncode
+    if code:
+        raise typer.Exit(code)
 
 
 def check_nccl(config: RunConfig, groups: Sequence[Request]) -> None:

@@ -2,17 +2,20 @@
 
 import io
 import json
+import random
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
 from dapo_megatron.config import load_config
 from dapo_megatron.errors import DapoError
 from launch import slurm
+from launch.demo import write_data, write_model
 from launch.dry_run import Options, dry_run
 from tests.unit.weights.real_configs import CONFIGS
 
@@ -170,6 +173,32 @@ def test_all_reasons_at_once_from_the_command_line(tmp_path):
     assert found.exit_code == 1 and len(errors) == 3 and all(line.startswith("error: ") for line in errors)
     assert "nowhere does not exist" in errors[0] and "weight push" in found.stdout
     assert "nothing was started" not in found.stdout
+
+
+@pytest.mark.slow
+def test_the_demo_on_three_nodes(tmp_path, capfd):
+    """CPUs alone, and everything is there: the rows are read too."""
+    write_data(tmp_path, random.Random(0))
+    write_model(tmp_path / "model")
+    data = [f"data.{name}={tmp_path / name}.jsonl" for name in ("train", "eval")]
+    given = [f"model.path={tmp_path / 'model'}", *data, f"run_dir={tmp_path / 'run'}"]
+    out = io.StringIO()
+    options = replace(OPTIONS, script=ROOT / "slurm" / "dapo_smoke.sh", shape_only=False)
+    dry_run(RECIPES / "demo.yaml", given, options, Console(file=out, width=120))
+    assert "engine-0" in out.getvalue() and "GiB a process" in out.getvalue()
+    assert "data.eval: 200 prompts" in capfd.readouterr().out
+    (tmp_path / "train.jsonl").write_text("{}\n")
+    with pytest.raises(typer.Exit):
+        dry_run(RECIPES / "demo.yaml", given, options, Console(file=out, width=120))
+    assert "train.jsonl" in capfd.readouterr().err
+
+
+def test_a_run_that_cannot_be_gone_on_with(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text("model: {path: another}\ndata: {train: another}\n")
+    with pytest.raises(DapoError, match="a resume cannot change model.path"):
+        told(tmp_path, "32b", f"run_dir={run}", nodes=16)
 
 
 def test_the_script_that_would_run(tmp_path):
