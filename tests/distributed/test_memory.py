@@ -45,7 +45,7 @@ MODELS = {
     "tied": ("qwen2", True, {}),
     "untied": ("llama", False, UNLIKE),
     "norms of heads": ("qwen3", True, {"num_key_value_heads": 4}),
-    "experts": ("qwen3_moe", False, UNLIKE),
+    "experts": ("qwen3_moe", False, UNLIKE | {"moe_intermediate_size": 96}),
 }
 PAIRS = [
     (layout, model)
@@ -58,17 +58,20 @@ PROMPT, RESPONSE, SEQUENCES = 32, 96, 8
 
 
 def config_of(folder, layout, dtype):
+    """Every micro-batch holds one sequence; all are in one where tokens choose among ranks, whose mean is then even."""
+    sizes = LAYOUTS[layout]
+    together = SEQUENCES // sizes.get(DP, 1) if EP in sizes else 1
     return run_config(
         folder,
         model={"dtype": dtype},
-        actor=LAYOUTS[layout] | {"micro_batch_tokens": PROMPT + RESPONSE},
+        actor=sizes | {"micro_batch_tokens": together * (PROMPT + RESPONSE)},
         data={"max_prompt_tokens": PROMPT},
         rollout={"max_response_tokens": RESPONSE},
     )
 
 
 def equal_sequences():
-    """All as long as any may be, so that every micro-batch holds one."""
+    """All as long as any may be."""
     filled = []
     for group in groups(2, SEQUENCES // 2):
         prompt = replace(group.prompt, input_ids=(group.prompt.input_ids * PROMPT)[:PROMPT])
