@@ -65,6 +65,8 @@ def run(
 ) -> None:
     """Run a job on this machine: engines, controller and trainer ranks."""
     config = load_config(recipe, overrides or [])
+    from launch.inputs import check_inputs
+
     check_inputs(config)
     if resume is not None and resume_weights_only is not None:
         raise ConfigError("give --resume or --resume-weights-only: one goes on with a run, the other begins a new one")
@@ -169,31 +171,6 @@ def _stopped_by_hand(what_next: str) -> Iterator[None]:
     except KeyboardInterrupt:
         print(f"interrupted: every process was stopped; {what_next}", file=sys.stderr)
         raise typer.Exit(130) from None
-
-
-def check_inputs(config: RunConfig) -> None:
-    """Check what a run reads before anything is started.
-
-    Raises:
-        DapoError: a file is missing, the model is not supported or does not fit the layout, or this machine cannot
-            train in FP8.
-    """
-    from dapo_megatron.actor.layout_check import check_layout
-    from dapo_megatron.actor.precision import require_precision
-    from dapo_megatron.data.tokenizer import load_tokenizer
-    from dapo_megatron.engines.stop_tokens import stop_token_ids
-    from dapo_megatron.weights.hf_config import read_model
-    from dapo_megatron.weights.hf_folder import HfFolder, check_weights
-
-    for name, paths in (("data.train", config.data.train), ("data.eval", config.data.eval or [])):
-        for path in paths:
-            if not Path(path).exists():
-                raise ConfigError(f"{name}={path} does not exist")
-    shape = read_model(config.model.path)
-    check_layout(config, shape)
-    require_precision(config, shape)
-    check_weights(HfFolder(config.model.path), shape)
-    stop_token_ids(config.model.path, load_tokenizer(config.model.path))
 
 
 def _print_plan(config: RunConfig) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from dapo_megatron.config import RunConfig, load_config
 from dapo_megatron.errors import ConfigError, DapoError, exit_code
@@ -25,6 +26,7 @@ from dapo_megatron.observe.report import write_report
 from dapo_megatron.run_folder import RunFolder
 from launch.allocation import Allocation, find_allocation
 from launch.attempt import Asked, asked_by_signals, attempt, raise_end
+from launch.dry_run import Options, dry_run
 from launch.environment import VISIBLE, shared_environment
 from launch.job import Job
 from launch.machine import raise_open_files_limit
@@ -44,9 +46,42 @@ REQUEUED_S = 120.0
 def main(
     recipe: Annotated[Path, typer.Option(help="YAML file.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, as many as needed")] = None,
+    plan: Annotated[
+        bool, typer.Option("--dry-run", help="Print what a job comes to and what cannot work; start nothing.")
+    ] = False,
+    script: Annotated[Path | None, typer.Option(help="Dry run: its #SBATCH lines say which nodes.")] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Dry run: nodes, where there is no script.")] = None,
+    gpus_per_node: Annotated[int, typer.Option(min=0, help="Dry run, with --nodes.")] = 0,
+    cpus_per_node: Annotated[int, typer.Option(min=1, help="Dry run, with --nodes.")] = 64,
+    gpu_memory_gib: Annotated[float | None, typer.Option(min=1, help="Dry run: default 80; 141 of an h200.")] = None,
+    host_memory_gib: Annotated[float | None, typer.Option(min=1, help="Dry run: of a node, to be checked.")] = None,
+    bandwidth_gbs: Annotated[
+        float, typer.Option(min=0.001, help="Dry run: GB/s of a broadcast to all engines.")
+    ] = 25.0,
+    tokens_per_second: Annotated[
+        float | None, typer.Option(min=0.001, help="Dry run: response tokens trained in a second, measured.")
+    ] = None,
+    response_tokens: Annotated[int | None, typer.Option(min=1, help="Dry run: mean length; default: longest.")] = None,
+    shape_only: Annotated[bool, typer.Option(help="Dry run: the model folder may hold config.json alone.")] = False,
+    bash: Annotated[bool, typer.Option(help="Dry run: print the script that would run, nothing else.")] = False,
 ) -> None:
     """Run a job on the nodes of this SLURM allocation."""
-    raise typer.Exit(exit_code(lambda: run_slurm(load_config(recipe, overrides or []))))
+    if not plan:
+        raise typer.Exit(exit_code(lambda: run_slurm(load_config(recipe, overrides or []))))
+    options = Options(
+        script=script,
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        cpus_per_node=cpus_per_node,
+        gpu_memory_gib=gpu_memory_gib,
+        host_memory_gib=host_memory_gib,
+        bandwidth_gbs=bandwidth_gbs,
+        tokens_per_second=tokens_per_second,
+        response_tokens=response_tokens,
+        shape_only=shape_only,
+        bash=bash,
+    )
+    raise typer.Exit(exit_code(lambda: dry_run(recipe, overrides or [], options, Console())))
 
 
 def run_slurm(config: RunConfig) -> None:

@@ -1,0 +1,189 @@
+"""What a job comes to: memory, a weight push, a checkpoint, a step; and why it cannot work, if it cannot. Pure."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import ceil, prod
+
+from dapo_megatron.actor.memory import StageMemory, fullest, trainer_memory
+from dapo_megatron.checkpoint.size import SaveBytes, save_bytes
+from dapo_megatron.config import RunConfig
+from dapo_megatron.errors import ConfigError
+from dapo_megatron.resharding.plan import plan_buckets
+from dapo_megatron.weights.families import ModelShape
+from dapo_megatron.weights.table import hf_shapes, parameter_mappings
+from launch.engine_memory import EngineMemory, check_engine_layout, check_engine_memory, engine_memory
+from launch.topology import Placement
+
+GIB = 2**30
+RESERVE_GIB = 5.0
+"""Of each trainer GPU for the CUDA context, NCCL's buffers, kernels' workspace and fragmentation."""
+TOKEN_BYTES = 9
+"""Of one token of a response in the controller: int32 id, bool mask, float32 log-prob."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What only the person who asks knows of it."""
+
+    gpu_gib: float
+    """Memory of each GPU."""
+    host_gib: float | None
+    """Memory of each node; None: not known, and not checked."""
+    bandwidth_gbs: float
+    """Gigabytes a second (10^9 bytes) of a broadcast from one trainer rank to all engines."""
+    tokens_per_second: float | None
+    """Response tokens that a job like this one was measured to train in a second; None: no time is told."""
+    response_tokens: int | None
+    """Mean length of a response; None: the longest."""
+
+
+@dataclass(frozen=True)
+class Push:
+    """One push of the weights to all engines."""
+
+    bytes: int
+    buckets: int
+    seconds: float
+    """The pipeline stages send one after the other."""
+
+
+@dataclass(frozen=True)
+class HostMemory:
+    """Bytes on the fullest node of the trainer, by part."""
+
+    copy: int
+    """Of its ranks' shares, while a checkpoint is written."""
+    gather: int
+    """Of its ranks, while a fully_reshardable one is gathered."""
+    responses: int
+    """Of a step in the controller, all of them as long as may be, twice where generation runs ahead."""
+    graders: int
+    """At most."""
+
+    @property
+    def total(self) -> int:
+        """All parts."""
+        return self.copy + self.gather + self.responses + self.graders
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All figures of a job."""
+
+    config: RunConfig
+    placement: Placement
+    cluster: Cluster
+    trainer: list[StageMemory]
+    """Of every pipeline stage."""
+    engine: EngineMemory
+    push: Push
+    save: SaveBytes
+    host: HostMemory
+
+    @property
+    def step_seconds(self) -> float | None:
+        """Of a rollout step, where tokens_per_second was given."""
+        c, r = self.cluster, self.config.rollout
+        if c.tokens_per_second is None:
+            return None
+        tokens = r.prompts_per_step * r.group_size * (c.response_tokens or r.max_response_tokens)
+        return tokens / c.tokens_per_second
+
+
+def make_plan(config: RunConfig, shape: ModelShape, placement: Placement, cluster: Cluster) -> Plan:
+    """The figures of a job whose shape fits its layout (actor.layout_check)."""
+    save = save_bytes(config, shape)
+    return Plan(
+        config,
+        placement,
+        cluster,
+        trainer_memory(config, shape, fused=_is_fused(config, shape, placement)),
+        engine_memory(config, shape, int(cluster.gpu_gib * GIB)),
+        _push(config, shape, cluster.bandwidth_gbs),
+        save,
+        _host_memory(config, placement, save),
+    )
+
+
+def refusals(plan: Plan, shape: ModelShape) -> list[ConfigError]:
+    """Every reason why the job cannot work, one line each."""
+    found = [_refusal(check_engine_layout, plan.config, shape), _host_refusal(plan)]
+    if not plan.placement.cpu:
+        found += [
+            _refusal(check_engine_memory, plan.config, plan.engine, plan.cluster.gpu_gib),
+            _trainer_refusal(plan),
+        ]
+    return [error for error in found if error is not None]
+
+
+def micro_batches(config: RunConfig, tokens: int) -> int:
+    """Micro-batches of one data-parallel replica in one update, if every sequence has so many tokens."""
+    responses = ceil(config.trainer.mini_batch_prompts * config.rollout.group_size / config.actor.data_parallel_size)
+    return ceil(responses / max(1, config.actor.micro_batch_tokens // tokens))
+
+
+def _is_fused(config: RunConfig, shape: ModelShape, placement: Placement) -> bool:
+    """Whether the layers will be TransformerEngine's."""
+    return not placement.cpu and config.actor.layer_spec != "torch" and not shape.family.post_norm
+
+
+def _push(config: RunConfig, shape: ModelShape, bandwidth_gbs: float) -> Push:
+    sizes = {
+        name: size
+        for mapping in parameter_mappings(shape).values()
+        for name, size in zip(mapping.hf, hf_shapes(mapping, shape), strict=True)
+    }
+    buckets = plan_buckets(sizes.items(), config.engine_dtype, config.resharding.bucket_mib << 20)
+    total = sum(bucket.bytes for bucket in buckets)
+    return Push(total, len(buckets), total / (bandwidth_gbs * 1e9))
+
+
+def _host_memory(config: RunConfig, placement: Placement, save: SaveBytes) -> HostMemory:
+    ranks = max(Counter(rank.node.name for rank in placement.ranks).values())
+    r, grading = config.rollout, config.grading
+    tokens = prod((r.prompts_per_step, r.group_size, r.max_response_tokens))
+    return HostMemory(
+        ranks * save.copy,
+        ranks * save.gather,
+        tokens * TOKEN_BYTES * (1 + r.max_policy_lag),
+        grading.workers * grading.memory_mib << 20,
+    )
+
+
+def _trainer_refusal(plan: Plan) -> ConfigError | None:
+    most, gpu = fullest(plan.trainer), plan.cluster.gpu_gib
+    if most.peak <= (gpu - RESERVE_GIB) * GIB:
+        return None
+    parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in most.parts.items())
+    return ConfigError(
+        f"pipeline stage {most.stage} of the trainer needs {most.peak / GIB:.1f} GiB a GPU ({parts}), GPUs of {gpu:g} "
+        f"GiB have {gpu - RESERVE_GIB:g} for it: {_remedy(plan, most)}"
+    )
+
+
+def _remedy(plan: Plan, most: StageMemory) -> str:
+    if most.activations > most.held and not plan.config.actor.recompute:
+        return "set actor.recompute=true"
+    if most.activations > most.held:
+        return "raise actor.tensor_model_parallel_size or actor.context_parallel_size"
+    return "raise actor.tensor_model_parallel_size, pipeline_model_parallel_size or data_parallel_size"
+
+
+def _host_refusal(plan: Plan) -> ConfigError | None:
+    gib = plan.cluster.host_gib
+    if gib is None or plan.host.total <= gib * GIB:
+        return None
+    return ConfigError(
+        f"the controller's node needs {plan.host.total / GIB:.0f} GiB of host memory when a fully_reshardable "
+        f"checkpoint is gathered ({plan.host.gather / GIB:.0f} for the gather), nodes have {gib:g}: raise "
+        "actor.pipeline_model_parallel_size or spread the ranks over more nodes"
+    )
+
+
+def _refusal(check: Callable[..., None], *arguments: object) -> ConfigError | None:
+    try:
+        check(*arguments)
+    except ConfigError as e:
+        return e
+    return None

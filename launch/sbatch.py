@@ -1,0 +1,134 @@
+"""What a batch script asks SLURM for, and which run it starts: read from its #SBATCH lines and its last one. Pure.
+
+Only what decides the size of the job is read: --nodes, --gpus-per-node or --gres=gpu:, --ntasks-per-node with
+--cpus-per-task, or --cpus-per-gpu. A line `#SBATCH hetjob` begins the next group of a heterogeneous job.
+"""
+
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dapo_megatron.errors import ConfigError
+
+SHORT = {"-N": "--nodes", "-c": "--cpus-per-task", "-n": "--ntasks", "-G": "--gpus"}
+READ = ("--nodes", "--gpus-per-node", "--gres", "--ntasks-per-node", "--cpus-per-task", "--cpus-per-gpu", "--gpus")
+MODULE = "launch.slurm"
+ARGUMENTS = '"$@"'
+"""Where a script hands on what it was given itself."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """Equal nodes that are asked for together."""
+
+    nodes: int
+    gpus: int
+    """Of each node."""
+    cpus: int
+    """Of each node."""
+    gpu_type: str | None = None
+    """SLURM's name for the kind of GPU, such as h200."""
+
+
+@dataclass(frozen=True)
+class Script:
+    """A batch script that ends in python -m launch.slurm."""
+
+    groups: tuple[Request, ...]
+    """One of a plain job; of a heterogeneous one those that train and those that generate."""
+    recipe: str
+    overrides: tuple[str, ...]
+    """That the script sets itself."""
+
+
+def read_script(text: str, where: str) -> Script:
+    """The request and the run of a batch script.
+
+    Raises:
+        ConfigError: `where` says what cannot be read.
+    """
+    groups: list[dict[str, str]] = [{}]
+    for words in _sbatch_lines(text):
+        if words == ["hetjob"]:
+            groups.append({})
+        else:
+            groups[-1] |= _options(words)
+    recipe, overrides = _run(text, where)
+    return Script(tuple(_request(group, where) for group in groups), recipe, overrides)
+
+
+def filled(text: str, arguments: Sequence[str]) -> str:
+    """The script as it runs when `sbatch SCRIPT arguments` starts it."""
+    return re.sub(rf" *{re.escape(ARGUMENTS)}", lambda _: "".join(f" {shlex.quote(a)}" for a in arguments), text)
+
+
+def _sbatch_lines(text: str) -> list[list[str]]:
+    """The words of each #SBATCH line; SLURM looks no further than the first command."""
+    found = []
+    for line in text.splitlines():
+        if line.startswith("#SBATCH"):
+            found.append(shlex.split(line.removeprefix("#SBATCH"), comments=True))
+        elif line.strip() and not line.lstrip().startswith("#"):
+            break
+    return found
+
+
+def _options(words: Sequence[str]) -> dict[str, str]:
+    """--name=value, --name value, -N value and -Nvalue, of those that are READ."""
+    found: dict[str, str] = {}
+    for i, word in enumerate(words):
+        name, _, value = word.partition("=")
+        if word[:2] in SHORT and not word.startswith("--"):
+            name, value = SHORT[word[:2]], word[2:].removeprefix("=")
+        if name in READ:
+            found[name] = value or (words[i + 1] if i + 1 < len(words) else "")
+    return found
+
+
+def _request(options: dict[str, str], where: str) -> Request:
+    if "--gpus" in options:
+        raise ConfigError(f"{where}: --gpus does not say how many a node has: write --gpus-per-node")
+    kind, gpus = _gpus(options, where)
+
+    def number(name: str, default: int) -> int:
+        value = options.get(name, str(default))
+        if not value.isascii() or not value.isdigit() or int(value) == 0:
+            raise ConfigError(f"{where}: {name}={value} is not one number: write one")
+        return int(value)
+
+    if "--cpus-per-gpu" in options:
+        cpus = number("--cpus-per-gpu", 1) * max(1, gpus)
+    else:
+        cpus = number("--ntasks-per-node", 1) * number("--cpus-per-task", 1)
+    return Request(number("--nodes", 1), gpus, cpus, kind)
+
+
+def _gpus(options: dict[str, str], where: str) -> tuple[str | None, int]:
+    """(type, number) from h200:8 or 8; in --gres after gpu:."""
+    value = options.get("--gpus-per-node")
+    if value is None:
+        given = [part for part in options.get("--gres", "").split(",") if part.split(":")[0] == "gpu"]
+        if not given:
+            return None, 0
+        value = given[0].removeprefix("gpu").removeprefix(":") or "1"
+    found = re.fullmatch(r"(?:([A-Za-z][^:,]*):)?([0-9]+)", value)
+    if found is None:
+        raise ConfigError(f"{where}: {value!r} is no number of GPUs a node: write one, such as 8 or h200:8")
+    return found[1], int(found[2])
+
+
+def _run(text: str, where: str) -> tuple[str, tuple[str, ...]]:
+    """(recipe, overrides) of the line that starts the launcher."""
+    for line in text.replace("\\\n", " ").splitlines():
+        if line.lstrip().startswith("#") or MODULE not in line:
+            continue
+        words = shlex.split(line, comments=True)
+        if MODULE not in words:
+            continue
+        words = words[words.index(MODULE) + 1 :]
+        if "--recipe" in words[:-1]:
+            at = words.index("--recipe")
+            rest = words[:at] + words[at + 2 :]
+            return words[at + 1], tuple(w for w in rest if "=" in w and not w.startswith("-"))
+    raise ConfigError(f"{where} has no line `python -m {MODULE} --recipe RECIPE`: is it one of slurm/*.sh?")

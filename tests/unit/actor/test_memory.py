@@ -1,0 +1,78 @@
+"""The memory plan by hand; tests/distributed/test_memory.py holds it against counted bytes."""
+
+import pytest
+
+from dapo_megatron.actor.memory import fullest, longest_micro_batch, stage_parameters, trainer_memory
+from dapo_megatron.checkpoint.size import save_bytes, weight_elements
+from dapo_megatron.weights.families import FAMILIES, Experts, ModelShape
+from tests.tiny import run_config
+
+GIB = 2**30
+QWEN_32B = ModelShape(FAMILIES["Qwen2ForCausalLM"], 64, 5120, 27648, 40, 8, 128, 152064, False, 1e-6, 1e6, None, 131072)
+QWEN_30B_A3B = ModelShape(
+    FAMILIES["Qwen3MoeForCausalLM"],
+    48, 2048, 6144, 32, 4, 128, 151936, False, 1e-6, 1e6, None, 40960, Experts(128, 8, 768, True),
+)  # fmt: skip
+TP, PP, EP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size"
+
+
+def config(dp=1, budget=16384, **actor):
+    return run_config(
+        "m",
+        model={"dtype": "bfloat16"},
+        actor={TP: 8, PP: 2, "data_parallel_size": dp, "micro_batch_tokens": budget} | actor,
+        data={"max_prompt_tokens": 2048},
+        rollout={"max_response_tokens": 20480},
+        engine={"context_length": 32768},
+    )
+
+
+@pytest.mark.parametrize(("dp", "optimizer"), [(1, 22.9), (4, 5.7), (8, 2.9)])
+def test_32b(dp, optimizer):
+    first = trainer_memory(config(dp), QWEN_32B)[0]
+    assert first.parameters / GIB == pytest.approx(3.8, abs=0.05)
+    assert first.gradients / GIB == pytest.approx(7.6, abs=0.05)
+    assert first.optimizer / GIB == pytest.approx(optimizer, abs=0.05)
+
+
+def test_activations_of_32b():
+    """Two micro-batches of one sequence of 22,528 tokens are in flight on stage 0."""
+    rows = 22528
+    hidden = rows // 8 * 5120 * 2
+    layer = 4 * hidden + 2 * (rows // 8) * 4  # inputs of two norms and what comes out of them
+    layer += rows * (2 * 5 * 128 + 2 * 128 + 4 * 128 + 5 * 27648 // 8) * 2 + rows * 5 * 4
+    none = trainer_memory(config(), QWEN_32B)
+    assert none[0].activations == 2 * 32 * layer + rows * 9
+    full = trainer_memory(config(recompute=True), QWEN_32B)
+    assert full[0].activations == 2 * 32 * hidden + layer - hidden + rows * 9
+    assert none[0].activations / GIB == pytest.approx(58.8, abs=0.1)
+    assert full[0].activations / GIB == pytest.approx(1.7 + 0.9, abs=0.1)
+    assert fullest(none).stage == 0
+
+
+def test_a_save_of_32b():
+    """8 ranks a node, DP 4: 9.5 GiB of each GPU, and 375 GB of host memory beside the copies."""
+    assert trainer_memory(config(4), QWEN_32B)[0].gather / GIB == pytest.approx(9.5, abs=0.1)
+    save = save_bytes(config(4), QWEN_32B)
+    assert 8 * save.gather / 1e9 == pytest.approx(375, rel=0.01)
+    assert save.disk == weight_elements(QWEN_32B) * 14 == 32763876352 * 14
+
+
+def test_experts_are_spread():
+    for ep in (1, 2, 4, 8):
+        actor = config(dp=2, **{TP: 4, PP: 1, EP: ep}).actor
+        each = 3 * 2048 * 768
+        assert stage_parameters(actor, QWEN_30B_A3B, 0).experts == 48 * 128 * each // (4 if ep == 1 else ep)
+
+
+@pytest.mark.parametrize(
+    ("budget", "actor", "tokens"),
+    [
+        (16384, {}, 22528),  # the longest sequence stands alone
+        (30001, {}, 30008),  # a multiple of TP
+        (22528, {"context_parallel_size": 4}, 5632),
+        (22530, {"context_parallel_size": 4}, 5632 + 8),  # 8 sequence parts, each a multiple of TP
+    ],
+)
+def test_the_longest_micro_batch(budget, actor, tokens):
+    assert longest_micro_batch(config(budget=budget, **actor)) == tokens

@@ -1,0 +1,99 @@
+"""What a batch script asks for."""
+
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+from dapo_megatron.errors import ConfigError
+from launch.sbatch import Request, filled, read_script
+
+ROOT = Path(__file__).parents[3]
+RUN = 'exec python -m launch.slurm --recipe a.yaml "$@"\n'
+
+
+def script(*options, run=RUN):
+    return "#!/bin/bash\n# what it is\n" + "".join(f"#SBATCH {o}\n" for o in options) + "\n" + run
+
+
+def groups(*options):
+    return read_script(script(*options), "x.sh").groups
+
+
+NODES = {"--nodes=3": 3, "--nodes 3": 3, "-N 3": 3, "-N3": 3, "--time=1:00:00": 1}
+GPUS = {
+    "--gpus-per-node=8": (8, None),
+    "--gpus-per-node=h200:8": (8, "h200"),
+    "--gres=gpu:h100:4": (4, "h100"),
+    "--gres=gpu:2,shard:3": (2, None),
+    "--gres=shard:3,gpu:a100-80:2": (2, "a100-80"),
+    "--gres=gpu": (1, None),
+    "--exclusive": (0, None),
+}
+CPUS = {("--cpus-per-task=16",): 16, ("-c16", "--ntasks-per-node=2"): 32, ("--ntasks-per-node=4",): 4, (): 1}
+
+
+@pytest.mark.parametrize(("nodes", "gpus", "cpus"), product(NODES, GPUS, CPUS))
+def test_every_way_to_ask(nodes, gpus, cpus):
+    count, kind = GPUS[gpus]
+    assert groups(nodes, gpus, *cpus) == (Request(NODES[nodes], count, CPUS[cpus], kind),)
+    assert groups(" ".join([nodes, gpus, *cpus])) == groups(nodes, gpus, *cpus)
+
+
+def test_cpus_of_gpus():
+    assert groups("--gres=gpu:8", "--cpus-per-gpu=12") == (Request(1, 8, 96),)
+
+
+def test_a_heterogeneous_job():
+    found = groups("--nodes=8", "--gpus-per-node=8", "hetjob", "--nodes=2", "--gpus-per-node=4", "--cpus-per-task=9")
+    assert found == (Request(8, 8, 1), Request(2, 4, 9))
+
+
+def test_what_slurm_does_not_read():
+    text = (
+        "#!/bin/bash\n##SBATCH --nodes=7\n#SBATCH --nodes=2 # not --nodes=5\nmodule load x\n#SBATCH --nodes=9\n" + RUN
+    )
+    assert read_script(text, "x.sh").groups == (Request(2, 0, 1),)
+
+
+def test_the_run():
+    run = '.venv/bin/python -m launch.slurm \\\n  --recipe a.yaml seed=3 launch.engine_nodes=1 "$@"  # b=c\n'
+    found = read_script(script(run=f"# python -m launch.slurm --recipe no.yaml\n{run}"), "x.sh")
+    assert (found.recipe, found.overrides) == ("a.yaml", ("seed=3", "launch.engine_nodes=1"))
+
+
+def test_the_script_that_runs():
+    text = script("--nodes=3")
+    assert filled(text, []) == text.replace(' "$@"', "")
+    assert "a.yaml 'data.train=[a, b]' seed=3\n" in filled(text, ["data.train=[a, b]", "seed=3"])
+    assert r"'x=\1'" in filled(text, [r"x=\1"])
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--nodes=2-4"], "--nodes=2-4 is not one number"),
+        (["--nodes=0"], "--nodes=0"),
+        (["--nodes"], "--nodes= is not one number"),
+        (["--gpus=16"], "write --gpus-per-node"),
+        (["-G 16"], "write --gpus-per-node"),
+        (["--gres=gpu:h100"], "'h100' is no number of GPUs"),
+        (["--gpus-per-node=h100:4,a100:4"], "is no number of GPUs"),
+        (["--cpus-per-task=x"], "--cpus-per-task=x"),
+    ],
+)
+def test_refused(options, says):
+    with pytest.raises(ConfigError) as e:
+        groups(*options)
+    assert says in str(e.value) and str(e.value).startswith("x.sh") and "\n" not in str(e.value)
+
+
+def test_another_script_is_refused():
+    with pytest.raises(ConfigError, match="has no line"):
+        read_script(script(run="python train.py\n"), "x.sh")
+
+
+def test_the_scripts_of_the_project():
+    for path in (ROOT / "slurm").glob("*.sh"):
+        found = read_script(path.read_text(), path.name)
+        assert (ROOT / found.recipe).exists(), path
