@@ -3,7 +3,7 @@
 import json
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import httpx
@@ -38,11 +38,11 @@ class EngineControl:
         self.has_sessions = False
         self.tensor_parallel_size = 1
 
-    def wait_ready(self, timeout_s: float) -> None:
+    def wait_ready(self, timeout_s: float, is_replaced: Callable[[], bool] = lambda: False) -> None:
         """Wait until the server answers, then read its release and its tensor parallelism.
 
         Raises:
-            EngineError: it did not answer in time.
+            EngineError: it did not answer in time, or is waited for in vain.
         """
         end = time.monotonic() + timeout_s
         while True:
@@ -54,6 +54,8 @@ class EngineControl:
                     raise EngineError(f"engine {self.url} refuses this run's key: another program serves there")
             except httpx.TransportError:
                 pass
+            if is_replaced():
+                raise EngineError(f"engine {self.url} was replaced before it answered")
             if time.monotonic() > end:
                 raise EngineError(f"engine {self.url} did not answer within {timeout_s:.0f} s: see logs/engine-*.log")
             time.sleep(0.25)

@@ -77,6 +77,13 @@ class Pusher:
         Raises:
             DapoError: an engine did not answer or could not join.
         """
+        while True:
+            try:
+                return self._connect()
+            except EngineError as e:
+                self._wait_until_replaced(e)
+
+    def _connect(self) -> None:
         self._disconnect()
         self._set = on_first_rank("reading the engine set", self.layout, self._read_set)
         if self.is_sender or self.layout.rank == 0:
@@ -84,7 +91,7 @@ class Pusher:
             self._threads = ThreadPoolExecutor(max_workers=max(1, len(self.engines)))
         with all_agree("connecting to the engines", self.layout, may_take_long=True):
             for engine in self.engines:
-                engine.wait_ready(self.config.engine.start_timeout_s)
+                engine.wait_ready(self.config.engine.start_timeout_s, self.is_outdated)
             if self.layout.rank == 0:
                 self.on_all(EngineControl.freeze_gc)
                 self.on_all(EngineControl.abandon_update)
@@ -102,15 +109,14 @@ class Pusher:
         Raises:
             DapoError: names the server and the bucket that failed.
         """
-        began, is_connected = time.monotonic(), True
+        began = time.monotonic()
         while True:
             try:
-                if not is_connected:
-                    self.connect()
                 sent = self._push(version)
             except EngineError as e:
                 self._wait_until_replaced(e)
-                self._live, is_connected = {}, False
+                self._live = {}
+                self.connect()
             else:
                 return {m.SYNC_SECONDS: time.monotonic() - began, m.SYNC_BYTES: sent}
 

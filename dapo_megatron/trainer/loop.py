@@ -70,7 +70,8 @@ def train(
 
     def follow_engines() -> None:
         if on_first_rank("looking for other engines", actor.layout, pusher.is_outdated):
-            go_live(config, pusher, verifier, state.version)
+            with recorder.phase("reconnect"):
+                go_live(config, pusher, verifier, state.version)
 
     def stop_or_follow_engines() -> None:
         if asked_to_stop(config, actor.layout):

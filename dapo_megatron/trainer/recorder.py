@@ -18,6 +18,7 @@ class Recorder:
     def __init__(self, config: RunConfig, layout: Layout, reporter: Reporter):
         self._config, self._layout, self._reporter = config, layout, reporter
         self._seconds = defaultdict[str, float](float)
+        self._phases: list[str] = []
         self._writer: MetricsWriter | None = None
 
     def open(self, resume_step: int | None) -> None:
@@ -33,11 +34,15 @@ class Recorder:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Report a phase while it lasts, and add up its seconds."""
+        """Report a phase while it lasts, and add up its seconds; after one inside another, the outer one goes on."""
+        self._phases.append(name)
         self._reporter.phase(name)
         began = time.monotonic()
         yield
         self._seconds[name] += time.monotonic() - began
+        self._phases.pop()
+        if self._phases:
+            self._reporter.phase(self._phases[-1])
 
     def record(self, metrics: dict[str, float]) -> None:
         """Write one step's metrics, with the seconds of its phases (and of the checkpoint before it)."""
