@@ -39,6 +39,13 @@ class Recorder:
         yield
         self._seconds[name] += time.monotonic() - began
 
+    @contextmanager
+    def detail(self, text: str) -> Iterator[None]:
+        """Report what is done within the phase that goes on, while it lasts."""
+        self._reporter.detail(text)
+        yield
+        self._reporter.detail("")
+
     def record(self, metrics: dict[str, float]) -> None:
         """Write one step's metrics, with the seconds of its phases (and of the checkpoint before it)."""
         seconds, self._seconds = self._seconds, defaultdict(float)
