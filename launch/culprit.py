@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from dapo_megatron.observe.pace import clock
-from dapo_megatron.process import BEAT_S, FOLLOWS_ENGINES
+from dapo_megatron.process import BEAT_S, FOLLOWS_ENGINES, Exit
 from launch.attempts import REQUEUED
 from launch.look import Process, Snapshot
 from launch.states import Phase
@@ -95,7 +95,7 @@ def _without_launcher(seen: Snapshot) -> Verdict:
         return Verdict(Condition.NOT_RUNNING, None, "nothing runs: start it, with --resume to go on")
     if seen.ended.kind is None:
         return Verdict(Condition.FINISHED, None, f"finished at step {seen.step} of {seen.total_steps}")
-    (said, *_) = (seen.ended.message or "without a word").splitlines()
+    said = _first_line(seen.ended)
     if seen.ended.kind == "preempted":
         return Verdict(Condition.NOT_RUNNING, None, f"{said}: --resume goes on")
     return Verdict(Condition.FAILED, None, said)
@@ -118,7 +118,7 @@ def _silent(process: Process, timeout_s: float) -> Verdict:
 
 def _failed(process: Process) -> Verdict:
     assert process.exit is not None
-    return _runs(process.name, f"{process.place} stopped ({process.exit.kind}): {process.exit.message.splitlines()[0]}")
+    return _runs(process.name, f"{process.place} stopped ({process.exit.kind}): {_first_line(process.exit)}")
 
 
 def _of_training(seen: Snapshot) -> Verdict:
@@ -155,6 +155,10 @@ def _to_be_ready(seen: Snapshot) -> tuple[str, str]:
     members = seen.engines.members if seen.engines else ()
     of_interest = [member.name for member in members if member.start > 1] or [member.name for member in members]
     return (of_interest[0], "is") if len(of_interest) == 1 else ("engines", "are")
+
+
+def _first_line(ended: Exit) -> str:
+    return next(iter(ended.message.splitlines()), "without a word")
 
 
 def _does(process: Process) -> str:

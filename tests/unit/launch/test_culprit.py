@@ -158,7 +158,7 @@ def test_a_stop_is_asked_for():
 
 PHASES = st.sampled_from([*DOES, "done", "something new"])
 SECONDS = st.floats(0, 1000)
-EXITS = st.one_of(st.none(), st.sampled_from([None, *Kind.__args__]).map(ended))
+EXITS = st.one_of(st.none(), st.builds(ended, st.sampled_from([None, *Kind.__args__]), st.sampled_from(["", "a\nb"])))
 NAMES = ("controller", "trainer-0", "trainer-1", "trainer-2")
 
 

@@ -19,8 +19,6 @@ from launch.lock import locked
 from tests.tiny import run_config
 from typer.testing import CliRunner
 
-NOW = time.time()
-
 
 @pytest.fixture
 def folder(tmp_path):
@@ -34,7 +32,7 @@ def folder(tmp_path):
     metrics = MetricsWriter(run, tensorboard=False, wandb_project=None, resume_step=None)
     for step in (1, 2):
         times = {"time/step": 5.0, "sync/seconds": 1.5, "sync/bytes": 3e9}
-        metrics.write({"step": step, "version": step, "time": NOW - 100} | times)
+        metrics.write({"step": step, "version": step, "time": time.time() - 100} | times)
     write_engine_set(run, EngineSet(4, (Member("engine-0", "http://a:1", 3), Member("engine-1", "http://b:1"))))
     run.log("launcher").write_text("2026-01-01T00:00:00+00:00 the engine-0 was killed by signal 9 -> start engine-0\n")
     return run
@@ -45,7 +43,7 @@ def running(folder, controller=("generate", "1/4 kept"), trainer=("generate", ""
     """All processes live as long as the block."""
     with ExitStack() as stack:
         stack.enter_context(locked(folder.lock, slurm_job))
-        note_attempt(folder, 2, None if slurm_job is None else NOW + 3600)
+        note_attempt(folder, 2, None if slurm_job is None else time.time() + 3600)
         for name, phase in (
             ("launcher", ("running", "started again: engine-0 2 times")),
             ("controller", controller),
@@ -160,7 +158,7 @@ def test_only_a_whole_checkpoint_counts(folder):
         (path / "manifest.json").write_bytes(encode_manifest(manifest))
         if not missing:
             (path / "controller.json").write_text("{}")
-        os.utime(path / "manifest.json", (NOW - 120, NOW - 120))
+        os.utime(path / "manifest.json", (time.time() - 120,) * 2)
     _, text = shown(folder)
     assert "step 5, 2 min 0" in text and "step 10" not in text
 
