@@ -22,6 +22,8 @@ from dapo_megatron.run_folder import RunFolder
 BEAT_S = 1.0
 FOLLOWS_ENGINES = "connects to the engines"
 """Detail of a trainer rank that waits for engines to answer and gives them its weights, whatever its phase."""
+GREETS_CONTROLLER = "waits for the controller"
+"""Detail of a trainer rank in its phase "start" until the controller has read its data."""
 FAILED_BEATS = 10
 """Heartbeats in a row that could not be written before the process ends: the launcher would take it for hung."""
 

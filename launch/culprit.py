@@ -9,7 +9,7 @@ restarting                      the launcher
 a process that said nothing     it: it is being started
 ranks in different phases       the one that is in its phase for longest: the others are further
 connecting to engines           the one that was started again; all of them, if several were or none
-waiting for groups, evaluation  the controller
+its data, groups, evaluation    the controller
 any other phase                 the trainer; nobody while the controller generates ahead of it
 """
 
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from dapo_megatron.observe.pace import clock
-from dapo_megatron.process import BEAT_S, FOLLOWS_ENGINES, Exit
+from dapo_megatron.process import BEAT_S, FOLLOWS_ENGINES, GREETS_CONTROLLER, Exit
 from launch.attempts import REQUEUED
 from launch.look import Process, Snapshot
 from launch.states import Phase
@@ -57,7 +57,7 @@ DOES = {
     "checkpoint": "saves",
     "generate": "generates",
     "evaluate": "evaluates",
-    "idle": "has nothing to do",
+    "idle": "is idle",
 }
 """What a process does in a phase, in words."""
 
@@ -143,7 +143,7 @@ def _of_phase(seen: Snapshot, controller: Process, trainer: Process) -> Verdict:
     if trainer.detail == FOLLOWS_ENGINES or is_pushing:
         who, verb = _to_be_ready(seen)
         return _runs(who, f"trainer and controller wait for {who}, which {verb} being started, {clock(seen.engines_s)}")
-    if trainer.phase in ("start", "generate", "evaluate"):
+    if trainer.phase in ("generate", "evaluate") or trainer.detail == GREETS_CONTROLLER:
         return _runs("controller", f"trainer waits for the controller, which {_does(controller)}")
     if controller.phase == "generate":
         return _runs(None, f"nobody waits: trainer {_does(trainer)}; controller {_does(controller)}")

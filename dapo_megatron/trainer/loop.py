@@ -29,7 +29,7 @@ from dapo_megatron.config.base import EvaluationMetric
 from dapo_megatron.distributed.agreement import on_first_rank
 from dapo_megatron.distributed.layout import Layout
 from dapo_megatron.observe import catalog as m
-from dapo_megatron.process import FOLLOWS_ENGINES
+from dapo_megatron.process import FOLLOWS_ENGINES, GREETS_CONTROLLER
 from dapo_megatron.resharding.push import Pusher
 from dapo_megatron.resharding.verify import Verifier
 from dapo_megatron.run_folder import RunFolder
@@ -64,7 +64,8 @@ def train(
     with recorder.phase("load"):
         state, snapshot = load(config, actor, start)
     with recorder.phase("start"):
-        verifier = Verifier(config, actor, pusher, controller.hello(state, snapshot))
+        with recorder.detail(GREETS_CONTROLLER):
+            verifier = Verifier(config, actor, pusher, controller.hello(state, snapshot))
         recorder.open(None if start.resume is None else state.step)
         with recorder.detail(FOLLOWS_ENGINES):
             go_live(config, pusher, verifier, state.version)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from dapo_megatron.engines.engine_set import EngineSet, Member
 from dapo_megatron.errors import Kind
-from dapo_megatron.process import FOLLOWS_ENGINES, Exit
+from dapo_megatron.process import FOLLOWS_ENGINES, GREETS_CONTROLLER, Exit
 from launch.attempts import REQUEUED, Attempt
 from launch.culprit import DOES, SUSPECT_S, Condition, judge
 from launch.lock import Holder
@@ -76,6 +76,12 @@ def test_the_trainer_works():
     for phase in ("old_logprobs", "update", "push", "verify", "checkpoint", "load"):
         who, line = culprit(run("idle", phase))
         assert who == "trainer" and line == f"controller waits for the trainer, which {DOES[phase]}, 40 s"
+
+
+def test_both_start():
+    assert culprit(run("start", "start")) == ("trainer", "controller waits for the trainer, which starts, 40 s")
+    seen = changed(run("start", "start", ranks=1), "trainer-0", detail=GREETS_CONTROLLER)
+    assert culprit(seen) == ("controller", "trainer waits for the controller, which starts, 40 s")
 
 
 def test_nobody_waits_while_groups_are_generated_ahead():
@@ -171,7 +177,7 @@ def situations(draw):
             "host",
             1,
             draw(PHASES),
-            draw(st.sampled_from(["", "x", FOLLOWS_ENGINES])),
+            draw(st.sampled_from(["", "x", FOLLOWS_ENGINES, GREETS_CONTROLLER])),
             *draw(st.tuples(SECONDS, SECONDS, EXITS)),
         )
         for name in sorted(there)
