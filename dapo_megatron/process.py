@@ -20,6 +20,10 @@ from dapo_megatron.errors import DapoError, Kind, StorageError, told
 from dapo_megatron.run_folder import RunFolder
 
 BEAT_S = 1.0
+FOLLOWS_ENGINES = "connects to the engines"
+"""Detail of a trainer rank that waits for engines to answer and gives them its weights, whatever its phase."""
+GREETS_CONTROLLER = "waits for the controller"
+"""Detail of a trainer rank in its phase "start" until the controller has read its data."""
 FAILED_BEATS = 10
 """Heartbeats in a row that could not be written before the process ends: the launcher would take it for hung."""
 
@@ -59,8 +63,14 @@ class Exit(msgspec.Struct):
 class Reporter:
     """Writes the status of one process, and its exit."""
 
-    def __init__(self, folder: RunFolder, process: str):
+    def __init__(self, folder: RunFolder, process: str, *, essential: bool = True):
+        """
+        Args:
+            essential: the process ends when it can no longer say what it does, because others would take it for hung;
+                False: nobody ends it for that, and its work goes on.
+        """
         self.folder, self.process = folder, process
+        self._essential = essential
         self._status = Status(process, socket.gethostname(), os.getpid(), "start", "", time.time(), 0)
         self._lock, self._ended = threading.Lock(), threading.Event()
 
@@ -68,7 +78,7 @@ class Reporter:
         self.folder.statuses.mkdir(parents=True, exist_ok=True)
         self.folder.exits.mkdir(parents=True, exist_ok=True)
         self.folder.exit(self.process).unlink(missing_ok=True)
-        self._write()
+        self._show()
         threading.Thread(target=self._beat, daemon=True).start()
         return self
 
@@ -80,7 +90,13 @@ class Reporter:
         with self._lock:
             since = self._status.since if phase == self._status.phase else time.time()
             self._status = msgspec.structs.replace(self._status, phase=phase, detail=detail, since=since)
-        self._write()
+        self._show()
+
+    def detail(self, detail: str) -> None:
+        """Say more of what the process does now, in the phase that goes on."""
+        with self._lock:
+            self._status = msgspec.structs.replace(self._status, detail=detail)
+        self._show()
 
     def ended(self, kind: Kind | None, message: str) -> None:
         """Write the exit record; where the run folder is gone, nobody is left to read it."""
@@ -99,7 +115,7 @@ class Reporter:
                 failed = 0
             except OSError as e:
                 failed += 1
-                if failed == FAILED_BEATS:
+                if failed == FAILED_BEATS and self._essential:
                     self._end_by(e)
 
     def _end_by(self, error: OSError) -> None:
@@ -109,6 +125,10 @@ class Reporter:
         with contextlib.suppress(OSError):
             print(f"error: {line}", file=sys.stderr, flush=True)
         os._exit(EXIT_CODES[line.kind])
+
+    def _show(self) -> None:
+        with contextlib.nullcontext() if self._essential else contextlib.suppress(OSError):
+            self._write()
 
     def _write(self) -> None:
         with self._lock:

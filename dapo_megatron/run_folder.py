@@ -25,6 +25,14 @@ class RunFolder:
         return self.path / f"config.resume_{number:03d}.yaml"
 
     @property
+    def last_config(self) -> Path:
+        """The configuration that holds now."""
+        number = 0
+        while self.resumed_config(number + 1).exists():
+            number += 1
+        return self.resumed_config(number) if number else self.config
+
+    @property
     def begun_with(self) -> Path:
         """Path of the checkpoint whose weights the run began with, if it did."""
         return self.path / "begun_with.txt"
@@ -38,6 +46,11 @@ class RunFolder:
     def lock(self) -> Path:
         """Held by the launcher of the run: host and pid."""
         return self.path / "launcher.lock"
+
+    @property
+    def attempts(self) -> Path:
+        """One line a start of the run."""
+        return self.path / "attempts.jsonl"
 
     @property
     def metrics(self) -> Path:

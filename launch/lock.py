@@ -36,7 +36,7 @@ def locked(path: Path, slurm_job: int | None = None) -> Iterator[None]:
     """
     me = Holder(socket.gethostname(), os.getpid(), psutil.Process().create_time(), slurm_job)
     while not _create(path, me):
-        holder = _read(path)
+        holder = read_holder(path)
         if holder is None:
             continue
         is_same_job = slurm_job is not None and holder.slurm_job == slurm_job
@@ -49,7 +49,7 @@ def locked(path: Path, slurm_job: int | None = None) -> Iterator[None]:
     try:
         yield
     finally:
-        if _read(path) == me:  # the folder may be another run's by now, or gone
+        if read_holder(path) == me:  # the folder may be another run's by now, or gone
             path.unlink(missing_ok=True)
 
 
@@ -66,7 +66,12 @@ def _create(path: Path, holder: Holder) -> bool:
     return True
 
 
-def _read(path: Path) -> Holder | None:
+def read_holder(path: Path) -> Holder | None:
+    """Whose lock it is; None: nobody's.
+
+    Raises:
+        ConfigError: the file is not a lock.
+    """
     try:
         return msgspec.json.decode(path.read_bytes(), type=Holder)
     except FileNotFoundError:
@@ -89,7 +94,7 @@ def _remove_stale(path: Path, holder: Holder) -> None:
         path.rename(aside)
     except FileNotFoundError:
         return
-    if _read(aside) != holder:  # somebody was faster, and this is a living lock
+    if read_holder(aside) != holder:  # somebody was faster, and this is a living lock
         with contextlib.suppress(FileExistsError):
             os.link(aside, path)
     aside.unlink()

@@ -144,6 +144,7 @@ def _supervised(
             hosts=slots,
             spares=spares,
             shared=shared,
+            ends=allocation.ends,
             can_requeue=allocation.restarts < config.launch.max_requeues,
         )
         try:

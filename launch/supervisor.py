@@ -17,8 +17,9 @@ from dapo_megatron.engines.engine_set import EngineSet, Member, write_engine_set
 from dapo_megatron.observe.catalog import PHASES
 from dapo_megatron.observe.display import ProgressDisplay
 from dapo_megatron.observe.metrics import read_metrics
-from dapo_megatron.process import read_statuses
+from dapo_megatron.process import Reporter, read_statuses
 from dapo_megatron.run_folder import RunFolder
+from launch.attempts import final_phase, note_attempt, told_restarts
 from launch.backend import Backend
 from launch.commands import command_of_controller, command_of_engine, command_of_rank
 from launch.failures import failed, failure, hang
@@ -73,15 +74,17 @@ class Supervisor:
         shared: Mapping[str, str],
         *,
         can_requeue: bool,
+        ends: float | None = None,
     ):
         """
         Args:
             plan: from the host of each slot to the placement.
             hosts, spares: of the slots, and others.
             shared: environment that all processes have.
+            ends: Unix time of the job's time limit.
         """
         self.config, self.folder, self.job, self.backend, self.journal = config, folder, job, backend, Journal(folder)
-        self._plan, self._shared = plan, shared
+        self._plan, self._shared, self._ends = plan, shared, ends
         placement = plan(hosts)
         step = _saved_step(folder)
         self._state = State(
@@ -110,23 +113,35 @@ class Supervisor:
         Args:
             asked: what a signal, or the clock, has asked for since the last look.
         """
-        for name in self._state.engines:
-            self._start_engine(name)
-        self._start_training()
-        with ProgressDisplay(self.folder, self.config.trainer.steps) as display:
-            while True:
-                display.poll()
-                for event in self._events(asked):
-                    self._state, actions = decide(self._state, event)
-                    self.journal.decided(event, actions)
-                    for action in actions:
-                        if isinstance(action, End | Requeue):
-                            display.poll()
-                            return action
-                        self._perform(action)
-                    if actions:
-                        break  # what was seen before them is no longer so
-                time.sleep(POLL_S)
+        note_attempt(self.folder, self._state.step, self._ends)
+        with Reporter(self.folder, "launcher", essential=False) as reporter:
+            for name in self._state.engines:
+                self._start_engine(name)
+            self._start_training()
+            with ProgressDisplay(self.folder, self.config.trainer.steps) as display:
+                end = self._watch(asked, reporter, display)
+            reporter.phase(*final_phase(end))
+            return end
+
+    def _watch(
+        self, asked: Callable[[], StopAsked | GraceOver | None], reporter: Reporter, display: ProgressDisplay
+    ) -> End | Requeue:
+        reporter.phase(self._state.phase)
+        while True:
+            display.poll()
+            for event in self._events(asked):
+                self._state, actions = decide(self._state, event)
+                self.journal.decided(event, actions)
+                if actions:
+                    reporter.phase(self._state.phase, told_restarts(self._state))
+                for action in actions:
+                    if isinstance(action, End | Requeue):
+                        display.poll()
+                        return action
+                    self._perform(action)
+                if actions:
+                    break  # what was seen before them is no longer so
+            time.sleep(POLL_S)
 
     def _events(self, asked: Callable[[], StopAsked | GraceOver | None]) -> Iterator[Event]:
         now = time.monotonic()

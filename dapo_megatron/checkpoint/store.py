@@ -11,7 +11,6 @@ plug), .step_000010.replaced makes way for a step that was done again, .step_000
 """
 
 import os
-import re
 import shutil
 from pathlib import Path
 
@@ -19,6 +18,9 @@ import msgspec
 
 from dapo_megatron.checkpoint.integrity import check_files, intact_manifest, records_of
 from dapo_megatron.checkpoint.manifest import HF, MANIFEST, MODEL, FileRecord, Manifest, encode_manifest, read_manifest
+from dapo_megatron.checkpoint.published import PUBLISHED
+from dapo_megatron.checkpoint.published import published as published
+from dapo_megatron.checkpoint.published import step_of as step_of
 from dapo_megatron.checkpoint.retention import kept_steps
 from dapo_megatron.config import CheckpointConfig
 from dapo_megatron.errors import ConfigError, StorageError
@@ -26,18 +28,6 @@ from dapo_megatron.run_folder import RunFolder
 from dapo_megatron.weights.hf_folder import side_files
 
 CONTROLLER = "controller.json"
-_PUBLISHED = re.compile(r"step_\d{6,}")
-
-
-def published(folder: RunFolder) -> list[Path]:
-    """Checkpoints by name, oldest first; what is in them is not looked at."""
-    found = [p for p in folder.checkpoints.glob("step_*") if _PUBLISHED.fullmatch(p.name)]
-    return sorted(found, key=step_of)
-
-
-def step_of(checkpoint: Path) -> int:
-    """The step in the name of a published checkpoint."""
-    return int(checkpoint.name.removeprefix("step_"))
 
 
 def latest(folder: RunFolder) -> Path:
@@ -47,7 +37,7 @@ def latest(folder: RunFolder) -> Path:
         ConfigError: there is none.
         StorageError: it is damaged, or the folder holds something else; names the newest intact one.
     """
-    strangers = [p for p in _visible(folder) if not _PUBLISHED.fullmatch(p.name)]
+    strangers = [p for p in _visible(folder) if not PUBLISHED.fullmatch(p.name)]
     try:
         if strangers:
             raise StorageError(f"{strangers[0]} is not a checkpoint of this run: move it away")

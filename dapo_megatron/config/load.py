@@ -24,17 +24,17 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     tree = _parse(_read(path), str(path)) or {}
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected sections such as 'model:' at the top, found {type(tree).__name__}")
-    for override in overrides:
-        _apply(tree, override)
-    return parse_config(tree, str(path))
+    return parse_config(tree, str(path), overrides)
 
 
-def parse_config(tree: dict[str, Any], where: str) -> RunConfig:
-    """Validate a tree of plain values; `where` names its origin in errors.
+def parse_config(tree: dict[str, Any], where: str, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+    """Apply overrides to a tree of plain values, and validate it; `where` names its origin in errors.
 
     Raises:
         ConfigError: one line for the first mistake.
     """
+    for override in overrides:
+        _apply(tree, override)
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as e:

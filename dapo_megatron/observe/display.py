@@ -5,7 +5,6 @@ display is redrawn in place; elsewhere (nohup, a batch job's log) there is one p
 """
 
 import math
-import statistics
 import time
 from typing import Self
 
@@ -18,6 +17,7 @@ from rich.text import Text
 
 from dapo_megatron.observe import catalog as m
 from dapo_megatron.observe.metrics import Record, read_metrics
+from dapo_megatron.observe.pace import clock, pace
 from dapo_megatron.process import read_statuses
 from dapo_megatron.run_folder import RunFolder
 
@@ -93,20 +93,19 @@ class ProgressDisplay:
         row.add_column(ratio=1)
         row.add_column(no_wrap=True, justify="right")
         bar = ProgressBar(total=self._total_steps, completed=done, complete_style="cyan", finished_style="green")
-        row.add_row(f"[bold]step {done}[/]/{self._total_steps}", bar, self._time_left(done))
+        row.add_row(f"[bold]step {done}[/]/{self._total_steps}", bar, self._time_left())
         return row
 
-    def _time_left(self, done: int) -> str:
-        seconds = [record[m.STEP_SECONDS] for record in self._records if m.STEP_SECONDS in record]
-        if not seconds:
+    def _time_left(self) -> str:
+        known = pace(self._records, self._total_steps)
+        if known is None:
             return "[dim]first step[/]"
-        left = statistics.median(seconds[-10:]) * max(self._total_steps - done, 0)
-        return f"{statistics.median(seconds[-10:]):.1f} s a step · [bold]{_clock(left)}[/] left"
+        return f"{known.step_s:.1f} s a step · [bold]{clock(known.left_s)}[/] left"
 
     def _statuses(self) -> Table:
         grid = Table.grid(padding=(0, 2))
         for s in read_statuses(self._folder):
-            age = _clock(max(time.time() - s.since, 0))
+            age = clock(max(time.time() - s.since, 0))
             if s.process in SHOWN:
                 grid.add_row(Text(s.process, "bold"), Text(s.phase, "cyan"), Text(s.detail), Text(age, "dim"))
         return grid
@@ -178,9 +177,3 @@ def _phase_times(known: Record) -> Text:
     times = [(phase, known[m.time_of(phase)]) for phase in m.PHASES if m.time_of(phase) in known]
     parts = [f"[dim]{name}[/] {seconds:.1f} s" for name, seconds in times]
     return Text.from_markup("  ".join(parts) or "[dim]waiting for the first step[/]")
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s" if minutes else f"{seconds} s"

@@ -161,8 +161,6 @@ class Controller:
         metrics |= {m.GENERATE_SECONDS: waited, m.ROLLOUT_ERRORS: float(self.rollout.errors)}
         if config.rollout.max_policy_lag:
             session.ahead = asyncio.create_task(self._produce(session, step + 1, version))
-        else:
-            self.reporter.phase("idle")
         return Batch(encode(batch), metrics, produced.state)
 
     async def _produce(self, session: "_Session", step: int, version: int) -> StepGroups:
@@ -170,6 +168,7 @@ class Controller:
         versions = range(version - self.config.rollout.max_policy_lag, version + 1)
         await asyncio.to_thread(bank.begin_step, step, versions)
         produced = await session.producer.produce(step, version, lambda text: self.reporter.phase("generate", text))
+        self.reporter.phase("idle")
         produced.metrics |= {m.GROUPS_FROM_BANK: float(bank.taken), m.GROUPS_NOT_BANKED: float(bank.missed)}
         return produced
 

@@ -29,6 +29,7 @@ from dapo_megatron.config.base import EvaluationMetric
 from dapo_megatron.distributed.agreement import on_first_rank
 from dapo_megatron.distributed.layout import Layout
 from dapo_megatron.observe import catalog as m
+from dapo_megatron.process import FOLLOWS_ENGINES, GREETS_CONTROLLER
 from dapo_megatron.resharding.push import Pusher
 from dapo_megatron.resharding.verify import Verifier
 from dapo_megatron.run_folder import RunFolder
@@ -63,14 +64,16 @@ def train(
     with recorder.phase("load"):
         state, snapshot = load(config, actor, start)
     with recorder.phase("start"):
-        verifier = Verifier(config, actor, pusher, controller.hello(state, snapshot))
+        with recorder.detail(GREETS_CONTROLLER):
+            verifier = Verifier(config, actor, pusher, controller.hello(state, snapshot))
         recorder.open(None if start.resume is None else state.step)
-        go_live(config, pusher, verifier, state.version)
+        with recorder.detail(FOLLOWS_ENGINES):
+            go_live(config, pusher, verifier, state.version)
     objective, checkpointer = PolicyObjective(config.algorithm), Checkpointer(config, actor)
 
     def follow_engines() -> None:
         if on_first_rank("looking for other engines", actor.layout, pusher.is_outdated):
-            with recorder.phase("reconnect"):
+            with recorder.detail(FOLLOWS_ENGINES):
                 go_live(config, pusher, verifier, state.version)
 
     def stop_or_follow_engines() -> None:

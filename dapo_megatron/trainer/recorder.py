@@ -18,7 +18,6 @@ class Recorder:
     def __init__(self, config: RunConfig, layout: Layout, reporter: Reporter):
         self._config, self._layout, self._reporter = config, layout, reporter
         self._seconds = defaultdict[str, float](float)
-        self._phases: list[str] = []
         self._writer: MetricsWriter | None = None
 
     def open(self, resume_step: int | None) -> None:
@@ -34,15 +33,18 @@ class Recorder:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Report a phase while it lasts, and add up its seconds; after one inside another, the outer one goes on."""
-        self._phases.append(name)
+        """Report a phase while it lasts, and add up its seconds."""
         self._reporter.phase(name)
         began = time.monotonic()
         yield
         self._seconds[name] += time.monotonic() - began
-        self._phases.pop()
-        if self._phases:
-            self._reporter.phase(self._phases[-1])
+
+    @contextmanager
+    def detail(self, text: str) -> Iterator[None]:
+        """Report what is done within the phase that goes on, while it lasts."""
+        self._reporter.detail(text)
+        yield
+        self._reporter.detail("")
 
     def record(self, metrics: dict[str, float]) -> None:
         """Write one step's metrics, with the seconds of its phases (and of the checkpoint before it)."""

@@ -9,7 +9,8 @@ from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from megatron.core.models.gpt import GPTModel
 
 from dapo_megatron.weights.families import ModelShape
-from dapo_megatron.weights.importer import local_experts, named_parameters
+from dapo_megatron.weights.importer import named_parameters
+from dapo_megatron.weights.stages import expert_copies, is_exported
 from dapo_megatron.weights.table import ParameterMapping, from_shards, hf_shapes, parameter_mappings
 
 
@@ -59,20 +60,15 @@ def export_names(modules: Sequence[GPTModel], shape: ModelShape) -> list[tuple[s
 def _exported(
     modules: Sequence[GPTModel], shape: ModelShape, table: dict[str, ParameterMapping]
 ) -> Iterator[tuple[ParameterMapping, torch.nn.Parameter]]:
-    for name, parameter in named_parameters(modules, shape).items():
-        if not (name == "output_layer.weight" and shape.tied):
-            yield table[name], parameter
+    """In the table's order: the layers' own differs with their implementation, and the plan knows the table alone."""
+    parameters = named_parameters(modules, shape)
+    for name, mapping in table.items():
+        if name in parameters and is_exported(name, shape):
+            yield mapping, parameters[name]
 
 
 def _copies(mapping: ParameterMapping, shape: ModelShape, table: dict[str, ParameterMapping]) -> list[ParameterMapping]:
-    """The rules of the parameters that stand at this one's place on the expert-parallel ranks, in their order."""
-    if mapping.expert is None or shape.experts is None:
-        return [mapping]
-    here, each = f".local_experts.{mapping.expert}.", local_experts(shape)
-    return [
-        table[mapping.megatron.replace(here, f".local_experts.{expert}.")]
-        for expert in range(mapping.expert % each, shape.require_experts.count, each)
-    ]
+    return expert_copies(mapping, shape, table, mpu.get_expert_model_parallel_world_size())
 
 
 def _gather(data: torch.Tensor, group: dist.ProcessGroup) -> list[torch.Tensor]:

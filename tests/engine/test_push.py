@@ -12,7 +12,9 @@ from dapo_megatron.engines.control import EngineControl
 from dapo_megatron.engines.engine_set import of_urls
 from dapo_megatron.errors import EngineError
 from dapo_megatron.resharding import push
+from dapo_megatron.resharding.plan import plan_push
 from dapo_megatron.resharding.verify import Verifier
+from dapo_megatron.weights.hf_config import read_model
 from launch.ports import reserved_ports
 
 PROMPTS = [[5, 9, 33, 2, 60, 17, 8], [3, 4], [61, 12, 12, 40, 7]]
@@ -40,7 +42,15 @@ def test_push_from_every_layout(tmp_path, engine_url, layout):
     version = 10 + list(LAYOUTS).index(layout)
     results = run_ranks(config.world_size, push_and_verify, config, engine_url, version)
     assert all(0 < difference <= 1e-4 for difference, _ in results)
-    assert all(m["sync/bytes"] > 100_000 for _, m in results)
+    plan = plan_push(
+        read_model(path),
+        config.actor,
+        config.engine,
+        dtype="float32",
+        engine_dtype="float32",
+        bucket_bytes=1 << 20,
+    )
+    assert all(m["sync/bytes"] == plan.bytes > 100_000 for _, m in results)
     assert EngineControl(engine_url, 10).version() == str(version)
 
 

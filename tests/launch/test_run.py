@@ -1,6 +1,7 @@
 """Whole jobs from the command line, every part real: they end well, die clearly, leave nothing behind, and resume."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -91,6 +92,12 @@ def nobody_else_is_answered(process):
     assert not any(key in part for p in psutil.process_iter() for part in command(p))
 
 
+def status(run_dir):
+    """(exit code, what it shows) of launch.status."""
+    done = subprocess.run([sys.executable, "-m", "launch.status", str(run_dir)], capture_output=True, text=True)
+    return done.returncode, done.stdout
+
+
 def test_a_run_is_stopped_dies_resumes_and_ends(job):
     recipe, run_dir = job
     process = start(recipe, "trainer.steps=1000")
@@ -99,12 +106,17 @@ def test_a_run_is_stopped_dies_resumes_and_ends(job):
     code, output, _ = finish(start(recipe, "--resume"))
     assert code == 1 and f"in use by another launcher (pid {process.pid} on " in output
     nobody_else_is_answered(process)
+    code, shown = status(run_dir)
+    assert code == 0 and shown.startswith("running  ") and "engine-0 http://127.0.0.1:" in shown
+    for name in ("launcher", "controller", "trainer-0", "trainer-1"):
+        assert re.search(rf"^{name} .* [0-2] s ago", shown, re.MULTILINE), shown
     seen = len(read_metrics(RunFolder(run_dir)))
     wait_for_steps(run_dir, seen + 2, process)
     process.terminate()
     code, output, seconds = finish(process)
     assert code == 130 and "interrupted" in output and seconds < 30
     assert not alive(everything)
+    assert status(run_dir)[0] == 4
     saved = read_manifest(latest(RunFolder(run_dir)))
     assert saved.format == "fully_reshardable" and saved.step == read_metrics(RunFolder(run_dir))[-1]["step"] > seen + 1
     assert (run_dir / "report.html").stat().st_size > 100_000
@@ -128,6 +140,8 @@ def test_a_run_is_stopped_dies_resumes_and_ends(job):
             assert says.format(struck) in line and " hangs: " in line
             assert role == "engine" or "no sign of life" in line and "in phase " in line
         assert not alive(everything), role
+        code, shown = status(run_dir)
+        assert code == 1 and role.split()[0] in shown.splitlines()[0]
         # Whatever the moment: who goes on from a checkpoint has the record of its step.
         assert read_metrics(RunFolder(run_dir))[-1]["step"] >= int(
             latest(RunFolder(run_dir)).name.removeprefix("step_")
@@ -136,6 +150,8 @@ def test_a_run_is_stopped_dies_resumes_and_ends(job):
     last = read_metrics(RunFolder(run_dir))[-1]["step"] + 2
     code, output, _ = finish(start(recipe, "--resume", f"trainer.steps={last}"))
     assert code == 0, output
+    code, shown = status(run_dir)
+    assert code == 0 and shown.startswith(f"finished  finished at step {last} of {last}") and f"step {last}, " in shown
     records = read_metrics(RunFolder(run_dir))
     assert [r["step"] for r in records] == list(range(last + 1))
     # 2 updates a step, 8 of warm-up: after step s the rate is lr * min(1, 2 s / 8), across every resume.

@@ -1,0 +1,37 @@
+"""How long a step takes, and how long the rest of a run. Pure."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dapo_megatron.observe import catalog as m
+from dapo_megatron.observe.metrics import Record
+
+LAST_STEPS = 10
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Both in seconds."""
+
+    step_s: float
+    """Median of the last steps."""
+    left_s: float
+    """Until the last step is done, evaluations and checkpoints not counted."""
+
+
+def pace(records: Sequence[Record], total_steps: int) -> Pace | None:
+    """The pace of a run with these metrics; None before its first step is done."""
+    seconds = [record[m.STEP_SECONDS] for record in records if m.STEP_SECONDS in record]
+    if not seconds:
+        return None
+    step_s = statistics.median(seconds[-LAST_STEPS:])
+    done = max(int(record[m.STEP]) for record in records)
+    return Pace(step_s, step_s * max(total_steps - done, 0))
+
+
+def clock(seconds: float) -> str:
+    """A duration for people: 2 h 05 min, 4 min 00 s, 12 s."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s" if minutes else f"{seconds} s"

@@ -1,0 +1,56 @@
+"""What the launcher says of itself: one line of attempts.jsonl each start of the run, and its phase in status/."""
+
+import time
+
+import msgspec
+
+from dapo_megatron.observe.jsonl import append_lines, read_lines
+from dapo_megatron.run_folder import RunFolder
+from launch.lock import read_holder
+from launch.states import End, Requeue, State
+
+REQUEUED = "requeued"
+"""Phase of a launcher whose job goes back into the queue; the others are those of launch.states."""
+
+
+class Attempt(msgspec.Struct, frozen=True):
+    """One start of a run."""
+
+    started: float
+    """Unix time."""
+    step: int
+    """Of the checkpoint that it began with; 0: none."""
+    slurm_job: int | None
+    ends: float | None
+    """Unix time of the job's time limit, if it has one."""
+
+
+def note_attempt(folder: RunFolder, step: int, ends: float | None) -> None:
+    """Write down that the run is started; the caller holds its lock."""
+    holder = read_holder(folder.lock)
+    attempt = Attempt(time.time(), step, holder.slurm_job if holder else None, ends)
+    append_lines(folder.attempts, [msgspec.structs.asdict(attempt)])
+
+
+def read_attempts(folder: RunFolder) -> list[Attempt]:
+    """All starts of a run, in order."""
+    return [msgspec.convert(row, Attempt) for row in read_lines(folder.attempts)]
+
+
+def told_restarts(state: State) -> str:
+    """What was started again in this attempt, in words."""
+    again = [f"{name} {_times(count)}" for name, count in state.engine_restarts.items() if count]
+    if state.restarts:
+        again.insert(0, f"training {_times(state.restarts)}")
+    return f"started again: {', '.join(again)}" if again else ""
+
+
+def final_phase(end: End | Requeue) -> tuple[str, str]:
+    """(phase, detail) of a launcher that ends."""
+    if isinstance(end, Requeue):
+        return REQUEUED, end.why
+    return "over", end.message.splitlines()[0] if end.message else ""
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
