@@ -2,7 +2,6 @@
 
 import os
 import signal
-from pathlib import Path
 
 import psutil
 import pytest
@@ -129,7 +128,9 @@ def test_a_spare_node_takes_over_from_a_lost_one(cluster, accident, node, role):
     run.wait_for_steps(3)
     getattr(cluster, accident)(node)
     run.finish()
-    assert f"{node} is lost -> " in run.decisions()
+    assert ("start engine-0" if role == "engine" else "start controller and trainer") in run.decisions()
+    assert ("http://10.77.0.3:" in run.folder.engine_set.read_text()) == (role == "engine")
+    assert any('"host":"node3"' in p.read_text() for p in run.folder.statuses.glob("trainer-*")) == (role == "trainer")
 
 
 def test_without_a_spare_node_the_job_comes_back_elsewhere(cluster):
@@ -161,8 +162,3 @@ def test_what_a_person_must_mend_is_one_line(cluster):
     said = run.finish("FAILED")
     (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
     assert "/nowhere" in line
-
-
-def test_a_script_of_the_project(cluster):
-    script = Path("slurm/dapo_smoke.sh").read_text()
-    assert script
