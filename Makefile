@@ -41,7 +41,7 @@ test-slurm: $(READY)
 	@which slurmctld slurmd munged ip >/dev/null || { apt-get update -qq && \
 	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurm-wlm munge iproute2; } || \
 	  { echo "tests/slurm need SLURM, and apt-get could not install it: install slurm-wlm, munge and iproute2"; exit 1; }
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs tests/slurm $(ARGS)
+	OMP_NUM_THREADS=1 SLURM=all $(BIN)/python -m pytest -q -rs tests/slurm $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

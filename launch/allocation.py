@@ -4,16 +4,12 @@ The batch script's variables name the nodes and count CPUs; GPUs of every node a
 `scontrol --details show job`. Of a heterogeneous job both tell of all groups.
 """
 
-import os
 import re
-import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from dapo_megatron.errors import ConfigError, DapoError
-
-SCONTROL_S = 60.0
-"""For one answer of slurmctld."""
+from launch.slurm_calls import slurm
 
 
 @dataclass(frozen=True)
@@ -66,8 +62,8 @@ def find_allocation(environment: Mapping[str, str]) -> Allocation:
         DapoError: scontrol failed, or did not answer.
     """
     job = _variable(environment, "SLURM_JOB_ID")
-    shown = _scontrol("--details", "show", "job", job)
-    return read_allocation(environment, shown, lambda nodes: _scontrol("show", "hostnames", nodes).split())
+    shown = slurm("scontrol", "--details", "show", "job", job)
+    return read_allocation(environment, shown, lambda nodes: slurm("scontrol", "show", "hostnames", nodes).split())
 
 
 def read_allocation(environment: Mapping[str, str], shown: str, expand: Callable[[str], list[str]]) -> Allocation:
@@ -150,17 +146,3 @@ def _variable(environment: Mapping[str, str], name: str) -> str:
     if name not in environment:
         raise ConfigError(f"{name} is not set: this runs inside a SLURM job, from sbatch's script or under salloc")
     return environment[name]
-
-
-def _scontrol(*arguments: str) -> str:
-    command = ["scontrol", *arguments]
-    environment = os.environ | {"SLURM_TIME_FORMAT": "%s"}
-    try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=SCONTROL_S)
-    except FileNotFoundError:
-        raise ConfigError("scontrol is not on PATH: SLURM's commands are needed inside its jobs") from None
-    except subprocess.TimeoutExpired:
-        raise DapoError(f"`{' '.join(command)}`: slurmctld did not answer within {SCONTROL_S:g} s") from None
-    if done.returncode:
-        raise DapoError(f"`{' '.join(command)}` failed: {' '.join(done.stderr.split())}")
-    return done.stdout

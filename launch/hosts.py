@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 
 from dapo_megatron.errors import DapoError
+from launch.slurm_calls import slurm
 
 LOOK_S = 5.0
 CONNECT_S = 3.0
@@ -37,8 +38,6 @@ class HostWatch:
         self._closed.set()
 
     def _look(self) -> None:
-        from launch.steps import slurm
-
         answered = dict.fromkeys(self._hosts, time.monotonic())
         while answered and not self._closed.wait(LOOK_S):
             try:

@@ -32,8 +32,9 @@ from launch.job import Job
 from launch.machine import raise_open_files_limit
 from launch.port_map import job_ports
 from launch.processes import ProcessGroup
+from launch.slurm_calls import slurm
 from launch.states import End, GraceOver, Requeue, StopAsked
-from launch.steps import Steps, slurm
+from launch.steps import Steps
 from launch.supervisor import Supervisor
 from launch.topology import Node, Placement, place, split
 

@@ -4,22 +4,18 @@ An srun is a child of the launcher, and is as long there as its step. Its tasks 
 each with a log that its node writes itself. A step is ended by scancel: an srun that is killed leaves its tasks.
 """
 
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
 
-from dapo_megatron.errors import DapoError
 from dapo_megatron.run_folder import RunFolder
 from launch.allocation import Allocation
 from launch.commands import Command
 from launch.hosts import HostWatch
 from launch.processes import Child, ProcessGroup
+from launch.slurm_calls import slurm
 from launch.task import Task, write_step
 
-CALL_S = 60.0
-"""For one answer of SLURM."""
 END_S = 30.0
 """For a step to end after SIGKILL: SLURM's own time for that, and more."""
 
@@ -126,22 +122,6 @@ def step_command(
         "--open-mode=append",
         *command,
     ]
-
-
-def slurm(*command: str, check: bool = True) -> str:
-    """What one of SLURM's commands prints.
-
-    Raises:
-        DapoError: it failed (with `check`), or slurmctld did not answer.
-    """
-    environment = os.environ | {"SLURM_TIME_FORMAT": "%s"}
-    try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=CALL_S, check=False)
-    except subprocess.TimeoutExpired:
-        raise DapoError(f"`{' '.join(command)}`: slurmctld did not answer within {CALL_S:g} s") from None
-    if check and done.returncode:
-        raise DapoError(f"`{' '.join(command)}` failed: {' '.join(done.stderr.split())[:300]}")
-    return done.stdout
 
 
 def _wait(children: Sequence[Child], seconds: float) -> list[Child]:

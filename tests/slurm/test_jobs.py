@@ -18,6 +18,7 @@ ACTOR = {"pipeline_model_parallel_size": 2, "tensor_model_parallel_size": 1}
 LAUNCH = {"engine_nodes": 1, "max_restarts": 2, "save_before_end_s": 0, "stop_grace_s": 20}
 PLAIN = ("--nodes=3", "--requeue", "--no-kill", "--open-mode=append", "--signal=B:USR1@60")
 LIFE_S = 180.0
+by_make_test_slurm = pytest.mark.skipif(os.environ.get("SLURM") != "all", reason="a minute: make test-slurm runs it")
 
 
 class Run:
@@ -81,6 +82,7 @@ def test_a_job_over_three_nodes_ends_well(cluster):
     assert oct(run.folder.keys.stat().st_mode)[-3:] == "600"
 
 
+@by_make_test_slurm
 def test_a_heterogeneous_job(cluster):
     launch = LAUNCH | {"engine_nodes": None}
     run = Run(cluster, "het", "--nodes=2", "--requeue", ":", "--nodes=1", steps=3, launch=launch)
@@ -88,6 +90,7 @@ def test_a_heterogeneous_job(cluster):
     assert "http://10.77.0.3:" in run.folder.engine_set.read_text()
 
 
+@by_make_test_slurm
 def test_before_the_time_limit_a_job_saves_and_comes_back(cluster):
     run = Run(cluster, "limit", steps=12)
     run.wait_for_steps(3)
@@ -97,6 +100,7 @@ def test_before_the_time_limit_a_job_saves_and_comes_back(cluster):
     assert "SIGUSR1: the time limit is near" in run.decisions() and "resume from" in said
 
 
+@by_make_test_slurm
 def test_a_preempted_job_comes_back(cluster):
     run = Run(cluster, "preempted", steps=12)
     run.wait_for_steps(3)
@@ -105,6 +109,7 @@ def test_a_preempted_job_comes_back(cluster):
     assert cluster.job(run.job)["Restarts"] == "1"
 
 
+@by_make_test_slurm
 @pytest.mark.parametrize(
     ("module", "says"),
     [
@@ -121,6 +126,7 @@ def test_what_is_killed_is_started_again(cluster, module, says):
     assert says in run.decisions()
 
 
+@by_make_test_slurm
 @pytest.mark.parametrize("accident", ["power_off", "cut"])
 @pytest.mark.parametrize(("node", "role"), [("node4", "engine"), ("node2", "trainer")])
 def test_a_spare_node_takes_over_from_a_lost_one(cluster, accident, node, role):
@@ -133,6 +139,7 @@ def test_a_spare_node_takes_over_from_a_lost_one(cluster, accident, node, role):
     assert any('"host":"node3"' in p.read_text() for p in run.folder.statuses.glob("trainer-*")) == (role == "trainer")
 
 
+@by_make_test_slurm
 def test_without_a_spare_node_the_job_comes_back_elsewhere(cluster):
     run = Run(cluster, "elsewhere", steps=10)
     run.wait_for_steps(3)
@@ -142,6 +149,7 @@ def test_without_a_spare_node_the_job_comes_back_elsewhere(cluster):
     assert "http://10.77.0.4:" in run.folder.engine_set.read_text()
 
 
+@by_make_test_slurm
 def test_the_batch_host_dies(cluster):
     run = Run(cluster, "batch-host", steps=10)
     run.wait_for_steps(3)
@@ -150,6 +158,7 @@ def test_the_batch_host_dies(cluster):
     assert int(cluster.job(run.job)["Restarts"]) >= 1
 
 
+@by_make_test_slurm
 def test_a_cancelled_job_leaves_nothing(cluster):
     run = Run(cluster, "cancelled", steps=1000)
     run.wait_for_steps(3)
@@ -157,6 +166,7 @@ def test_a_cancelled_job_leaves_nothing(cluster):
     run.finish("CANCELLED")
 
 
+@by_make_test_slurm
 def test_what_a_person_must_mend_is_one_line(cluster):
     run = Run(cluster, "wrong", model={"path": "/nowhere"})
     said = run.finish("FAILED")
