@@ -106,3 +106,24 @@ def test_keys_are_their_owners_alone_and_differ(tmp_path):
     folder.keys.write_text("{")
     with pytest.raises(ConfigError, match="cannot be read"):
         read_keys(folder)
+
+
+def test_a_wait_is_interrupted_and_taken_up_again(port):
+    keys, received, looks = make_keys(), [], []
+
+    async def run():
+        server = RpcServer(f"tcp://127.0.0.1:{port}", keys)
+        received.append(await server.receive())
+        await asyncio.sleep(1.5)
+        await server.reply(Done())
+        server.close()
+
+    thread = threading.Thread(target=lambda: asyncio.run(run()), daemon=True)
+    thread.start()
+    client = RpcClient(f"tcp://127.0.0.1:{port}", keys)
+    client.send(NextBatch(1, 0), deadline_s=10)
+    assert client.receive(lambda: True) is None
+    assert client.receive(lambda: looks.append(1) is not None) == Done()
+    assert looks and received == [NextBatch(1, 0)]
+    client.close()
+    thread.join(10)
