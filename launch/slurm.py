@@ -10,6 +10,7 @@ second generates. A run folder that holds a run is gone on with: so does who sub
 """
 
 import os
+import re
 import signal
 import socket
 import time
@@ -201,14 +202,31 @@ def address_of(host: str) -> str:
 
 
 def requeue(allocation: Allocation, end: Requeue) -> None:
-    """Put the job back into the queue, and wait for SLURM to end this script.
+    """Put the job back into the queue, without some nodes, and wait for SLURM to end this script.
 
     Raises:
         DapoError: SLURM refuses, or does not end it.
     """
-    slurm("scontrol", "requeue", str(allocation.job_id))
-    time.sleep(REQUEUED_S)
-    raise DapoError(f"SLURM has put job {allocation.job_id} back, and has not ended it for {REQUEUED_S:.0f} s")
+    job = str(allocation.job_id)
+    # SLURM ends this script as soon as it is told, and takes a list of nodes only of a job that waits.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    before = re.search(r"\bExcNodeList=(\S+)", slurm("scontrol", "show", "job", job))
+    slurm("scontrol", "requeue", job)
+    ends = time.monotonic() + REQUEUED_S
+    if end.exclude:
+        nodes = [*([before[1]] if before and before[1] != "(null)" else []), *end.exclude]
+        while not _excluded(job, nodes) and time.monotonic() < ends:
+            time.sleep(0.5)
+    time.sleep(max(0.0, ends - time.monotonic()))
+    raise DapoError(f"SLURM has put job {job} back, and has not ended it for {REQUEUED_S:.0f} s")
+
+
+def _excluded(job: str, nodes: list[str]) -> bool:
+    try:
+        slurm("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(nodes)}")
+    except DapoError:
+        return False
+    return True
 
 
 if __name__ == "__main__":
