@@ -22,7 +22,7 @@ import typer
 from rich.console import Console
 
 from dapo_megatron.config import RunConfig, load_config
-from dapo_megatron.errors import ConfigError, DapoError, exit_code
+from dapo_megatron.errors import ConfigError, DapoError, Preempted, exit_code
 from dapo_megatron.observe.report import write_report
 from dapo_megatron.run_folder import RunFolder
 from launch.allocation import Allocation, find_allocation
@@ -108,12 +108,17 @@ def run_slurm(config: RunConfig) -> None:
     spares = tuple(name for name in nodes if name not in slots)
     folder = RunFolder(Path(config.run_dir).resolve())
     raise_open_files_limit()
-    with attempt(config, folder, "latest" if folder.config.exists() else None, None, allocation.job_id) as job:
-        end = _supervised(config, folder, job, allocation, plan, slots, spares)
-        if isinstance(end, End):
+    end: End | Requeue | None = None
+    try:
+        with attempt(config, folder, "latest" if folder.config.exists() else None, None, allocation.job_id) as job:
+            end = _supervised(config, folder, job, allocation, plan, slots, spares)
+            if isinstance(end, Requeue):
+                raise Preempted(f"back into the queue: {end.why}")
             raise_end(end)
-    if isinstance(end, Requeue):
-        requeue(allocation, end)
+    except Preempted:
+        if isinstance(end, Requeue):
+            requeue(allocation, end)
+        raise
     print(f"report: {write_report(folder)}", flush=True)
 
 
