@@ -164,7 +164,11 @@ def run_reported(reporter: Reporter, program: Callable[[], object]) -> int:
 
 def read_statuses(folder: RunFolder) -> list[Status]:
     """Statuses of all processes that ever wrote one, by name."""
-    return [msgspec.json.decode(p.read_bytes(), type=Status) for p in sorted(folder.statuses.glob("*.json"))]
+    found = []
+    for path in sorted(folder.statuses.glob("*.json")):
+        with contextlib.suppress(OSError):  # another node replaces it at this moment: the next look sees it
+            found.append(msgspec.json.decode(path.read_bytes(), type=Status))
+    return found
 
 
 def read_exit(folder: RunFolder, process: str) -> Exit | None:

@@ -42,14 +42,16 @@ def attempt(
 
 @contextmanager
 def asked_by_signals(numbers: dict[signal.Signals, StopAsked]) -> Iterator[Asked]:
-    """What signals ask for: the first one for a stop, the second for an end at once."""
+    """What signals ask for: each for its stop, and SIGTERM or Ctrl-C for the second time for an end at once."""
     waiting: list[StopAsked | GraceOver] = []
-    count = 0
+    urgent = 0
 
     def hear(number: int, _: object) -> None:
-        nonlocal count
-        count += 1
-        waiting.append(numbers[signal.Signals(number)] if count == 1 else GraceOver())
+        nonlocal urgent
+        waiting.append(numbers[signal.Signals(number)])
+        urgent += number in (signal.SIGTERM, signal.SIGINT)
+        if urgent > 1:
+            waiting.append(GraceOver())
 
     before = {number: signal.signal(number, hear) for number in numbers}
     try:

@@ -35,7 +35,9 @@ def failure(folder: RunFolder, children: Sequence[Child]) -> tuple[DapoError, st
     told = [record for record in records if record is not None and record.kind is not None]
     if told:
         first = min(told, key=lambda record: (record.process != "controller", record.time))
-        return _by_record(first, folder), first.host
+        # Who left no word was killed, and whoever tells of it was not at fault.
+        is_sure = first.kind != "crash" or all(records)
+        return _by_record(first, folder), first.host if is_sure else None
     return _without_a_word(ended[0]), None
 
 
@@ -62,9 +64,10 @@ def _without_a_word(child: Child) -> DapoError:
         )
     # An srun ends as a shell does: with 128 and the signal's number.
     number = -code if code < 0 else code - 128 if child.processes != (child.name,) else 0
+    is_signal = number in [s.value for s in signal.Signals]
     how = (
         f"was killed by signal {number} ({signal.Signals(number).name})"
-        if number > 0
+        if is_signal
         else f"ended with exit code {code}"
     )
     kind = EngineError if child.name.startswith("engine") else DapoError

@@ -1,79 +1,93 @@
-"""Which hosts of a job are gone: SLURM says so, or nobody there has answered for a while.
+"""Which hosts of a job are gone: SLURM says so, or their slurmd has not answered for a while.
 
 SLURM waits SlurmdTimeout (minutes) before it calls a node down; whether a node's slurmd can be reached is known in
-seconds. A thread looks, so that the launcher never waits for a host that does not answer.
+seconds. Where the launcher's own host does not answer either (SLURM is being upgraded, say), nothing is concluded. A
+thread looks, so that the launcher never waits for a host that does not answer.
 """
 
+import queue
 import re
 import socket
 import threading
-import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from dapo_megatron.errors import DapoError
 from launch.slurm_calls import slurm
 
 LOOK_S = 5.0
 CONNECT_S = 3.0
-SILENT_S = 20.0
-"""Without an answer, after which a host is taken for lost."""
+MISSES = 4
+"""Looks in a row without an answer, after which a host is taken for lost."""
+
+
+@dataclass(frozen=True)
+class NodeState:
+    """What SLURM says of a node."""
+
+    is_down: bool
+    port: int | None
+    """Of its slurmd, where it is another than the cluster's."""
 
 
 class HostWatch:
-    """Looks at some hosts until it is closed."""
+    """Looks at some hosts, of which the first is the launcher's, until it is closed."""
 
     def __init__(self, hosts: Sequence[str]):
         self._hosts = list(hosts)
-        self._lost: list[str] = []
+        self._lost: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._closed = threading.Event()
         threading.Thread(target=self._look, daemon=True).start()
 
     def lost(self) -> list[str]:
         """Hosts that are gone, each told once."""
-        lost, self._lost = self._lost, []
-        return lost
+        found = []
+        while not self._lost.empty():
+            found.append(self._lost.get())
+        return found
 
     def close(self) -> None:
         """Look no longer."""
         self._closed.set()
 
     def _look(self) -> None:
-        answered = dict.fromkeys(self._hosts, time.monotonic())
-        while answered and not self._closed.wait(LOOK_S):
+        misses = dict.fromkeys(self._hosts, 0)
+        known: dict[str, NodeState] = {}
+        port: int | None = None
+        while not self._closed.wait(LOOK_S):
             try:
-                known = nodes_of(slurm("scontrol", "--oneliner", "show", "node", ",".join(answered)))
-            except DapoError:  # slurmctld may be away for a while: the nodes answer for themselves
-                known = {}
-            for host in list(answered):
-                node = known.get(host)
-                if node is not None and node.is_down:
-                    gone = True
-                else:
-                    if reaches(host, node.port if node else 6818):
-                        answered[host] = time.monotonic()
-                    gone = time.monotonic() - answered[host] > SILENT_S
-                if gone:
-                    del answered[host]
-                    self._lost = [*self._lost, host]
+                port = port or slurmd_port(slurm("scontrol", "show", "config", tries=1))
+                known |= nodes_of(slurm("scontrol", "--oneliner", "show", "node", ",".join(misses), tries=1))
+            except (DapoError, OSError):  # slurmctld may be away for a while: the nodes answer for themselves
+                pass
+            unreachable = {host for host in misses if not self._answers(host, known.get(host), port)}
+            for host in list(misses):
+                is_missing = host in unreachable and self._hosts[0] not in unreachable
+                misses[host] = misses[host] + 1 if is_missing else 0
+                if misses[host] >= MISSES or (host in known and known[host].is_down):
+                    del misses[host]
+                    self._lost.put(host)
 
-
-class NodeState:
-    """What SLURM says of a node."""
-
-    def __init__(self, line: str):
-        state = re.search(r"\bState=(\S+)", line)
-        port = re.search(r"\bPort=(\d+)", line)
-        self.is_down = state is not None and "DOWN" in state[1].split("+")[0]
-        self.port = int(port[1]) if port else 6818
+    def _answers(self, host: str, node: NodeState | None, port: int | None) -> bool:
+        at = node.port if node is not None and node.port is not None else port
+        return at is None or reaches(host, at)
 
 
 def nodes_of(shown: str) -> dict[str, NodeState]:
     """{name: state} from `scontrol --oneliner show node`. Pure."""
     found = {}
     for line in shown.splitlines():
-        if (name := re.match(r"NodeName=(\S+)", line)) is not None:
-            found[name[1]] = NodeState(line)
+        name, state = re.match(r"NodeName=(\S+)", line), re.search(r"\bState=([^\s+]+)", line)
+        port = re.search(r"\bPort=(\d+)", line)
+        if name is not None and state is not None:
+            found[name[1]] = NodeState("DOWN" in state[1], int(port[1]) if port else None)
     return found
+
+
+def slurmd_port(shown: str) -> int | None:
+    """The cluster's, from `scontrol show config`; None where every node has one of a range. Pure."""
+    found = re.search(r"^SlurmdPort\s*=\s*(\d+)\s*$", shown, re.MULTILINE)
+    return int(found[1]) if found else None
 
 
 def reaches(host: str, port: int) -> bool:

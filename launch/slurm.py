@@ -105,7 +105,7 @@ def run_slurm(config: RunConfig) -> None:
 
     first = place(config, trainers, engines, ports)
     slots = tuple(dict.fromkeys(p.node.name for p in (first.controller, *first.ranks, *first.engines)))
-    spares = tuple(name for name in nodes if name not in slots)
+    spares = _spares(allocation, nodes, slots)
     folder = RunFolder(Path(config.run_dir).resolve())
     raise_open_files_limit()
     end: End | Requeue | None = None
@@ -120,6 +120,13 @@ def run_slurm(config: RunConfig) -> None:
             requeue(allocation, end)
         raise
     print(f"report: {write_report(folder)}", flush=True)
+
+
+def _spares(allocation: Allocation, nodes: dict[str, Node], slots: tuple[str, ...]) -> tuple[str, ...]:
+    """Nodes that can replace any that is used; of a heterogeneous job none, for its steps cannot span groups."""
+    if allocation.is_heterogeneous or len({nodes[name].gpus for name in slots}) > 1:
+        return ()
+    return tuple(name for name, node in nodes.items() if name not in slots and node.gpus == nodes[slots[0]].gpus)
 
 
 def _supervised(
@@ -228,7 +235,7 @@ def requeue(allocation: Allocation, end: Requeue) -> None:
 
 def _excluded(job: str, nodes: list[str]) -> bool:
     try:
-        slurm("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(nodes)}")
+        slurm("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(nodes)}", tries=1)
     except DapoError:
         return False
     return True

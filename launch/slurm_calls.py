@@ -2,20 +2,36 @@
 
 import os
 import subprocess
+import time
 
 from dapo_megatron.errors import ConfigError, DapoError
 
 CALL_S = 60.0
 """For one answer of slurmctld."""
+PAUSE_S = 5.0
 
 
-def slurm(*command: str, check: bool = True) -> str:
+def slurm(*command: str, check: bool = True, tries: int = 3) -> str:
     """What one of SLURM's commands prints; times as Unix times.
+
+    Args:
+        tries: slurmctld may be away for a while.
 
     Raises:
         ConfigError: SLURM is not installed here.
         DapoError: it failed (with `check`), or slurmctld did not answer.
     """
+    for _ in range(tries - 1):
+        try:
+            return _called(command, check)
+        except ConfigError:
+            raise
+        except DapoError:
+            time.sleep(PAUSE_S)
+    return _called(command, check)
+
+
+def _called(command: tuple[str, ...], check: bool) -> str:
     environment = os.environ | {"SLURM_TIME_FORMAT": "%s"}
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=CALL_S, check=False)

@@ -7,7 +7,9 @@ each with a log that its node writes itself. A step is ended by scancel: an srun
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
+from dapo_megatron.errors import DapoError
 from dapo_megatron.run_folder import RunFolder
 from launch.allocation import Allocation
 from launch.commands import Command
@@ -72,9 +74,10 @@ class Steps:
         return self._watch.lost()
 
     def close(self) -> None:
-        """End all steps."""
+        """End all steps; where SLURM does not answer, it does so itself when the batch script has ended."""
         self._watch.close()
-        self.end(list(self._group.children))
+        with suppress(DapoError):
+            self.end(list(self._group.children))
 
     def _task(self, command: Command) -> Task:
         own = {k: v for k, v in command.environment.items() if self._base.get(k) != v}

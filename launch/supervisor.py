@@ -11,7 +11,6 @@ AskToStop           the file `stop` in the run folder; the trainer saves and end
 import time
 from collections.abc import Callable, Iterator, Mapping
 
-from dapo_megatron.checkpoint import store
 from dapo_megatron.config import RunConfig
 from dapo_megatron.engines.engine_set import EngineSet, Member, write_engine_set
 from dapo_megatron.observe.catalog import PHASES
@@ -86,7 +85,9 @@ class Supervisor:
         self.config, self.folder, self.job, self.backend, self.journal = config, folder, job, backend, Journal(folder)
         self._plan, self._shared, self._ends = plan, shared, ends
         placement = plan(hosts)
-        step = _saved_step(folder)
+        self._recorded: tuple[tuple[int, int], int] = ((0, 0), 0)
+        """Size and time of change of the metrics' file, and its last step."""
+        step = self._step()
         self._state = State(
             limits=Limits(config.launch.max_restarts, can_requeue),
             hosts=hosts,
@@ -106,6 +107,7 @@ class Supervisor:
         self._stopped = Stopped(config.heartbeat_timeout_s)
         self._looked = 0.0
         self._grace_ends: float | None = None
+        self._lost: list[str] = []
 
     def run(self, asked: Callable[[], StopAsked | GraceOver | None]) -> End | Requeue:
         """Start everything, and watch it until it is over; returns how it ended. The caller closes the backend.
@@ -151,15 +153,18 @@ class Supervisor:
             yield GraceOver()
         if self._state.phase is Phase.RESTARTING:
             yield TrainingEnded()  # EndTraining has waited for it
-        for host in self.backend.lost_hosts():
-            yield HostLost(host)
+        self._lost += self.backend.lost_hosts()
+        # Lost spares first: nothing moves to them.
+        self._lost.sort(key=lambda host: host not in self._state.spares)
+        while self._lost:
+            yield HostLost(self._lost.pop(0))
         for name, child in self._engines.items():
             if child.process.poll() is not None:
                 yield EngineLost(name, str(failure(self.folder, [child])[0]))
         yield from self._of_training()
         if now - self._looked >= LOOK_S:
             self._looked = now
-            yield Progress(_saved_step(self.folder))
+            yield Progress(self._step())
             yield from self._hanging(now)
 
     def _of_training(self) -> Iterator[Event]:
@@ -167,6 +172,8 @@ class Supervisor:
             yield Finished(self._is_complete())
         elif failed(self.folder, [*self._controller, *self._trainer]):
             time.sleep(LAST_WORDS_S)
+            if not failed(self.folder, [*self._controller, *self._trainer]):
+                return  # its exit record has come
             error, host = failure(self.folder, [*self._controller, *self._trainer])
             yield TrainingFailed(error.kind, str(error), host)
 
@@ -228,6 +235,17 @@ class Supervisor:
         self.folder.stop_request.touch()
         self._grace_ends = time.monotonic() + self.config.launch.stop_grace_s
 
+    def _step(self) -> int:
+        """The last step that is recorded; the file is read when it has changed."""
+        if not self.folder.metrics.exists():
+            return 0
+        stat = self.folder.metrics.stat()
+        seen = (stat.st_size, stat.st_mtime_ns)
+        if seen != self._recorded[0]:
+            records = read_metrics(self.folder)
+            self._recorded = (seen, int(records[-1]["step"]) if records else 0)
+        return self._recorded[1]
+
     def _is_complete(self) -> bool:
         """Whether a run whose training has ended has nothing left to do."""
         records = read_metrics(self.folder)
@@ -235,9 +253,3 @@ class Supervisor:
         goals = self.config.trainer.stop_at
         reached = bool(goals) and all(last.get(name, float("-inf")) >= value for name, value in goals.items())
         return reached or last.get("step", 0) >= self.config.trainer.steps
-
-
-def _saved_step(folder: RunFolder) -> int:
-    """Step of the newest checkpoint: what a restart cannot lose."""
-    published = store.published(folder)
-    return store.step_of(published[-1]) if published else 0

@@ -5,12 +5,16 @@ version of the run's policy until the next push.
 """
 
 import os
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 
 import msgspec
 
 from dapo_megatron.errors import ConfigError
 from dapo_megatron.run_folder import RunFolder
+
+TRIES, PAUSE_S = 3, 0.1
 
 
 class Member(msgspec.Struct, frozen=True):
@@ -47,7 +51,18 @@ def read_engine_set(folder: RunFolder) -> EngineSet:
     Raises:
         ConfigError: there is none, or it cannot be read.
     """
+    for _ in range(TRIES - 1):
+        with suppress(OSError):  # another node replaces it at this moment
+            return _decoded(folder)
+        time.sleep(PAUSE_S)
+    try:
+        return _decoded(folder)
+    except OSError as e:
+        raise ConfigError(f"{folder.engine_set} cannot be read ({e}): the launcher writes it") from None
+
+
+def _decoded(folder: RunFolder) -> EngineSet:
     try:
         return msgspec.json.decode(folder.engine_set.read_bytes(), type=EngineSet)
-    except (OSError, msgspec.MsgspecError) as e:
+    except msgspec.MsgspecError as e:
         raise ConfigError(f"{folder.engine_set} cannot be read ({e}): the launcher writes it") from None

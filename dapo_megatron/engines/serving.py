@@ -98,7 +98,7 @@ class ServingEngines:
                     server.why_not = f"HTTP {reply.status}"
                     return
                 version = str((await reply.json())["weight_version"])
-        except (aiohttp.ClientError, TimeoutError) as e:
+        except (aiohttp.ClientError, TimeoutError, KeyError, ValueError) as e:
             server.why_not = f"{type(e).__name__} {e}".strip()
             return
         server.serves = version.isdigit()

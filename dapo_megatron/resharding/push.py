@@ -81,7 +81,7 @@ class Pusher:
             try:
                 return self._connect()
             except EngineError as e:
-                self._wait_until_replaced(e)
+                self.wait_until_replaced(e)
 
     def _connect(self) -> None:
         self._disconnect()
@@ -114,14 +114,19 @@ class Pusher:
             try:
                 sent = self._push(version)
             except EngineError as e:
-                self._wait_until_replaced(e)
+                self.wait_until_replaced(e)
                 self._live = {}
                 self.connect()
             else:
                 return {m.SYNC_SECONDS: time.monotonic() - began, m.SYNC_BYTES: sent}
 
-    def _wait_until_replaced(self, error: EngineError) -> None:
-        """Raise the error again unless the set changes; nobody replaces engines that all answer."""
+    def wait_until_replaced(self, error: EngineError) -> None:
+        """Wait until other engines serve, after one has failed; collective over all ranks.
+
+        Raises:
+            EngineError: the error again, if all engines answer (nobody replaces them then), or none has been replaced
+                within the heartbeat's deadline.
+        """
 
         def wait() -> None:
             began = time.monotonic()

@@ -21,6 +21,7 @@ from dapo_megatron.batching.build import shard_samples
 from dapo_megatron.batching.sample import TrainingSample
 from dapo_megatron.config import RunConfig
 from dapo_megatron.distributed.agreement import all_agree, on_first_rank, sum_over_ranks
+from dapo_megatron.engines.control import EngineControl
 from dapo_megatron.engines.seeds import sampling_seed
 from dapo_megatron.engines.wire import Completion, SamplingParams
 from dapo_megatron.errors import EngineError
@@ -39,9 +40,13 @@ class Verifier:
             self.params = msgspec.structs.replace(self.params, sampling_seed=sampling_seed(config.seed, "verification"))
 
     def prime(self) -> None:
-        """Sample the prompts once, under whatever the engines serve; collective over all ranks."""
+        """Sample the prompts once, under whatever the engines serve; collective over all ranks.
+
+        They go on first: a trainer that was here before may have been ended in the midst of a push.
+        """
         with all_agree("sampling the prompts of the verification", self.actor.layout):
             if self.actor.layout.rank == 0:
+                self.pusher.on_all(EngineControl.resume)
                 self.pusher.on_all(lambda engine: engine.fill_cache(self.prompts, self.params))
 
     def verify(self, version: int) -> float:

@@ -28,6 +28,7 @@ from dapo_megatron.config import CheckpointConfig, RunConfig
 from dapo_megatron.config.base import EvaluationMetric
 from dapo_megatron.distributed.agreement import on_first_rank
 from dapo_megatron.distributed.layout import Layout
+from dapo_megatron.errors import EngineError
 from dapo_megatron.observe import catalog as m
 from dapo_megatron.process import FOLLOWS_ENGINES, GREETS_CONTROLLER
 from dapo_megatron.resharding.push import Pusher
@@ -68,13 +69,13 @@ def train(
             verifier = Verifier(config, actor, pusher, controller.hello(state, snapshot))
         recorder.open(None if start.resume is None else state.step)
         with recorder.detail(FOLLOWS_ENGINES):
-            go_live(config, pusher, verifier, state.version)
+            go_live(config, pusher, verifier, state.version, is_start=True)
     objective, checkpointer = PolicyObjective(config.algorithm), Checkpointer(config, actor)
 
     def follow_engines() -> None:
         if on_first_rank("looking for other engines", actor.layout, pusher.is_outdated):
             with recorder.detail(FOLLOWS_ENGINES):
-                go_live(config, pusher, verifier, state.version)
+                go_live(config, pusher, verifier, state.version, is_start=False)
 
     def stop_or_follow_engines() -> None:
         if asked_to_stop(config, actor.layout):
@@ -128,14 +129,25 @@ def train(
     controller.goodbye()
 
 
-def go_live(config: RunConfig, pusher: Pusher, verifier: Verifier, version: int) -> None:
-    """Give the engines that serve now the weights as `version`, and compare; collective over all ranks."""
-    pusher.connect()
-    if config.resharding.verify_every:
-        verifier.prime()
-    pusher.push(version)
-    if config.resharding.verify_every:
-        verifier.verify(version)
+def go_live(config: RunConfig, pusher: Pusher, verifier: Verifier, version: int, *, is_start: bool) -> None:
+    """Give the engines that serve now the weights as `version`, and compare; collective over all ranks.
+
+    Args:
+        is_start: of the training: nobody generates yet.
+    """
+    verify = bool(config.resharding.verify_every)
+    while True:
+        pusher.connect()
+        try:
+            if is_start and verify:
+                verifier.prime()
+            pusher.push(version)
+            if verify:
+                verifier.verify(version)
+        except EngineError as e:
+            pusher.wait_until_replaced(e)
+        else:
+            return
 
 
 def load(config: RunConfig, actor: Actor, start: Start) -> tuple[TrainState, bytes | None]:
@@ -198,8 +210,18 @@ def train_step(
         metrics |= pusher.push(version)
     if config.resharding.verify_every and step % config.resharding.verify_every == 0:
         with recorder.phase("verify"):
-            metrics[m.SYNC_DIFFERENCE] = verifier.verify(version)
+            metrics[m.SYNC_DIFFERENCE] = verified(config, pusher, verifier, version)
     return replace(state, step=step, version=version, skipped=skipped), metrics
+
+
+def verified(config: RunConfig, pusher: Pusher, verifier: Verifier, version: int) -> float:
+    """The verification's difference; where an engine is lost in it, once more when it has been replaced."""
+    while True:
+        try:
+            return verifier.verify(version)
+        except EngineError as e:
+            pusher.wait_until_replaced(e)
+        go_live(config, pusher, verifier, version, is_start=False)
 
 
 def old_logprobs(config: RunConfig, actor: Actor, shards: list[list[MicroBatch]]) -> list[list[torch.Tensor] | None]:

@@ -155,6 +155,7 @@ def test_the_version_comes_after_the_weights_and_the_flush_with_the_last_of_them
     assert len(sent) > 2 and sent == [False] * (len(sent) - 1) + [True]
     assert [name for name, _ in calls if name != "receive_tensors"] == [
         "end_update",  # what an earlier push may have left open
+        "resume",
         "pause",
         "begin_update",
         "end_update",
