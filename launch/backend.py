@@ -23,6 +23,6 @@ class Backend(Protocol):
         """End these, with everything they started, and wait until they have."""
         ...
 
-    def lost_hosts(self) -> Sequence[str]:
-        """Hosts of the job that are gone; may take a look at most."""
+    def lost_hosts(self, *, look: bool) -> Sequence[str]:
+        """Hosts of the job that are gone, each told once; with `look` by what is known now, and not some time ago."""
         ...

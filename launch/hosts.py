@@ -5,6 +5,7 @@ seconds. Where the launcher's own host does not answer either (SLURM is being up
 thread looks, so that the launcher never waits for a host that does not answer.
 """
 
+import contextlib
 import queue
 import re
 import socket
@@ -35,6 +36,10 @@ class HostWatch:
 
     def __init__(self, hosts: Sequence[str]):
         self._hosts = list(hosts)
+        self._misses = dict.fromkeys(hosts, 0)
+        """Looks in a row without an answer, of those that are not lost."""
+        self._known: dict[str, NodeState] = {}
+        self._lock = threading.Lock()
         self._lost: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._closed = threading.Event()
         threading.Thread(target=self._look, daemon=True).start()
@@ -50,25 +55,38 @@ class HostWatch:
         """Look no longer."""
         self._closed.set()
 
+    def look_for_down(self) -> None:
+        """Ask SLURM now which hosts are down."""
+        with self._lock:
+            try:
+                self._known |= nodes_of(
+                    slurm("scontrol", "--oneliner", "show", "node", ",".join(self._misses), tries=1)
+                )
+            except (DapoError, OSError):  # slurmctld may be away for a while: the nodes answer for themselves
+                return
+            self._tell([host for host in self._misses if host in self._known and self._known[host].is_down])
+
     def _look(self) -> None:
-        misses = dict.fromkeys(self._hosts, 0)
-        known: dict[str, NodeState] = {}
         port: int | None = None
         while not self._closed.wait(LOOK_S):
-            try:
-                port = port or slurmd_port(slurm("scontrol", "show", "config", tries=1))
-                known |= nodes_of(slurm("scontrol", "--oneliner", "show", "node", ",".join(misses), tries=1))
-            except (DapoError, OSError):  # slurmctld may be away for a while: the nodes answer for themselves
-                pass
-            unreachable = {host for host in misses if not self._answers(host, known.get(host), port)}
-            for host in list(misses):
-                is_missing = host in unreachable and self._hosts[0] not in unreachable
-                misses[host] = misses[host] + 1 if is_missing else 0
-                if misses[host] >= MISSES or (host in known and known[host].is_down):
-                    del misses[host]
-                    self._lost.put(host)
+            self.look_for_down()
+            if port is None:
+                with contextlib.suppress(DapoError, OSError):
+                    port = slurmd_port(slurm("scontrol", "show", "config", tries=1))
+            unreachable = {host for host in list(self._misses) if not self._answers(host, port)}
+            with self._lock:
+                for host in self._misses:
+                    is_missing = host in unreachable and self._hosts[0] not in unreachable
+                    self._misses[host] = self._misses[host] + 1 if is_missing else 0
+                self._tell([host for host, misses in self._misses.items() if misses >= MISSES])
 
-    def _answers(self, host: str, node: NodeState | None, port: int | None) -> bool:
+    def _tell(self, lost: Sequence[str]) -> None:
+        for host in lost:
+            del self._misses[host]
+            self._lost.put(host)
+
+    def _answers(self, host: str, port: int | None) -> bool:
+        node = self._known.get(host)
         at = node.port if node is not None and node.port is not None else port
         return at is None or reaches(host, at)
 

@@ -37,7 +37,7 @@ class LocalProcesses:
         """End them."""
         self._group.end(children)
 
-    def lost_hosts(self) -> Sequence[str]:
+    def lost_hosts(self, *, look: bool) -> Sequence[str]:
         """None: the launcher would be gone too."""
         return ()
 

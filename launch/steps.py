@@ -69,8 +69,10 @@ class Steps:
                 child.process.wait()
         self._group.forget(children)
 
-    def lost_hosts(self) -> Sequence[str]:
+    def lost_hosts(self, *, look: bool) -> Sequence[str]:
         """Hosts that SLURM calls down, or whose slurmd has not answered for some time."""
+        if look:
+            self._watch.look_for_down()
         return self._watch.lost()
 
     def close(self) -> None:

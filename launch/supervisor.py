@@ -153,7 +153,9 @@ class Supervisor:
             yield GraceOver()
         if self._state.phase is Phase.RESTARTING:
             yield TrainingEnded()  # EndTraining has waited for it
-        self._lost += self.backend.lost_hosts()
+        children = [*self._engines.values(), *self._controller, *self._trainer]
+        # Where something ended, its host may be gone: then that is what happened.
+        self._lost += self.backend.lost_hosts(look=bool(failed(self.folder, children)))
         # Lost spares first: nothing moves to them.
         self._lost.sort(key=lambda host: host not in self._state.spares)
         while self._lost:
