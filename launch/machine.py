@@ -12,7 +12,8 @@ from launch.topology import Node
 
 def this_machine() -> Node:
     """Its GPUs (those that CUDA_VISIBLE_DEVICES shows) and cores; its servers are reached from itself alone."""
-    return Node(socket.gethostname(), LOCALHOST, torch.cuda.device_count(), len(os.sched_getaffinity(0)))
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return Node(socket.gethostname(), LOCALHOST, gpus, len(os.sched_getaffinity(0)))
 
 
 def raise_open_files_limit() -> None:
