@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,10 +83,10 @@ class Job:
                 raise DapoError(f"no {what} within {LIFE_S:.0f} s")
             time.sleep(LOOK_S)
 
-    def members(self, role: str) -> list[psutil.Process]:
-        """Processes of the job by their role."""
+    def members(self, role: str, forks: bool = True) -> list[psutil.Process]:
+        """Living processes of the job by their role; without `forks` those that the launcher itself started."""
         found = []
-        for process in psutil.Process(self.process.pid).children(recursive=True):
+        for process in psutil.Process(self.process.pid).children(recursive=forks):
             with suppress(psutil.NoSuchProcess):
                 if MODULES[role] in process.cmdline():
                     found.append(process)
@@ -118,7 +118,7 @@ class Job:
     def left(self) -> list[int]:
         """Processes of this life that are still there."""
         psutil.wait_procs(self._all, timeout=10)
-        return [p.pid for p in self._all if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+        return [p.pid for p in alive(self._all)]
 
     def partial(self, name: str = "") -> bool:
         """Whether a checkpoint is being written, and (part of) a file of it is there."""
@@ -130,6 +130,16 @@ class Job:
             return any(s.phase == phase for s in read_statuses(self.folder) if s.process.startswith("trainer"))
         except (OSError, msgspec.MsgspecError):  # the file is being replaced
             return False
+
+
+def alive(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
+    """Those that still run; a dead one that nobody has collected yet does not."""
+    found = []
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
 
 
 @dataclass(frozen=True)

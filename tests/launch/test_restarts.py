@@ -4,7 +4,7 @@ import psutil
 import pytest
 
 from benchmarks.chaos import check
-from benchmarks.faults import MODULES, Job
+from benchmarks.faults import Job
 from dapo_megatron.run_folder import RunFolder
 from tests.launch.conftest import recipe
 
@@ -13,8 +13,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 def started(job, role):
     """Pids of the launcher's own children of a role."""
-    alive = [p for p in psutil.Process(job.process.pid).children() if p.status() != psutil.STATUS_ZOMBIE]
-    return [p.pid for p in alive if MODULES[role] in p.cmdline()]
+    return [p.pid for p in job.members(role, forks=False)]
 
 
 def test_an_engine_then_a_rank_then_the_controller_die_and_the_run_goes_on(tmp_path):

@@ -15,6 +15,7 @@ import psutil
 import pytest
 import zmq
 
+from benchmarks.faults import alive
 from dapo_megatron.checkpoint.manifest import read_manifest
 from dapo_megatron.checkpoint.store import latest
 from dapo_megatron.keys import read_keys
@@ -56,10 +57,6 @@ def wait_for_steps(run_dir, count, process):
     while len(read_metrics(RunFolder(run_dir))) < count:
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.2)
-
-
-def alive(processes):
-    return [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
 
 def option(process, role, name):

@@ -335,7 +335,10 @@ def test_workers_die_with_the_caller():
 
 def _runs(pid):
     # A dead worker may stay a zombie: who inherits an orphan need not collect it.
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 @pytest.mark.parametrize(
