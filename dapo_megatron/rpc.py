@@ -61,7 +61,7 @@ class RpcClient:
             if time.monotonic() - self._sent > self._deadline_s:
                 raise DapoError(
                     f"the controller at {self.address} did not answer {type(self._asked).__name__} within "
-                    f"{self._deadline_s:.0f} s: see logs/controller.log"
+                    f"{self._deadline_s:.0f} s: see logs/latest/controller.log"
                 )
         reply = _replies.decode(self._socket.recv())
         if isinstance(reply, Failed):

@@ -43,6 +43,11 @@ class RunFolder:
         return self.path / "stop"
 
     @property
+    def save_request(self) -> Path:
+        """Whoever makes this file asks the run for a checkpoint after its step; it goes when that is begun."""
+        return self.path / "save"
+
+    @property
     def lock(self) -> Path:
         """Held by the launcher of the run: host and pid."""
         return self.path / "launcher.lock"
@@ -51,6 +56,15 @@ class RunFolder:
     def attempts(self) -> Path:
         """One line a start of the run."""
         return self.path / "attempts.jsonl"
+
+    @property
+    def bad_nodes(self) -> Path:
+        """Nodes of a cluster on which the run failed, and when."""
+        return self.path / "bad_nodes.json"
+
+    def snapshot(self, job: int) -> Path:
+        """What a job of a cluster runs: code, configuration, batch script."""
+        return self.path / "snapshots" / f"job_{job}"
 
     @property
     def metrics(self) -> Path:
@@ -79,8 +93,17 @@ class RunFolder:
 
     @property
     def logs(self) -> Path:
-        """Folder of the processes' output."""
-        return self.path / "logs"
+        """Folder of the output of the processes of the last start: a link."""
+        return self.path / "logs" / "latest"
+
+    def attempt_logs(self, number: int) -> Path:
+        """The same of one start, counted from 1."""
+        return self.path / "logs" / f"attempt_{number:03d}"
+
+    @property
+    def journal(self) -> Path:
+        """What the launcher decided, and why, over all starts."""
+        return self.path / "logs" / "launcher.log"
 
     @property
     def keys(self) -> Path:
@@ -126,7 +149,7 @@ class RunFolder:
         return self.path / "steps" / f"{name}.json"
 
     def log(self, process: str) -> Path:
-        """Output of one process."""
+        """Output of one process of the last start."""
         return self.logs / f"{process}.log"
 
     def status(self, process: str) -> Path:

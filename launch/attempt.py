@@ -29,7 +29,7 @@ def attempt(
         DapoError: the run folder is taken, or its checkpoint is damaged.
         KeyboardInterrupt: Ctrl-C or SIGTERM.
     """
-    _make_folder(folder)
+    make_folder(folder)
     with interruptible(), locked(folder.lock, slurm_job):
         job = prepare_new(config, folder, weights) if resume is None else prepare_resume(config, folder, resume)
         try:
@@ -80,7 +80,8 @@ def _leave_word(folder: RunFolder, error: DapoError | OSError | KeyboardInterrup
         write_report(folder)
 
 
-def _make_folder(folder: RunFolder) -> None:
+def make_folder(folder: RunFolder) -> None:
+    """Raise ConfigError where the run's folder cannot be made."""
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):

@@ -1,6 +1,8 @@
-"""What the launcher says of itself: one line of attempts.jsonl each start of the run, and its phase in status/."""
+"""The starts of a run: a line of attempts.jsonl and a folder of logs each, and what the launcher does, in status/."""
 
+import os
 import time
+from pathlib import Path
 
 import msgspec
 
@@ -23,6 +25,17 @@ class Attempt(msgspec.Struct, frozen=True):
     slurm_job: int | None
     ends: float | None
     """Unix time of the job's time limit, if it has one."""
+
+
+def open_logs(folder: RunFolder) -> Path:
+    """The folder of this start's logs, made, and `latest` pointing at it; the caller holds the run's lock."""
+    logs = folder.attempt_logs(len(read_attempts(folder)) + 1)
+    logs.mkdir(parents=True, exist_ok=True)
+    aside = logs.with_name(".latest")
+    aside.unlink(missing_ok=True)
+    aside.symlink_to(logs.name)
+    os.replace(aside, folder.logs)
+    return logs
 
 
 def note_attempt(folder: RunFolder, step: int, ends: float | None) -> None:

@@ -24,7 +24,7 @@ from launch.plan import Cluster, make_plan, refusals
 from launch.plan_text import print_plan
 from launch.port_map import job_ports
 from launch.sbatch import Request, filled, read_script
-from launch.topology import Node, place, split
+from launch.topology import Node, place, sides
 
 ASK_NCCL = "import torch; print('.'.join(map(str, torch.cuda.nccl.version())) if torch.version.cuda else 'none')"
 ASK_NCCL_S = 120.0
@@ -100,7 +100,7 @@ def dry_run(recipe: Path, overrides: Sequence[str], options: Options, console: C
         options.tokens_per_second,
         options.response_tokens,
     )
-    placement = place(config, *_sides(config, groups), job_ports(config.launch.base_port, 0))
+    placement = place(config, *sides(_nodes(groups), config.launch.engine_nodes), job_ports(config.launch.base_port, 0))
     plan = make_plan(config, shape, placement, cluster)
     print_plan(plan, console)
     found += refusals(plan, shape)
@@ -191,16 +191,14 @@ def _script_text(recipe: Path, overrides: Sequence[str], groups: Sequence[Reques
     return filled(head + run, overrides)
 
 
-def _sides(config: RunConfig, groups: Sequence[Request]) -> tuple[Sequence[Node], Sequence[Node]]:
-    """(nodes of the trainer, nodes of the engines), as launch.slurm takes them from the allocation."""
-    if len(groups) > 2:
-        raise ConfigError(f"a heterogeneous job has 2 groups, trainer and engines; this one has {len(groups)}")
+def _nodes(groups: Sequence[Request]) -> list[list[Node]]:
+    """Nodes as each group may get them."""
     nodes: list[list[Node]] = []
     for group in groups:
         first = sum(map(len, nodes)) + 1
         names = [f"node{n}" for n in range(first, first + group.nodes)]
         nodes.append([Node(name, name, group.gpus, group.cpus) for name in names])
-    return split(nodes[0], config.launch.engine_nodes) if len(nodes) == 1 else (nodes[0], nodes[1])
+    return nodes
 
 
 def _gpu(groups: Sequence[Request]) -> Gpu:

@@ -30,7 +30,7 @@ def failure(folder: RunFolder, children: Sequence[Child]) -> tuple[DapoError, st
     ended = failed(folder, children)
     killed = [c for c in ended if c.process.returncode < 0]
     if killed:
-        return _without_a_word(killed[0]), None
+        return _without_a_word(killed[0], folder), None
     records = [read_exit(folder, name) for child in ended for name in child.processes]
     told = [record for record in records if record is not None and record.kind is not None]
     if told:
@@ -38,14 +38,14 @@ def failure(folder: RunFolder, children: Sequence[Child]) -> tuple[DapoError, st
         # Who left no word was killed, and whoever tells of it was not at fault.
         is_sure = first.kind != "crash" or all(records)
         return _by_record(first, folder), first.host if is_sure else None
-    return _without_a_word(ended[0]), None
+    return _without_a_word(ended[0], folder), None
 
 
 def hang(status: Status, silence_s: float) -> DapoError:
     """The error of a run one of whose processes gives no sign of life."""
     return DapoError(
         f"{status.place} hangs: no sign of life for {silence_s:.0f} s, in phase {status.phase}"
-        f"{f' ({status.detail})' if status.detail else ''}; see logs/{status.process}.log"
+        f"{f' ({status.detail})' if status.detail else ''}; see logs/latest/{status.process}.log"
     )
 
 
@@ -55,11 +55,11 @@ def _by_record(record: Exit, folder: RunFolder) -> DapoError:
     return error_of_kind(record.kind, f"the {record.process} stopped: {record.message} (log: {log})")
 
 
-def _without_a_word(child: Child) -> DapoError:
+def _without_a_word(child: Child, folder: RunFolder) -> DapoError:
     code = child.process.returncode
     if code == EXIT_CODES["storage"]:
         return StorageError(
-            f"the {child.name} stopped: the disk of {child.log.parent.parent} is full, read-only or gone: make room, "
+            f"the {child.name} stopped: the disk of {folder.path} is full, read-only or gone: make room, "
             "and go on from the newest checkpoint with --resume"
         )
     # An srun ends as a shell does: with 128 and the signal's number.

@@ -127,6 +127,7 @@ def _beginning(folder: RunFolder) -> list[str]:
 def _begin(folder: RunFolder) -> None:
     clear(folder)
     folder.stop_request.unlink(missing_ok=True)
+    folder.save_request.unlink(missing_ok=True)
     write_keys(folder, make_keys())
 
 

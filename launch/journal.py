@@ -25,7 +25,7 @@ class Journal:
     """Appends to the log of one run."""
 
     def __init__(self, folder: RunFolder):
-        self._path = folder.log("launcher")
+        self._path = folder.journal
 
     def note(self, text: str) -> None:
         """Write one line, with the time."""

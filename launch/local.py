@@ -10,6 +10,7 @@ from dapo_megatron.errors import ConfigError
 from dapo_megatron.observe.report import write_report
 from dapo_megatron.run_folder import RunFolder
 from launch.attempt import asked_by_signals, attempt, raise_end
+from launch.attempts import open_logs
 from launch.commands import Command
 from launch.environment import shared_environment
 from launch.job import Job, Resume
@@ -58,6 +59,8 @@ def run_local(config: RunConfig, *, resume: Resume | None = None, weights: Path 
     if resume is not None and not folder.config.exists():
         # Nothing is made where there is nothing to go on from.
         raise ConfigError(f"{folder.path} holds no run: start it without --resume")
+    if config.launch.container is not None:
+        raise ConfigError("launch.container is of SLURM jobs: start this one in a container, or set it to null")
     if config.launch.interface is not None:
         require_interface(config.launch.interface)
     raise_open_files_limit()
@@ -70,7 +73,10 @@ def run_local(config: RunConfig, *, resume: Resume | None = None, weights: Path 
 
 def _run(config: RunConfig, folder: RunFolder, job: Job, placement: Placement) -> None:
     stop = StopAsked("a signal", comes_back=False)
-    with asked_by_signals({signal.SIGTERM: stop, signal.SIGINT: stop}) as asked, ProcessGroup(folder.logs) as group:
+    with (
+        asked_by_signals({signal.SIGTERM: stop, signal.SIGINT: stop}) as asked,
+        ProcessGroup(open_logs(folder)) as group,
+    ):
         supervisor = Supervisor(
             config,
             folder,

@@ -134,7 +134,7 @@ def look(folder: RunFolder) -> Snapshot:
         processes=tuple(p for p in processes if p.name != "launcher"),
         engines=read_engine_set(folder) if folder.engine_set.exists() else None,
         engines_s=max(now - folder.engine_set.stat().st_mtime, 0) if folder.engine_set.exists() else 0,
-        log=_tail(folder.log("launcher")),
+        log=_tail(folder.journal),
     )
 
 

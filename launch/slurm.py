@@ -10,7 +10,6 @@ second generates. A run folder that holds a run is gone on with: so does who sub
 """
 
 import os
-import re
 import signal
 import socket
 import time
@@ -22,26 +21,27 @@ import typer
 from rich.console import Console
 
 from dapo_megatron.config import RunConfig, load_config
-from dapo_megatron.errors import ConfigError, DapoError, Preempted, exit_code
+from dapo_megatron.errors import ConfigError, Preempted, exit_code
 from dapo_megatron.observe.report import write_report
 from dapo_megatron.run_folder import RunFolder
 from launch.allocation import Allocation, find_allocation
-from launch.attempt import Asked, asked_by_signals, attempt, raise_end
+from launch.attempt import Asked, asked_by_signals, attempt, make_folder, raise_end
+from launch.attempts import open_logs
+from launch.canary import check_nodes
 from launch.dry_run import Options, dry_run
 from launch.environment import VISIBLE, shared_environment
 from launch.job import Job
 from launch.machine import raise_open_files_limit
 from launch.port_map import job_ports
 from launch.processes import ProcessGroup
-from launch.slurm_calls import slurm
+from launch.requeue import requeue
+from launch.snapshot import go_on_in, is_in, take_snapshot
 from launch.states import End, GraceOver, Requeue, StopAsked
 from launch.steps import Steps
 from launch.supervisor import Supervisor
-from launch.topology import Node, Placement, place, split
+from launch.topology import Node, Placement, place, sides
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
-REQUEUED_S = 120.0
-"""For SLURM to end this script after it has put the job back."""
 
 
 @app.command(epilog="Example:  python -m launch.slurm --recipe launch/recipes/demo.yaml trainer.steps=20")
@@ -93,8 +93,15 @@ def run_slurm(config: RunConfig) -> None:
         DapoError: why it ended, unless it is finished or goes back into the queue.
     """
     allocation = find_allocation(os.environ)
+    folder = RunFolder(Path(config.run_dir).resolve())
+    make_folder(folder)
+    snapshot = folder.snapshot(allocation.job_id)
+    if not is_in(snapshot):
+        take_snapshot(config, snapshot, allocation.job_id)
+        go_on_in(snapshot)
     nodes = {node.name: Node(node.name, address_of(node.name), node.gpus, node.cpus) for node in allocation.nodes}
-    trainers, engines = _sides(config, allocation, nodes)
+    groups = [[nodes[node.name] for node in group.nodes] for group in allocation.groups]
+    trainers, engines = sides(groups, config.launch.engine_nodes)
     ports = job_ports(config.launch.base_port, allocation.job_id)
 
     def plan(hosts: tuple[str, ...]) -> Placement:
@@ -106,7 +113,6 @@ def run_slurm(config: RunConfig) -> None:
     first = place(config, trainers, engines, ports)
     slots = tuple(dict.fromkeys(p.node.name for p in (first.controller, *first.ranks, *first.engines)))
     spares = _spares(allocation, nodes, slots)
-    folder = RunFolder(Path(config.run_dir).resolve())
     raise_open_files_limit()
     end: End | Requeue | None = None
     try:
@@ -117,7 +123,7 @@ def run_slurm(config: RunConfig) -> None:
             raise_end(end)
     except Preempted:
         if isinstance(end, Requeue):
-            requeue(allocation, end)
+            requeue(allocation, folder, end, config.launch.forget_bad_nodes_s)
         raise
     print(f"report: {write_report(folder)}", flush=True)
 
@@ -138,8 +144,9 @@ def _supervised(
     slots: tuple[str, ...],
     spares: tuple[str, ...],
 ) -> End | Requeue:
-    placement = plan(slots)
     base = {name: value for name, value in os.environ.items() if name != VISIBLE}
+    check_nodes(allocation, folder.path, base)
+    placement = plan(slots)
     shared = shared_environment(config, base, cpu=placement.cpu, interface=config.launch.interface)
     towards = None if config.launch.interface is not None else placement.controller.node.address
     signals = {
@@ -147,8 +154,8 @@ def _supervised(
         signal.SIGTERM: StopAsked("SIGTERM: the job is cancelled or preempted", comes_back=False),
         signal.SIGINT: StopAsked("a signal", comes_back=False),
     }
-    with asked_by_signals(signals) as by_signals, ProcessGroup(folder.logs) as group:
-        steps = Steps(group, folder, allocation, base, towards)
+    with asked_by_signals(signals) as by_signals, ProcessGroup(open_logs(folder)) as group:
+        steps = Steps(group, folder, allocation, base, towards, config.launch.container)
         supervisor = Supervisor(
             config,
             folder,
@@ -165,19 +172,6 @@ def _supervised(
             return supervisor.run(_also_by_clock(by_signals, allocation.ends, config.launch.save_before_end_s))
         finally:
             steps.close()
-
-
-def _sides(config: RunConfig, allocation: Allocation, nodes: dict[str, Node]) -> tuple[list[Node], list[Node]]:
-    """(nodes of the trainer, nodes of the engines)."""
-    if not allocation.is_heterogeneous:
-        trainers, engines = split(list(nodes.values()), config.launch.engine_nodes)
-        return list(trainers), list(engines)
-    if len(allocation.groups) != 2:
-        raise ConfigError(
-            f"a heterogeneous job has 2 groups, trainer and engines; this one has {len(allocation.groups)}"
-        )
-    trainers, engines = ([nodes[node.name] for node in group.nodes] for group in allocation.groups)
-    return trainers, engines
 
 
 def _also_by_clock(asked: Asked, ends: float | None, before_s: float) -> Asked:
@@ -211,34 +205,6 @@ def address_of(host: str) -> str:
     if address.startswith("127."):
         raise ConfigError(f"{host} is {address} here, which other nodes cannot reach: mend /etc/hosts")
     return address
-
-
-def requeue(allocation: Allocation, end: Requeue) -> None:
-    """Put the job back into the queue, without some nodes, and wait for SLURM to end this script.
-
-    Raises:
-        DapoError: SLURM refuses, or does not end it.
-    """
-    job = str(allocation.job_id)
-    # SLURM ends this script as soon as it is told, and takes a list of nodes only of a job that waits.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    before = re.search(r"\bExcNodeList=(\S+)", slurm("scontrol", "show", "job", job))
-    slurm("scontrol", "requeue", job)
-    ends = time.monotonic() + REQUEUED_S
-    if end.exclude:
-        nodes = [*([before[1]] if before and before[1] != "(null)" else []), *end.exclude]
-        while not _excluded(job, nodes) and time.monotonic() < ends:
-            time.sleep(0.5)
-    time.sleep(max(0.0, ends - time.monotonic()))
-    raise DapoError(f"SLURM has put job {job} back, and has not ended it for {REQUEUED_S:.0f} s")
-
-
-def _excluded(job: str, nodes: list[str]) -> bool:
-    try:
-        slurm("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(nodes)}", tries=1)
-    except DapoError:
-        return False
-    return True
 
 
 if __name__ == "__main__":

@@ -4,15 +4,18 @@ An srun is a child of the launcher, and is as long there as its step. Its tasks 
 each with a log that its node writes itself. A step is ended by scancel: an srun that is killed leaves its tasks.
 """
 
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
+from dapo_megatron.config.launch import ContainerConfig
 from dapo_megatron.errors import DapoError
 from dapo_megatron.run_folder import RunFolder
 from launch.allocation import Allocation
 from launch.commands import Command
+from launch.container import in_container
 from launch.hosts import HostWatch
 from launch.processes import Child, ProcessGroup
 from launch.slurm_calls import slurm
@@ -32,6 +35,7 @@ class Steps:
         allocation: Allocation,
         base: Mapping[str, str],
         towards: str | None,
+        container: ContainerConfig | None,
     ):
         """
         Args:
@@ -39,7 +43,7 @@ class Steps:
             towards: address towards which every node chooses its network interface; None: `base` names it.
         """
         self._group, self._folder, self._allocation = group, folder, allocation
-        self._base, self._towards = base, towards
+        self._base, self._towards, self._container = base, towards, container
         self._watch = HostWatch([node.name for node in allocation.nodes])
 
     def start(self, name: str, commands: Sequence[Command], hosts: Sequence[str], *, grace: bool) -> list[Child]:
@@ -47,8 +51,15 @@ class Steps:
         path = self._folder.step(name)
         write_step(path, [self._task(command) for command in commands])
         processes = tuple(command.name for command in commands)
-        log = str(self._folder.logs / (f"{name}-%t.log" if processes != (name,) else f"{name}.log"))
-        command = step_command(self._allocation, name, hosts, log, [sys.executable, "-m", "launch.task", str(path)])
+        log = str(self._group.log_dir / (f"{name}-%t.log" if processes != (name,) else f"{name}.log"))
+        has_gpus = any(node.gpus for node in self._allocation.nodes)
+        options, task = in_container(
+            self._container,
+            [sys.executable, "-m", "launch.task", str(path)],
+            [os.getcwd(), str(self._folder.path)],
+            gpus=has_gpus,
+        )
+        command = step_command(self._allocation, name, hosts, log, [*options, *task])
         environment = {**self._base, "SLURM_HOSTFILE": str(self._host_file(name, hosts))}
         return [self._group.start(name, command, environment, grace=grace, processes=processes)]
 
@@ -83,7 +94,10 @@ class Steps:
 
     def _task(self, command: Command) -> Task:
         own = {k: v for k, v in command.environment.items() if self._base.get(k) != v}
-        return Task(command.arguments, own, None if command.devices is None else list(command.devices), self._towards)
+        arguments = list(command.arguments)
+        if self._container is not None and arguments[0] == sys.executable:
+            arguments[0] = self._container.python
+        return Task(arguments, own, None if command.devices is None else list(command.devices), self._towards)
 
     def _host_file(self, name: str, hosts: Sequence[str]) -> str:
         path = self._folder.step(name).with_suffix(".hosts")

@@ -10,9 +10,11 @@ AskToStop           the file `stop` in the run folder; the trainer saves and end
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 
 from dapo_megatron.config import RunConfig
 from dapo_megatron.engines.engine_set import EngineSet, Member, write_engine_set
+from dapo_megatron.keys import read_keys
 from dapo_megatron.observe.catalog import PHASES
 from dapo_megatron.observe.display import ProgressDisplay
 from dapo_megatron.observe.metrics import read_metrics
@@ -21,6 +23,7 @@ from dapo_megatron.run_folder import RunFolder
 from launch.attempts import final_phase, note_attempt, told_restarts
 from launch.backend import Backend
 from launch.commands import command_of_controller, command_of_engine, command_of_rank
+from launch.engine_watch import EngineWatch
 from launch.failures import failed, failure, hang
 from launch.heartbeats import Heartbeats
 from launch.job import Job, prepare_restart
@@ -48,7 +51,6 @@ from launch.states import (
     TrainingFailed,
     decide,
 )
-from launch.stopped import Stopped
 from launch.topology import Placement
 
 POLL_S = 0.25
@@ -104,7 +106,9 @@ class Supervisor:
         self._controller: list[Child] = []
         self._trainer: list[Child] = []
         self._heartbeats = Heartbeats(config.heartbeat_timeout_s)
-        self._stopped = Stopped(config.heartbeat_timeout_s)
+        self._engine_watch = EngineWatch(
+            read_keys(folder).engine_api_key, config.engine_timeout_s, config.engine.start_timeout_s
+        )
         self._looked = 0.0
         self._grace_ends: float | None = None
         self._lost: list[str] = []
@@ -116,7 +120,7 @@ class Supervisor:
             asked: what a signal, or the clock, has asked for since the last look.
         """
         note_attempt(self.folder, self._state.step, self._ends)
-        with Reporter(self.folder, "launcher", essential=False) as reporter:
+        with closing(self._engine_watch), Reporter(self.folder, "launcher", essential=False) as reporter:
             for name in self._state.engines:
                 self._start_engine(name)
             self._start_training()
@@ -185,12 +189,10 @@ class Supervisor:
         statuses = [s for s in read_statuses(self.folder) if s.process in running]
         for status, silence_s in self._heartbeats.silent(statuses, now)[:1]:
             yield TrainingFailed("crash", str(hang(status, silence_s)), status.host)
-        for child, message in self._stopped.look([*children, *self._engines.values()], now)[:1]:
-            if child.name in self._engines:
-                self.backend.end([child])
-                yield EngineLost(child.name, message)
-            else:
-                yield TrainingFailed("crash", message)
+        for member, message in self._engine_watch.silent()[:1]:
+            child = self._engines[member.name]
+            self.backend.end([child])
+            yield EngineLost(member.name, f"{message}; see {child.log}")
 
     def _perform(self, action: Action) -> None:
         match action:
@@ -221,6 +223,7 @@ class Supervisor:
             self._generation += 1
             members = tuple(Member(e.name, e.url, self._starts[e.name]) for e in placement.engines)
             write_engine_set(self.folder, EngineSet(self._generation, members))
+            self._engine_watch.follow(members)
 
     def _start_training(self) -> None:
         placement = self._placement()

@@ -127,6 +127,19 @@ def split(nodes: Sequence[Node], engine_nodes: int | None) -> tuple[Sequence[Nod
     return nodes[:-engine_nodes], nodes[-engine_nodes:]
 
 
+def sides(groups: Sequence[Sequence[Node]], engine_nodes: int | None) -> tuple[Sequence[Node], Sequence[Node]]:
+    """(nodes of the trainer, nodes of the engines) of a plain job's one group, or a heterogeneous one's two.
+
+    Raises:
+        ConfigError: there are more groups, or no node is left for the trainer.
+    """
+    if len(groups) == 1:
+        return split(groups[0], engine_nodes)
+    if len(groups) != 2:
+        raise ConfigError(f"a heterogeneous job has 2 groups, trainer and engines; this one has {len(groups)}")
+    return groups[0], groups[1]
+
+
 def place(config: RunConfig, trainer: Sequence[Node], engines: Sequence[Node], ports: Sequence[int]) -> Placement:
     """Place every process of a job. The same nodes give the same places, whoever else has failed meanwhile.
 

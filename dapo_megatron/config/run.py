@@ -73,6 +73,11 @@ class RunConfig(Section):
         """Seconds without a heartbeat after which a process is taken for hung."""
         return self.launch.heartbeat_timeout_s or min(60.0, self.trainer.collective_timeout_s)
 
+    @property
+    def engine_timeout_s(self) -> float:
+        """Seconds without an answer after which an engine is taken for hung."""
+        return self.launch.engine_timeout_s or max(self.heartbeat_timeout_s, self.engine_call_timeout_s)
+
     def derived(self) -> dict[str, int | str]:
         """Values that follow from the options, for `config --explain`."""
         r = self.rollout

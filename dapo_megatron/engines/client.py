@@ -95,7 +95,7 @@ class EngineClient:
             except TimeoutError:
                 raise EngineError(
                     f"no response from the engines within {self.timeout_s:.0f} s (last: "
-                    f"{last or self._serving.why_none()}): see logs/engine-*.log"
+                    f"{last or self._serving.why_none()}): see logs/latest/engine-*.log"
                 ) from None
             found += some
             if len(some) < missing:

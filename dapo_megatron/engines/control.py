@@ -57,7 +57,9 @@ class EngineControl:
             if is_replaced():
                 raise EngineError(f"engine {self.url} was replaced before it answered")
             if time.monotonic() > end:
-                raise EngineError(f"engine {self.url} did not answer within {timeout_s:.0f} s: see logs/engine-*.log")
+                raise EngineError(
+                    f"engine {self.url} did not answer within {timeout_s:.0f} s: see logs/latest/engine-*.log"
+                )
             time.sleep(0.25)
         info = self._call("GET", "/server_info")
         release = tuple(int(n) for n in re.findall(r"\d+", info["version"])[:3])
@@ -119,6 +121,14 @@ class EngineControl:
     def version(self) -> str:
         """Name of the weights that are served."""
         return str(self._call("GET", "/model_info", timeout_s=self._quick_s)["weight_version"])
+
+    def require_answer(self) -> None:
+        """Ask something that the scheduler has a part in answering.
+
+        Raises:
+            EngineError: it did not answer.
+        """
+        self._call("GET", "/server_info", timeout_s=self._quick_s)
 
     def join_group(self, group: str, address: str, port: int, rank: int, world: int, backend: str) -> None:
         """Join the process group of a sender; blocks until all its members have joined."""
@@ -193,10 +203,10 @@ class EngineControl:
             reply = self._http.request(method, path, json=body, timeout=httpx.Timeout(limit, connect=10.0))
         except httpx.TimeoutException:
             raise EngineError(
-                f"engine {self.url} did not answer {path} within {limit:.0f} s: see logs/engine-*.log"
+                f"engine {self.url} did not answer {path} within {limit:.0f} s: see logs/latest/engine-*.log"
             ) from None
         except httpx.TransportError as e:
-            raise EngineError(f"engine {self.url} is gone ({path}: {e}): see logs/engine-*.log") from None
+            raise EngineError(f"engine {self.url} is gone ({path}: {e}): see logs/latest/engine-*.log") from None
         if reply.status_code != 200:
             text = " ".join(reply.text.split())[:500]
             raise EngineError(f"engine {self.url} refused {path}: HTTP {reply.status_code} {text}")

@@ -125,14 +125,15 @@ class Pusher:
 
         Raises:
             EngineError: the error again, if all engines answer (nobody replaces them then), or none has been replaced
-                within the heartbeat's deadline.
+                within the deadline of engines that hang.
         """
 
         def wait() -> None:
             began = time.monotonic()
+            limit = self.config.engine_timeout_s + SETTLE_S
             while not self.is_outdated():
                 waited = time.monotonic() - began
-                if waited > self.config.heartbeat_timeout_s or (waited > SETTLE_S and all(self.on_all(_answers))):
+                if waited > limit or (waited > SETTLE_S and all(self.on_all(_answers))):
                     raise error
                 time.sleep(LOOK_S)
 
@@ -252,7 +253,7 @@ def _receive(engine: EngineControl, group: str, bucket: Bucket, flush_cache: boo
 
 def _answers(engine: EngineControl) -> bool:
     try:
-        engine.version()
+        engine.require_answer()
     except EngineError:
         return False
     return True

@@ -115,9 +115,10 @@ def train(
             known = {m.STEP: state.step, m.VERSION: state.version}
             recorder.record(known | metrics | trained | evaluation | published)
             published = {}
-            if is_over or state.step % config.checkpoint.every == 0:
+            is_wanted = is_over or asked_to_save(config, actor.layout)
+            if is_wanted or state.step % config.checkpoint.every == 0:
                 with recorder.phase("checkpoint"):
-                    format = format_of(state.step, config.checkpoint, is_last=is_over)
+                    format = format_of(state.step, config.checkpoint, is_wanted=is_wanted)
                     published = checkpointer.save(state, snapshot, format=format, metrics=evaluation)
                     saved = (state.step, format)
     except StopAsked:
@@ -176,10 +177,26 @@ def stop_request(config: RunConfig) -> Path:
     return RunFolder(Path(config.run_dir)).stop_request
 
 
-def format_of(step: int, config: CheckpointConfig, *, is_last: bool) -> Format:
-    """Whether the checkpoint after a step is loadable in any layout, or sooner written."""
+def asked_to_save(config: RunConfig, layout: Layout) -> bool:
+    """Whether somebody has asked for a checkpoint since the last look; rank 0 looks, and takes the request away."""
+    request = RunFolder(Path(config.run_dir)).save_request
+
+    def take() -> bool:
+        is_there = request.exists()
+        request.unlink(missing_ok=True)
+        return is_there
+
+    return on_first_rank("looking for a request to save", layout, take)
+
+
+def format_of(step: int, config: CheckpointConfig, *, is_wanted: bool) -> Format:
+    """Whether the checkpoint after a step is loadable in any layout, or sooner written.
+
+    Args:
+        is_wanted: it is the last, or somebody has asked for it.
+    """
     is_nth = step % config.every == 0 and step // config.every % config.reshardable_every == 0
-    return "fully_reshardable" if is_last or is_nth else "dp_reshardable"
+    return "fully_reshardable" if is_wanted or is_nth else "dp_reshardable"
 
 
 def train_step(

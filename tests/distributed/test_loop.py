@@ -120,7 +120,7 @@ def test_a_run_ends_early_when_the_evaluation_has_reached_every_goal():
 
 def test_every_nth_checkpoint_and_the_last_can_be_resumed_in_any_layout():
     config = CheckpointConfig(every=2, reshardable_every=3)
-    full = [s for s in range(1, 15) if format_of(s, config, is_last=s == 13) == "fully_reshardable"]
+    full = [s for s in range(1, 15) if format_of(s, config, is_wanted=s == 13) == "fully_reshardable"]
     assert full == [6, 12, 13]
-    assert format_of(4, config, is_last=False) == "dp_reshardable"
-    assert format_of(3, CheckpointConfig(every=3, reshardable_every=1), is_last=False) == "fully_reshardable"
+    assert format_of(4, config, is_wanted=False) == "dp_reshardable"
+    assert format_of(3, CheckpointConfig(every=3, reshardable_every=1), is_wanted=False) == "fully_reshardable"

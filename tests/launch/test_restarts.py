@@ -29,7 +29,7 @@ def test_an_engine_then_a_rank_then_the_controller_die_and_the_run_goes_on(tmp_p
         job.finish(130)
     assert job.left() == []
     check(folder)
-    log = folder.log("launcher").read_text()
+    log = folder.journal.read_text()
     assert log.count("-> start engine-0") == 1 and log.count("-> start controller and trainer") == 2
 
 

@@ -17,7 +17,7 @@ import zmq
 
 from benchmarks.faults import alive
 from dapo_megatron.checkpoint.manifest import read_manifest
-from dapo_megatron.checkpoint.store import latest
+from dapo_megatron.checkpoint.store import latest, published
 from dapo_megatron.keys import read_keys
 from dapo_megatron.messages import Hello
 from dapo_megatron.observe.metrics import read_metrics
@@ -97,7 +97,7 @@ def status(run_dir):
 
 def test_a_run_is_stopped_dies_resumes_and_ends(job):
     recipe, run_dir = job
-    process = start(recipe, "trainer.steps=1000")
+    process = start(recipe, "trainer.steps=1000", "checkpoint.every=1000")
     wait_for_steps(run_dir, 3, process)
     everything = psutil.Process(process.pid).children(recursive=True)
     code, output, _ = finish(start(recipe, "--resume"))
@@ -108,7 +108,13 @@ def test_a_run_is_stopped_dies_resumes_and_ends(job):
     for name in ("launcher", "controller", "trainer-0", "trainer-1"):
         assert re.search(rf"^{name} .* [0-2] s ago", shown, re.MULTILINE), shown
     seen = len(read_metrics(RunFolder(run_dir)))
-    wait_for_steps(run_dir, seen + 2, process)
+    folder = RunFolder(run_dir)
+    assert not published(folder)
+    folder.save_request.touch()
+    wait_for_steps(run_dir, seen + 3, process)
+    assert not folder.save_request.exists()
+    (asked_for,) = published(folder)
+    assert read_manifest(asked_for).format == "fully_reshardable"
     process.terminate()
     code, output, seconds = finish(process)
     assert code == 130 and "interrupted" in output and seconds < 30
@@ -117,13 +123,17 @@ def test_a_run_is_stopped_dies_resumes_and_ends(job):
     saved = read_manifest(latest(RunFolder(run_dir)))
     assert saved.format == "fully_reshardable" and saved.step == read_metrics(RunFolder(run_dir))[-1]["step"] > seen + 1
     assert (run_dir / "report.html").stat().st_size > 100_000
+    first = run_dir / "logs" / "attempt_001"
+    assert folder.logs.resolve() == first.resolve()
+    assert {p.stem for p in first.iterdir()} == {"controller", "engine-0", "trainer-0", "trainer-1"}
 
     code, output, _ = finish(start(recipe))
     assert code == 1 and "holds a run already" in output
 
+    deadlines = [f"launch.{name}_timeout_s={HEARTBEAT_S}" for name in ("heartbeat", "engine")]
     for role, number in STRIKES:
         seen = len(read_metrics(RunFolder(run_dir)))
-        process = start(recipe, "--resume", "trainer.steps=1000", f"launch.heartbeat_timeout_s={HEARTBEAT_S}")
+        process = start(recipe, "--resume", "trainer.steps=1000", *deadlines)
         wait_for_steps(run_dir, seen + 1, process)
         everything = psutil.Process(process.pid).children(recursive=True)
         struck = descendants(process, role)[0].pid
@@ -133,9 +143,9 @@ def test_a_run_is_stopped_dies_resumes_and_ends(job):
         assert role.split()[0] in output and ".log" in output
         if number == signal.SIGSTOP:
             (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
-            says = "process {} on this host" if role == "engine" else "pid {} on "
-            assert says.format(struck) in line and " hangs: " in line
-            assert role == "engine" or "no sign of life" in line and "in phase " in line
+            says = "engine-0 (" if role == "engine" else f"pid {struck} on "
+            assert says in line and " hangs: " in line
+            assert ("has not answered" if role == "engine" else "in phase ") in line
         assert not alive(everything), role
         code, shown = status(run_dir)
         assert code == 1 and role.split()[0] in shown.splitlines()[0]

@@ -74,12 +74,13 @@ class Cluster:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def tidy(self) -> None:
-        """Cancel every job, bring every node back, and end what is left.
+        """Cancel every job, bring every node back, and end what is left. A node that was cut off learns late what ended.
 
         Raises:
             AssertionError: a process was left on a node after its job.
         """
         self.run("scancel", "--user=root")
+        leave_s = BOOT_S if self._cut else LEAVE_S
         for node in self.nodes:
             if node not in self._pids:
                 self.power_on(node)
@@ -87,7 +88,7 @@ class Cluster:
                 self.heal(node)
         self.wait_until_empty()
         self.wait_until(self.all_idle, BOOT_S, "all nodes to be idle")
-        if left := self._left_after(LEAVE_S):
+        if left := self._left_after(leave_s):
             for process, _ in list(self.running()):
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()

@@ -58,7 +58,7 @@ class Run:
 
     def decisions(self):
         """The launcher's log."""
-        return self.folder.log("launcher").read_text()
+        return self.folder.journal.read_text()
 
     def pids(self, module):
         """{pid: node} of this job's processes that run a module."""
@@ -94,9 +94,14 @@ def test_a_heterogeneous_job(cluster):
 def test_before_the_time_limit_a_job_saves_and_comes_back(cluster):
     run = Run(cluster, "limit", steps=12)
     run.wait_for_steps(3)
+    snapshot = run.folder.snapshot(run.job)
+    assert "exec .venv/bin/python -m launch.slurm" in (snapshot / "script.sh").read_text()
+    code = snapshot / "code" / "launch" / "slurm.py"
+    code.write_text(f"print('from the snapshot', flush=True)\n{code.read_text()}")
     cluster.run("scancel", "--batch", "--signal=USR1", str(run.job))
     said = run.finish()
-    assert cluster.job(run.job)["Restarts"] == "1"
+    assert cluster.job(run.job)["Restarts"] == "1" and said.count("from the snapshot") == 1
+    assert run.folder.logs.resolve() == run.folder.attempt_logs(2)
     assert "SIGUSR1: the time limit is near" in run.decisions() and "resume from" in said
 
 
@@ -164,6 +169,27 @@ def test_a_cancelled_job_leaves_nothing(cluster):
     run.wait_for_steps(3)
     cluster.run("scancel", str(run.job))
     run.finish("CANCELLED")
+
+
+@by_make_test_slurm
+def test_a_node_that_does_not_see_the_run_folder_is_named(cluster):
+    run_dir = cluster.shared / "hidden" / "run"
+    run_dir.mkdir(parents=True)
+    cluster.run("mount", "-t", "tmpfs", "tmpfs", str(run_dir), node="node2")
+    run = Run(cluster, "hidden")
+    said = run.finish("FAILED")
+    cluster.run("umount", str(run_dir), node="node2")
+    (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert f"run_dir={run_dir} is not the same folder on every node (node2: No such file or directory" in line
+
+
+@by_make_test_slurm
+def test_a_stopped_engine_is_replaced(cluster):
+    run = Run(cluster, "stopped", steps=8, launch=LAUNCH | {"engine_timeout_s": 10})
+    run.wait_for_steps(3)
+    os.kill(min(run.pids("sglang.launch_server")), signal.SIGSTOP)
+    run.finish()
+    assert "hangs: it has not answered for 1" in run.decisions() and "-> start engine-0" in run.decisions()
 
 
 @by_make_test_slurm

@@ -34,7 +34,7 @@ def folder(tmp_path):
         times = {"time/step": 5.0, "sync/seconds": 1.5, "sync/bytes": 3e9}
         metrics.write({"step": step, "version": step, "time": time.time() - 100} | times)
     write_engine_set(run, EngineSet(4, (Member("engine-0", "http://a:1", 3), Member("engine-1", "http://b:1"))))
-    run.log("launcher").write_text("2026-01-01T00:00:00+00:00 the engine-0 was killed by signal 9 -> start engine-0\n")
+    run.journal.write_text("2026-01-01T00:00:00+00:00 the engine-0 was killed by signal 9 -> start engine-0\n")
     return run
 
 

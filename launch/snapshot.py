@@ -1,0 +1,63 @@
+"""What a job of a cluster runs: this code, the configuration and the batch script, kept in the run folder for it.
+
+The launcher goes on from there, and so does everything it starts: whoever changes the code while a job waits or runs
+changes nothing of it. A requeued job keeps its number, and finds what it began with; who submits the script again gets
+the code and the recipe as they are then.
+
+    snapshots/job_<number>/   code/   config.yaml   script.sh
+"""
+
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NoReturn
+
+import yaml
+
+from dapo_megatron.config import RunConfig
+from launch.slurm_calls import slurm
+
+HOME = Path(__file__).parents[1]
+PACKAGES = ("dapo_megatron", "launch")
+
+
+def is_in(snapshot: Path) -> bool:
+    """Whether this process runs the snapshot's code."""
+    return Path(__file__).is_relative_to(snapshot)
+
+
+def take_snapshot(config: RunConfig, snapshot: Path, job: int) -> None:
+    """Make a job's snapshot, all at once, unless it is there; the caller holds the run's lock.
+
+    Raises:
+        DapoError: SLURM does not give the batch script.
+    """
+    if snapshot.exists():
+        return
+    aside = snapshot.with_name(f".{snapshot.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    for package in PACKAGES:
+        shutil.copytree(HOME / package, aside / "code" / package, ignore=shutil.ignore_patterns("__pycache__"))
+    (aside / "config.yaml").write_text(yaml.safe_dump(config.model_dump(), sort_keys=False))
+    slurm("scontrol", "write", "batch_script", str(job), str(aside / "script.sh"))
+    os.replace(aside, snapshot)
+
+
+def environment_in(snapshot: Path, base: Mapping[str, str], working: Path) -> dict[str, str]:
+    """An environment in which Python finds the snapshot's code first. Pure.
+
+    Args:
+        working: folder in which the job was started, where a user's own modules may be.
+    """
+    path = [str(snapshot / "code"), *base.get("PYTHONPATH", "").split(os.pathsep), str(working)]
+    # `python -m` would put the working folder before all of them.
+    return {**base, "PYTHONPATH": os.pathsep.join(filter(None, path)), "PYTHONSAFEPATH": "1"}
+
+
+def go_on_in(snapshot: Path) -> NoReturn:
+    """Become the launcher of the snapshot."""
+    command = [sys.executable, "-m", "launch.slurm", "--recipe", str(snapshot / "config.yaml")]
+    os.execve(sys.executable, command, environment_in(snapshot, os.environ, Path.cwd()))
