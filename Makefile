@@ -22,7 +22,7 @@ NEWER := .venv-megatron-0.19
 TRL_READY := .venv-trl/.ready
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test test-full test-slurm lint prove bench-trl bench-chaos bench-checkpoint bench-conversion setup clean
+.PHONY: help demo test test-full test-slurm slurm-programs lint prove bench-trl bench-chaos bench-checkpoint bench-conversion setup clean
 
 help:
 	@sed -n "s/^# \(make .*\)/\1/p" Makefile
@@ -36,12 +36,14 @@ test: $(READY) $(TE_READY)
 test-full: $(READY) $(TE_READY) $(NEWER)
 	OMP_NUM_THREADS=1 LAYOUTS=all $(BIN)/python -m pytest -q $(ARGS)
 
-test-slurm: $(READY)
-	@test "$$(id -u)" = 0 || { echo "tests/slurm make network namespaces: run make test-slurm as root"; exit 1; }
+test-slurm: $(READY) slurm-programs
+	OMP_NUM_THREADS=1 SLURM=all $(BIN)/python -m pytest -q -rs tests/slurm $(ARGS)
+
+slurm-programs:
+	@test "$$(id -u)" = 0 || { echo "tests/slurm make network namespaces: run make as root"; exit 1; }
 	@which slurmctld slurmd munged ip >/dev/null || { apt-get update -qq && \
 	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurm-wlm munge iproute2; } || \
 	  { echo "tests/slurm need SLURM, and apt-get could not install it: install slurm-wlm, munge and iproute2"; exit 1; }
-	OMP_NUM_THREADS=1 SLURM=all $(BIN)/python -m pytest -q -rs tests/slurm $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
