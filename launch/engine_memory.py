@@ -1,4 +1,4 @@
-"""What one GPU of an SGLang engine holds, and whether the model can be cut for it. Pure.
+"""What one GPU of an SGLang engine holds, and whether that is enough. Pure.
 
 SGLang gives `engine.mem_fraction` of the GPU to weights and KV cache; activations and CUDA graphs take of the rest.
 """
@@ -34,18 +34,6 @@ def engine_memory(config: RunConfig, shape: ModelShape, gpu_bytes: int) -> Engin
     if config.engine.max_total_tokens is not None:
         tokens = min(tokens, config.engine.max_total_tokens)
     return EngineMemory(weights, tokens * token, tokens)
-
-
-def check_engine_layout(config: RunConfig, shape: ModelShape) -> None:
-    """Raise ConfigError where the engine's tensor parallelism does not divide the model."""
-    tp, option = config.engine.tensor_parallel_size, "engine.tensor_parallel_size"
-    if shape.heads % tp:
-        raise ConfigError(f"{option}={tp} does not divide the model's number of attention heads {shape.heads}")
-    if shape.kv_heads % tp and tp % shape.kv_heads:
-        raise ConfigError(f"{option}={tp} neither divides the model's {shape.kv_heads} key-value heads nor is divided")
-    ffn = shape.ffn if shape.experts is None else shape.experts.ffn
-    if ffn % tp:
-        raise ConfigError(f"{option}={tp} does not divide the model's intermediate size {ffn}")
 
 
 def check_engine_memory(config: RunConfig, found: EngineMemory, gpu_gib: float) -> None:

@@ -9,10 +9,10 @@ from dapo_megatron.actor.memory import StageMemory, fullest, trainer_memory
 from dapo_megatron.checkpoint.size import SaveBytes, save_bytes
 from dapo_megatron.config import RunConfig
 from dapo_megatron.errors import ConfigError
-from dapo_megatron.resharding.plan import plan_buckets
+from dapo_megatron.resharding.engine_parts import check_engine_layout
+from dapo_megatron.resharding.plan import plan_stages
 from dapo_megatron.weights.families import ModelShape
-from dapo_megatron.weights.table import hf_shapes, parameter_mappings
-from launch.engine_memory import EngineMemory, check_engine_layout, check_engine_memory, engine_memory
+from launch.engine_memory import EngineMemory, check_engine_memory, engine_memory
 from launch.topology import Placement
 
 GIB = 2**30
@@ -108,7 +108,7 @@ def make_plan(config: RunConfig, shape: ModelShape, placement: Placement, cluste
 
 def refusals(plan: Plan, shape: ModelShape) -> list[ConfigError]:
     """Every reason why the job cannot work, one line each."""
-    found = [_refusal(check_engine_layout, plan.config, shape), _host_refusal(plan)]
+    found = [_refusal(check_engine_layout, shape, plan.config.engine.tensor_parallel_size), _host_refusal(plan)]
     if not plan.placement.cpu:
         found += [
             _refusal(check_engine_memory, plan.config, plan.engine, plan.cluster.gpu_gib),
@@ -129,14 +129,15 @@ def _is_fused(config: RunConfig, shape: ModelShape, placement: Placement) -> boo
 
 
 def _push(config: RunConfig, shape: ModelShape, bandwidth_gbs: float) -> Push:
-    sizes = {
-        name: size
-        for mapping in parameter_mappings(shape).values()
-        for name, size in zip(mapping.hf, hf_shapes(mapping, shape), strict=True)
-    }
-    buckets = plan_buckets(sizes.items(), config.engine_dtype, config.resharding.bucket_mib << 20)
-    total = sum(bucket.bytes for bucket in buckets)
-    return Push(total, len(buckets), total / (bandwidth_gbs * 1e9))
+    stages = plan_stages(
+        shape,
+        config.actor,
+        dtype=config.model.dtype,
+        engine_dtype=config.engine_dtype,
+        bucket_bytes=config.resharding.bucket_mib << 20,
+    )
+    total = sum(stage.bytes for stage in stages)
+    return Push(total, sum(len(stage.buckets) for stage in stages), total / (bandwidth_gbs * 1e9))
 
 
 def _host_memory(config: RunConfig, placement: Placement, save: SaveBytes) -> HostMemory:

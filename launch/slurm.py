@@ -31,11 +31,11 @@ from launch.canary import check_nodes
 from launch.dry_run import Options, dry_run
 from launch.environment import VISIBLE, shared_environment
 from launch.job import Job
+from launch.job_snapshot import go_on_in, is_in, take_snapshot
 from launch.machine import raise_open_files_limit
 from launch.port_map import job_ports
 from launch.processes import ProcessGroup
 from launch.requeue import requeue
-from launch.snapshot import go_on_in, is_in, take_snapshot
 from launch.states import End, GraceOver, Requeue, StopAsked
 from launch.steps import Steps
 from launch.supervisor import Supervisor

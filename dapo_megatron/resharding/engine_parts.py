@@ -18,15 +18,15 @@ def check_engine_layout(shape: ModelShape, tp_size: int) -> None:
     Raises:
         ConfigError: one line that names both numbers.
     """
-    widths = [("attention heads", shape.heads), ("intermediate size", shape.ffn)]
+    widths = [("attention heads", shape.heads), ("channels of the MLP", shape.ffn)]
     if shape.experts is not None:
-        widths[1] = ("experts' intermediate size", shape.experts.ffn)
+        widths[1] = ("channels of an expert", shape.experts.ffn)
     for what, count in widths:
         if count % tp_size:
-            raise ConfigError(f"engine.tensor_parallel_size={tp_size} does not divide the model's {what} {count}")
+            raise ConfigError(f"engine.tensor_parallel_size={tp_size} does not divide the model's {count} {what}")
     if shape.kv_heads % tp_size and tp_size % shape.kv_heads:
         raise ConfigError(
-            f"engine.tensor_parallel_size={tp_size} neither divides the model's key-value heads {shape.kv_heads} nor "
+            f"engine.tensor_parallel_size={tp_size} neither divides the model's {shape.kv_heads} key-value heads nor "
             "is a multiple of them"
         )
 

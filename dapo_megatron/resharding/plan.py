@@ -128,26 +128,33 @@ def plan_push(
         ConfigError: an engine cannot share the model's tensors among its ranks.
     """
     check_engine_layout(shape, engine.tensor_parallel_size)
-    stages = []
-    of_stages = stage_mappings(shape, actor.pipeline_model_parallel_size, actor.virtual_pipeline_model_parallel_size)
-    for mappings in of_stages:
-        gathers = _gathers(shape, actor, mappings, ITEM_BYTES[dtype])
-        buckets = plan_buckets((t for g in gathers for t in g.tensors), engine_dtype, bucket_bytes)
-        stages.append(StagePlan(gathers, tuple(buckets), _sender_peak(gathers, buckets, dtype)))
+    stages = plan_stages(shape, actor, dtype=dtype, engine_dtype=engine_dtype, bucket_bytes=bucket_bytes)
     size = engine.tensor_parallel_size
     links = [
         Link(stage, e, range(1 + e * size, 1 + (e + 1) * size), plan.bytes)
         for stage, plan in enumerate(stages)
         for e in range(engine.replicas)
     ]
-    rules = [mapping for mappings in of_stages for mapping in mappings]
+    rules = [mapping for mappings in _of_stages(shape, actor) for mapping in mappings]
     item = ITEM_BYTES[engine_dtype]
     return PushPlan(
-        stages=tuple(stages),
+        stages=stages,
         links=tuple(links),
         kept=tuple(sum(kept_bytes(rule, shape, size, rank, item) for rule in rules) for rank in range(size)),
         engine_peak=max(bucket.bytes for plan in stages for bucket in plan.buckets),
     )
+
+
+def plan_stages(
+    shape: ModelShape, actor: ActorConfig, *, dtype: str, engine_dtype: str, bucket_bytes: int
+) -> tuple[StagePlan, ...]:
+    """What each pipeline stage does, whatever the engines' layout."""
+    stages = []
+    for mappings in _of_stages(shape, actor):
+        gathers = _gathers(shape, actor, mappings, ITEM_BYTES[dtype])
+        buckets = plan_buckets((t for g in gathers for t in g.tensors), engine_dtype, bucket_bytes)
+        stages.append(StagePlan(gathers, tuple(buckets), _sender_peak(gathers, buckets, dtype)))
+    return tuple(stages)
 
 
 def plan_buckets(tensors: Iterable[Tensor], dtype: str, bucket_bytes: int) -> list[Bucket]:
@@ -168,6 +175,10 @@ def plan_buckets(tensors: Iterable[Tensor], dtype: str, bucket_bytes: int) -> li
     if current:
         buckets.append(_bucket(current, dtype))
     return buckets
+
+
+def _of_stages(shape: ModelShape, actor: ActorConfig) -> list[list[ParameterMapping]]:
+    return stage_mappings(shape, actor.pipeline_model_parallel_size, actor.virtual_pipeline_model_parallel_size)
 
 
 def _bucket(tensors: list[Tensor], dtype: str) -> Bucket:

@@ -74,7 +74,7 @@ class Cluster:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def tidy(self) -> None:
-        """Cancel every job, bring every node back, and end what is left. A node that was cut off learns late what ended.
+        """Cancel every job, bring every node back, and end what is left. A node that was cut off learns it late.
 
         Raises:
             AssertionError: a process was left on a node after its job.

@@ -118,7 +118,7 @@ CANNOT_WORK = {
     "heads of the engine": (
         ["engine.tensor_parallel_size=3"],
         {},
-        "engine.tensor_parallel_size=3 does not divide the model's number of attention heads 40",
+        "engine.tensor_parallel_size=3 does not divide the model's 40 attention heads",
     ),
     "layers": (["actor.pipeline_model_parallel_size=3", "actor.data_parallel_size=1"], {}, "number of layers 64"),
     "activations": (["actor.recompute=false"], {}, "stage 0 of the trainer needs 77.0 GiB a GPU"),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.snapshot import PACKAGES, environment_in, is_in
+from launch.job_snapshot import PACKAGES, environment_in, is_in
 
 ROOT = Path(__file__).parents[3]
 
