@@ -28,7 +28,7 @@ def _find_recipe(text: str) -> Path:
     from launch.recipes import recipe_path
 
     path = Path(text)
-    shipped = recipe_path(text) if path.name == text and not path.suffix else path
+    shipped = recipe_path(text) if path.name == text and path.suffix not in (".yaml", ".yml") else path
     return shipped if shipped.exists() and not path.is_file() else path
 
 

@@ -255,6 +255,4 @@ class Supervisor:
         """Whether a run whose training has ended has nothing left to do."""
         records = read_metrics(self.folder)
         last = records[-1] if records else {}
-        goals = self.config.trainer.stop_at
-        reached = bool(goals) and all(last.get(name, float("-inf")) >= value for name, value in goals.items())
-        return reached or last.get("step", 0) >= self.config.trainer.steps
+        return self.config.trainer.goals_reached(last) or last.get("step", 0) >= self.config.trainer.steps

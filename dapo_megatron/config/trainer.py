@@ -1,5 +1,8 @@
 """The training loop: steps, checkpoints, deadlines."""
 
+import math
+from collections.abc import Mapping
+
 from pydantic import Field
 
 from dapo_megatron.config.base import EvaluationMetric, Section
@@ -18,3 +21,7 @@ class TrainerConfig(Section):
     """Seconds the trainer waits for the controller's next batch."""
     collective_timeout_s: float = Field(600.0, ge=1)
     """Seconds for one collective among the trainer's ranks: how soon a rank that hangs is noticed."""
+
+    def goals_reached(self, evaluation: Mapping[str, float]) -> bool:
+        """Whether an evaluation has reached every goal of `stop_at`; never without goals, or without an evaluation."""
+        return bool(self.stop_at) and all(evaluation.get(k, -math.inf) >= v for k, v in self.stop_at.items())

@@ -10,8 +10,6 @@ While the controller is waited for, an engine that the launcher has replaced get
 ends the run at once, with the checkpoint of the step before.
 """
 
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,7 +23,6 @@ from dapo_megatron.checkpoint.load import load_checkpoint, load_weights
 from dapo_megatron.checkpoint.manifest import Format, read_manifest
 from dapo_megatron.checkpoint.train_state import TrainState
 from dapo_megatron.config import CheckpointConfig, RunConfig
-from dapo_megatron.config.base import EvaluationMetric
 from dapo_megatron.distributed.agreement import on_first_rank
 from dapo_megatron.distributed.layout import Layout
 from dapo_megatron.errors import EngineError
@@ -95,7 +92,7 @@ def train(
         saved = (0, "weights")
 
     published: dict[str, float] = {}
-    is_over = state.step >= config.trainer.steps or reached(config.trainer.stop_at, evaluation)
+    is_over = state.step >= config.trainer.steps or config.trainer.goals_reached(evaluation)
     try:
         while not is_over:
             with recorder.phase("step"):
@@ -107,7 +104,7 @@ def train(
             if is_over or state.step % config.evaluation.every == 0:
                 with recorder.phase("evaluate"):
                     evaluation = controller.evaluate(state, evaluating)
-                is_over = is_over or reached(config.trainer.stop_at, evaluation)
+                is_over = is_over or config.trainer.goals_reached(evaluation)
             is_over = is_over or asked_to_stop(config, actor.layout)
             with recorder.phase("checkpoint"):
                 published |= checkpointer.poll()
@@ -160,11 +157,6 @@ def load(config: RunConfig, actor: Actor, start: Start) -> tuple[TrainState, byt
     else:
         actor.load_hf(config.model.path)
     return TrainState(), None
-
-
-def reached(goals: Mapping[EvaluationMetric, float], evaluation: dict[str, float]) -> bool:
-    """Whether the evaluation has reached every goal; never without goals, or without an evaluation."""
-    return bool(goals) and all(evaluation.get(name, -math.inf) >= value for name, value in goals.items())
 
 
 def asked_to_stop(config: RunConfig, layout: Layout) -> bool:

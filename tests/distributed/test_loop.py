@@ -11,14 +11,12 @@ from tests.distributed.harness import actor_on_rank, run_ranks  # first: patches
 from tests.distributed.test_actor import step_batch
 from tests.tiny import groups, hf_folder, run_config
 
-from typing import get_args
 
 from dapo_megatron.actor.training_objective import PolicyObjective
 from dapo_megatron.checkpoint.train_state import TrainState
 from dapo_megatron.config import CheckpointConfig
-from dapo_megatron.config.base import EvaluationMetric
-from dapo_megatron.observe.catalog import CATALOG, reduce_updates
-from dapo_megatron.trainer.loop import format_of, old_logprobs, reached, train_step
+from dapo_megatron.observe.catalog import reduce_updates
+from dapo_megatron.trainer.loop import format_of, old_logprobs, train_step
 from dapo_megatron.weights.exporter import export_stage
 
 
@@ -107,15 +105,6 @@ def test_updates_become_one_record():
         "optimizer/lr": 0.2,
         "optimizer/skipped": 1.0,
     }
-
-
-def test_a_run_ends_early_when_the_evaluation_has_reached_every_goal():
-    goals = {"eval/accuracy": 0.5, "eval/greedy_accuracy": 0.8}
-    assert reached(goals, {"eval/accuracy": 0.5, "eval/greedy_accuracy": 0.9})
-    assert not reached(goals, {"eval/accuracy": 0.5, "eval/greedy_accuracy": 0.7})
-    assert not reached(goals, {"eval/accuracy": 0.6})
-    assert not reached(goals, {}) and not reached({}, {"eval/accuracy": 1.0})
-    assert set(get_args(EvaluationMetric)) <= CATALOG.keys()
 
 
 def test_every_nth_checkpoint_and_the_last_can_be_resumed_in_any_layout():

@@ -1,12 +1,18 @@
 """One tree of options: overrides, cross-checks, and errors that a person can act on."""
 
 import math
+from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from dapo_megatron.config import RunConfig, load_config
+from dapo_megatron.cli import _find_recipe
+from dapo_megatron.config import RunConfig, TrainerConfig, load_config
+from dapo_megatron.config.base import EvaluationMetric
 from dapo_megatron.config.explain import fields, value_of
 from dapo_megatron.errors import DapoError
+from dapo_megatron.observe.catalog import CATALOG
+from launch.recipes import recipe_path
 
 RECIPE = "model: {path: m}\ndata: {train: t.jsonl}\n"
 
@@ -143,3 +149,19 @@ def test_merged_sections_and_plain_numbers(tmp_path):
 def test_sections_may_share_text_and_be_empty(tmp_path):
     text = "model: &m {path: m}\ndata: {train: t}\ntrainer:\n"
     assert load(tmp_path, "trainer.steps=3", text=text).trainer.steps == 3
+
+
+def test_a_run_ends_early_when_the_evaluation_has_reached_every_goal():
+    goals = {"eval/accuracy": 0.5, "eval/greedy_accuracy": 0.8}
+    config = TrainerConfig(stop_at=goals)
+    assert config.goals_reached({"eval/accuracy": 0.5, "eval/greedy_accuracy": 0.9})
+    assert not config.goals_reached({"eval/accuracy": 0.5, "eval/greedy_accuracy": 0.7})
+    assert not config.goals_reached({"eval/accuracy": 0.6})
+    assert not config.goals_reached({}) and not TrainerConfig().goals_reached({"eval/accuracy": 1.0})
+    assert set(get_args(EvaluationMetric)) <= CATALOG.keys()
+
+
+@pytest.mark.parametrize("name", ["demo", "dapo_qwen2.5_32b", "dapo_qwen2.5_7b"])
+def test_recipes_that_come_along_are_found_by_their_names(name):
+    assert _find_recipe(name) == recipe_path(name) and recipe_path(name).is_file()
+    assert _find_recipe(f"{name}.yaml") == Path(f"{name}.yaml")
