@@ -16,8 +16,12 @@ class RolloutConfig(Section):
     """L_max: longest response in tokens."""
     temperature: float = Field(1.0, gt=0)
     """Sampling temperature; the trainer divides its logits by it too."""
-    max_policy_lag: int = Field(0, ge=0, le=1)
-    """0: generate, then train (on-policy). 1: generate the next step's groups while this one trains."""
+    max_policy_lag: int = Field(0, ge=0, le=8)
+    """0: generate, then train (on-policy). N: generate all the time; no token that is trained is more than N policy
+    versions old."""
+    oversample_sigmas: float = Field(1.5, ge=0, le=6)
+    """Margin of the groups issued for a step without a lag, in standard deviations of how many of them are kept; the
+    surplus is carried into the next step."""
     function: str = "dapo_megatron.rollout.single_turn:rollout"
     """package.module:async function(prompt, engine) -> Response."""
     function_timeout_s: float = Field(7200.0, gt=0)
@@ -29,8 +33,8 @@ class RolloutConfig(Section):
     bank_bytes: int = Field(8 << 30, ge=0)
     """Bytes in the run folder for finished groups of the step in progress, which a resume takes back; 0: none are
     kept."""
-    concurrency: int = Field(1024, ge=1)
-    """Most responses in flight on all engines together."""
+    concurrency: int | None = Field(None, ge=1)
+    """Most responses in flight on all engines together; null is engine.replicas x engine.max_running_requests."""
     request_timeout_s: float = Field(1800.0, gt=0)
     """Seconds for one request from the moment it is sent, retries included."""
 

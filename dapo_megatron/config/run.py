@@ -59,6 +59,11 @@ class RunConfig(Section):
         return self.actor.world_size
 
     @property
+    def concurrency(self) -> int:
+        """Most responses in flight on all engines together."""
+        return self.rollout.concurrency or self.engine.replicas * self.engine.max_running_requests
+
+    @property
     def engine_dtype(self) -> str:
         """Type of the engine's weights."""
         return self.engine.dtype or self.model.dtype

@@ -1,7 +1,7 @@
 """The controller's state between two steps, as a checkpoint keeps it: JSON, looked through before it is used.
 
-It belongs to the batch of `step`, and was taken when nothing was with the engines: every prompt that was issued later
-is issued again by whoever goes on from it, because the cursor stands before it.
+It belongs to the batch of `step`. Whoever goes on from it issues again what was with the engines then, under the same
+numbers, and everything that was issued later, because the cursor stands before it.
 """
 
 import math
@@ -14,7 +14,7 @@ from dapo_megatron.data.sampler import SamplerState
 from dapo_megatron.errors import ConfigError
 from dapo_megatron.records import Prompt, ScoredGroup
 
-SCHEMA = 3
+SCHEMA = 4
 
 
 class Snapshot(msgspec.Struct):
@@ -24,11 +24,11 @@ class Snapshot(msgspec.Struct):
     """The step whose batch it belongs to; 0 before the first."""
     sampler: SamplerState
     next_order: int
-    kept_share: float
-    """Running share of groups kept: sizes the next round."""
+    share: tuple[float, float]
+    """(groups kept, groups seen) lately, with weights: how many are issued for one that is wanted."""
     carried: list[ScoredGroup]
     again: list[tuple[int, str]]
-    """(order, prompt id) of groups that became stale and must be issued again."""
+    """(order, prompt id) of groups that must be issued again: they became stale, or were with the engines."""
     data: str = ""
     """Hash of the prompts in their order (data_digest)."""
     schema: int = SCHEMA
@@ -104,8 +104,9 @@ def _problem(s: Snapshot, step: int) -> str | None:
             f"{s.next_order} prompts were issued, the cursor stands at prompt {sampler.position} of {sampler.size} in "
             f"epoch {sampler.epoch}"
         )
-    if not (math.isfinite(s.kept_share) and 0 <= s.kept_share <= 1):
-        return f"its share of groups kept is {s.kept_share}"
+    kept, seen = s.share
+    if not (math.isfinite(seen) and 0 <= kept <= seen and seen > 0):
+        return f"it counts {kept} groups kept of {seen}"
     waiting = [g.order for g in s.carried] + [order for order, _ in s.again]
     if len(set(waiting)) < len(waiting) or not all(0 <= order < s.next_order for order in waiting):
         return f"of {s.next_order} prompts issued, numbers {waiting} wait"

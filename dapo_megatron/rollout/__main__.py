@@ -45,7 +45,7 @@ async def _serve(reporter: "Reporter", config_path: Path, address: str) -> None:
         grading_pool(config) as grading,
         EngineClient(
             lambda: read_engine_set(reporter.folder),
-            concurrency=r.concurrency,
+            concurrency=config.concurrency,
             timeout_s=r.request_timeout_s,
             api_key=keys.engine_api_key,
         ) as client,

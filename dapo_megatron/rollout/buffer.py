@@ -1,12 +1,13 @@
 """Every group that was issued, by its state, and the snapshot that a checkpoint keeps.
 
     ISSUED    the prompt is with the engines           -> KEPT, or FILTERED (all right, all wrong), when it is graded
-    KEPT      mixed, and not yet in a batch            -> trained in this step, or CARRIED into the next one
-    CARRIED   kept when its step was full already      -> KEPT in the next step, or STALE if it is too old then
-    STALE     its prompt waits to be issued again      -> ISSUED, under its old number
+    KEPT      mixed, and not yet in a batch            -> trained in the next batch, or CARRIED over it
+    CARRIED   mixed, and left by a batch that was full -> trained in the next batch, CARRIED over it, or STALE before it
+    STALE     too old: its prompt waits                -> ISSUED, under its old number
 
-A transition that ends an issue (trained, filtered, carried, stale) is a line of the ledger. The snapshot is taken
-between steps, when nothing is with the engines that belongs to an earlier one.
+Every transition out of KEPT and CARRIED, a filtered group, and one that is with the engines while a batch leaves, is a
+line of the ledger, which belongs to that batch. The snapshot goes with a batch; of what is with the engines then it
+keeps number and prompt, to be issued again.
 """
 
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from dapo_megatron.data.snapshot import Snapshot, data_digest, decode_snapshot, 
 from dapo_megatron.errors import ConfigError
 from dapo_megatron.records import Prompt, ScoredGroup
 from dapo_megatron.rollout.ledger import Entry, Fate
-from dapo_megatron.rollout.selection import Verdicted, by_age, take, updated_share
+from dapo_megatron.rollout.selection import Share, Verdicted, by_age, take
 
 
 class GroupBuffer:
@@ -37,10 +38,12 @@ class GroupBuffer:
         self._by_id = {p.id: p for p in prompts}
         self._sampler = PromptSampler(len(prompts), seed, shuffle)
         data = data_digest(prompts)
-        self.state = Snapshot(0, self._sampler.state(), 0, 1.0, [], [], data)
+        self.share = Share()
+        self.state = Snapshot(0, self._sampler.state(), 0, (self.share.kept, self.share.seen), [], [], data)
         if state is not None:
             self.state = decode_snapshot(state, step)
             self._sampler = PromptSampler.restore(self.state.sampler, len(prompts), seed)
+            self.share = Share(*self.state.share)
             if self.state.data != data:
                 raise ConfigError(
                     "cannot resume: data.train holds other prompts or answers than when the run began, or has them in "
@@ -54,13 +57,15 @@ class GroupBuffer:
                     )
         self.issued: dict[int, Prompt] = {}
         """With the engines, by order number."""
-        self.kept: list[ScoredGroup] = []
+        self.kept = self.state.carried
+        """Mixed, and in no batch; at the beginning of a step, carried ones."""
         self._entries: list[Entry] = []
+        self._told: set[int] = set()
+        """With the engines when an earlier batch left."""
 
     def begin_step(self, oldest_version: int) -> None:
-        """Take up the carried groups; those with a token older than `oldest_version` go to be issued again."""
-        self.kept, stale = by_age(self.state.carried, oldest_version)
-        self.state.carried = []
+        """Kept groups with a token older than `oldest_version` go to be issued again."""
+        self.kept, stale = by_age(self.kept, oldest_version)
         self.state.again += [(g.order, g.prompt.id) for g in stale]
         self._end(stale, "stale")
 
@@ -75,30 +80,45 @@ class GroupBuffer:
         self.issued[order] = prompt
         return order, prompt
 
-    def graded(self, groups: Sequence[tuple[ScoredGroup, Verdicted]]) -> None:
-        """A round came back, with the fate of each of its groups."""
-        for group, fate in groups:
-            del self.issued[group.order]
-            if fate == "kept":
-                self.kept.append(group)
-            else:
-                self._end([group], fate)
-        share = sum(fate == "kept" for _, fate in groups) / len(groups)
-        self.state.kept_share = updated_share(self.state.kept_share, share)
+    def graded(self, group: ScoredGroup, fate: Verdicted) -> None:
+        """A group came back."""
+        del self.issued[group.order]
+        self._told.discard(group.order)
+        self.share.count(kept=fate == "kept")
+        if fate == "kept":
+            self.kept.append(group)
+        else:
+            self._end([group], fate)
 
-    def end_step(self, wanted: int, step: int) -> tuple[list[ScoredGroup], list[Entry]]:
-        """(the step's groups in issue order, the ledger's entries); the rest is carried."""
-        used, self.state.carried = take(self.kept, wanted)
-        self.kept = []
+    def end_step(self, wanted: int, step: int, oldest_version: int) -> tuple[list[ScoredGroup], list[Entry]]:
+        """(the step's groups in issue order, the ledger's entries); the rest is carried.
+
+        Args:
+            oldest_version: that the next step may still train.
+        """
+        used, self.kept = take(self.kept, wanted, oldest_version)
         self._end(used, "kept")
-        self._end(self.state.carried, "carried")
-        self.state.sampler, self.state.step = self._sampler.state(), step
+        self._end(self.kept, "carried")
+        for order in self.issued.keys() - self._told:
+            self._entries.append(Entry(0, order, self.issued[order].id, "issued", -1))
+        self._told = set(self.issued)
+        self.share.age()
+        self.state.step = step
         entries, self._entries = self._entries, []
         return used, [msgspec.structs.replace(e, step=step) for e in entries]
 
     def snapshot(self) -> bytes:
         """The state, for a checkpoint."""
-        return encode_snapshot(self.state)
+        with_engines = [(order, prompt.id) for order, prompt in self.issued.items()]
+        return encode_snapshot(
+            msgspec.structs.replace(
+                self.state,
+                sampler=self._sampler.state(),
+                share=(self.share.kept, self.share.seen),
+                carried=self.kept,
+                again=self.state.again + with_engines,
+            )
+        )
 
     def _end(self, groups: Sequence[ScoredGroup], fate: Fate) -> None:
         self._entries += [Entry(0, g.order, g.prompt.id, fate, g.oldest_version) for g in groups]

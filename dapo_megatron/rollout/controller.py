@@ -2,7 +2,7 @@
 
     trainer asks       the controller answers when
     Hello              data are read, graders run; its state is the checkpoint's
-    NextBatch(k, v)    step k is full; with max_policy_lag 1 it was begun when batch k - 1 left
+    NextBatch(k, v)    step k is full; with max_policy_lag its groups are generated while others are trained
     Evaluate(k, v)     every held-out prompt has its responses
     Goodbye            at once, and ends
 
@@ -54,7 +54,7 @@ from dapo_megatron.rollout.function import load_rollout
 from dapo_megatron.rollout.guard import GuardedRollout
 from dapo_megatron.rollout.ledger import Ledger
 from dapo_megatron.rollout.metrics import response_metrics
-from dapo_megatron.rollout.producer import Producer, StepGroups
+from dapo_megatron.rollout.producer import Producer
 from dapo_megatron.rollout.scoring import score_group
 from dapo_megatron.rpc import RpcServer
 from dapo_megatron.weights.hf_config import read_model
@@ -80,8 +80,8 @@ class Controller:
         self.prompts = self._load(config.data.train, None)
         self.held_out = self._load(config.data.eval, config.data.eval_limit) if config.data.eval else None
         self._session: _Session | None = None
-        self._oldest_version = self._newest_version = 0
-        """What the engines may serve, by what the trainer has said."""
+        self._version = 0
+        """That is live, by what the trainer has said."""
 
     async def serve(self, link: RpcServer) -> None:
         """Answer the trainer until it says goodbye. Every DapoError is sent to it, and then raised here."""
@@ -97,23 +97,20 @@ class Controller:
                 return
 
     async def close(self) -> None:
-        """Stop generating ahead."""
-        if self._session is None:
-            return
-        if self._session.ahead is not None:
-            self._session.ahead.cancel()
-            await asyncio.gather(self._session.ahead, return_exceptions=True)  # what failed has been told
-        self._session.bank.end()
+        """Stop generating."""
+        if self._session is not None:
+            await self._session.producer.close()
+            self._session.bank.end()
 
     async def _answer(self, request: Request) -> Reply:
         match request:
             case Hello(snapshot, step):
                 return self._begin(snapshot, step)
             case NextBatch(step, version):
-                self._heard_of(version)
+                self._version = version
                 return await self._batch(self._begun(), step, version)
             case Evaluate(step, version):
-                self._heard_of(version)
+                self._version = version
                 self.reporter.phase("evaluate", f"step {step}")
                 held_out = self.held_out.prompts if self.held_out else []
                 sample_group = partial(self.sample_group, purpose=f"evaluation {step}")
@@ -130,9 +127,10 @@ class Controller:
         ledger = Ledger(self.folder.ledger, cut_to_step=cut)
         samples = SampleWriter(self.folder, resume_step=cut)
         bank = RolloutBank(self.folder, responses_digest(config), config.rollout.bank_bytes, step)
-        make_group = partial(self._banked_group, bank)
+        banking = asyncio.Lock()
+        make_group = partial(self._banked_group, bank, banking)
         producer = Producer(config, buffer, make_group, ledger, lambda: self.grading.trouble)
-        self._session = _Session(producer, samples, bank)
+        self._session = _Session(producer, samples, bank, banking)
         longer = (p.input_ids for p in prompts if len(p.input_ids) > 1)
         return Welcome(list(itertools.islice(longer, config.resharding.verify_prompts)))
 
@@ -142,11 +140,16 @@ class Controller:
         return self._session
 
     async def _batch(self, session: "_Session", step: int, version: int) -> Batch:
-        began = time.monotonic()
-        ahead, session.ahead = session.ahead, None
-        produced = await (ahead or self._produce(session, step, version))
+        config, began = self.config, time.monotonic()
+        await self._open_bank(session, step, version)
+        produced = await session.producer.step(step, version, lambda text: self.reporter.phase("generate", text))
+        self.reporter.phase("idle")
         waited = time.monotonic() - began
-        config = self.config
+        produced.metrics |= {m.GROUPS_FROM_BANK: float(session.bank.taken)}
+        produced.metrics |= {m.GROUPS_NOT_BANKED: float(session.bank.missed)}
+        if config.rollout.max_policy_lag:
+            await self._open_bank(session, step + 1, version + 1)
+            session.producer.run_ahead()
         batch = build_step_batch(
             produced.groups,
             step=step,
@@ -159,24 +162,23 @@ class Controller:
         session.samples.write(step, produced.seen[: config.observe.groups_per_step])
         metrics = produced.metrics | response_metrics(produced.groups, produced.seen, version) | batch.metrics
         metrics |= {m.GENERATE_SECONDS: waited, m.ROLLOUT_ERRORS: float(self.rollout.errors)}
-        if config.rollout.max_policy_lag:
-            session.ahead = asyncio.create_task(self._produce(session, step + 1, version))
         return Batch(encode(batch), metrics, produced.state)
 
-    async def _produce(self, session: "_Session", step: int, version: int) -> StepGroups:
-        bank = session.bank
-        versions = range(version - self.config.rollout.max_policy_lag, version + 1)
-        await asyncio.to_thread(bank.begin_step, step, versions)
-        produced = await session.producer.produce(step, version, lambda text: self.reporter.phase("generate", text))
-        self.reporter.phase("idle")
-        produced.metrics |= {m.GROUPS_FROM_BANK: float(bank.taken), m.GROUPS_NOT_BANKED: float(bank.missed)}
-        return produced
+    async def _open_bank(self, session: "_Session", step: int, version: int) -> None:
+        """Let the bank keep what is finished from now on for `step`, which `version` will train."""
+        if session.banked_step != step:
+            session.banked_step = step
+            versions = range(version - self.config.rollout.max_policy_lag, version + 1)
+            async with session.banking:
+                await asyncio.to_thread(session.bank.begin_step, step, versions)
 
-    async def _banked_group(self, bank: RolloutBank, prompt: Prompt, order: int) -> ScoredGroup:
-        group = bank.take(order, prompt)
+    async def _banked_group(self, bank: RolloutBank, banking: asyncio.Lock, prompt: Prompt, order: int) -> ScoredGroup:
+        async with banking:
+            group = bank.take(order, prompt)
         if group is None:
             group = await self.make_group(prompt, order)
-            bank.add(group)
+            async with banking:
+                bank.add(group)
         return group
 
     async def make_group(self, prompt: Prompt, order: int) -> ScoredGroup:
@@ -208,20 +210,16 @@ class Controller:
             log.warning("no verdict on prompt %s, sample %d: its grader was stopped", prompt.id, sample)
         return response
 
-    def _heard_of(self, version: int) -> None:
-        """The trainer says that `version` is live: with max_policy_lag 1, responses began under the one before."""
-        if version != self._newest_version:
-            self._oldest_version = self._newest_version if self.config.rollout.max_policy_lag else version
-            self._newest_version = version
-
     def _check_versions(self, response: Response) -> None:
-        # While a batch is generated ahead, the next version may go live before the trainer asks for the batch.
-        oldest, newest = self._oldest_version, self._newest_version + self.config.rollout.max_policy_lag
+        # With a lag, the next version may go live before the trainer asks for the batch that it trains.
+        lag = self.config.rollout.max_policy_lag
+        oldest, newest = self._version - lag, self._version + min(1, lag)
         for span in response.version_spans:
             if not oldest <= span.version <= newest:
                 raise EngineError(
                     f"a response to prompt {response.prompt_id} was sampled by policy version {span.version}, the "
-                    f"trainer has pushed none but {oldest} to {newest} lately: somebody else has changed an engine"
+                    f"trainer has pushed none but {max(0, oldest)} to {newest} lately: somebody else has changed an "
+                    "engine"
                 )
 
     def _load(self, paths: list[str], limit: int | None) -> LoadedPrompts:
@@ -233,6 +231,7 @@ class Controller:
 class _Session:
     """What begins with the trainer's hello."""
 
-    def __init__(self, producer: Producer, samples: SampleWriter, bank: RolloutBank):
-        self.producer, self.samples, self.bank = producer, samples, bank
-        self.ahead: asyncio.Task[StepGroups] | None = None
+    def __init__(self, producer: Producer, samples: SampleWriter, bank: RolloutBank, banking: asyncio.Lock):
+        """`banking` is held by whoever uses the bank: it is opened by a thread, for step after step."""
+        self.producer, self.samples, self.bank, self.banking = producer, samples, bank, banking
+        self.banked_step = 0

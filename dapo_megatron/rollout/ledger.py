@@ -7,6 +7,7 @@ is left proves that no prompt was skipped or used twice (`check_exactly_once`):
     17       carried, kept           settled by the last
     18       carried, stale          waits to be issued again, under its number
     19       all_wrong               settled
+    20       issued                  is with the engines while a batch leaves; a resume from there issues it again
 """
 
 from collections import Counter
@@ -20,7 +21,7 @@ import msgspec
 from dapo_megatron.errors import DataError
 from dapo_megatron.observe.jsonl import append_lines, cut_after, read_lines
 
-Fate = Literal["kept", "carried", "all_right", "all_wrong", "stale"]
+Fate = Literal["kept", "carried", "all_right", "all_wrong", "stale", "issued"]
 SETTLED: tuple[Fate, ...] = ("kept", "all_right", "all_wrong")
 """Nothing comes after these."""
 SHOWN = 5
@@ -35,7 +36,7 @@ class Entry(msgspec.Struct):
     prompt_id: str
     fate: Fate
     version: int
-    """Oldest policy version that sampled a token of the group."""
+    """Oldest policy version that sampled a token of the group; -1: it is not finished."""
 
 
 class Ledger:
@@ -74,7 +75,7 @@ class LedgerAudit(msgspec.Struct):
     """Numbers issued, from 0."""
     settled: int
     waiting: list[int]
-    """Numbers whose group is carried or stale."""
+    """Numbers whose group is carried, stale or with the engines."""
     frontier: int
     """Every number below it is settled."""
     epochs: int

@@ -1,12 +1,21 @@
-"""Dynamic sampling: generate until a rollout step's groups are full (DAPO, arXiv 2503.14476, section 3.2).
+"""Fills one rollout step after another with groups (DAPO's dynamic sampling, arXiv 2503.14476, section 3.2).
 
-    buffer.issue -> make_group (engines, graders, scoring) -> buffer.graded -> ... -> buffer.end_step
+    issue -> make_group (engines, graders, scoring) -> graded -> kept or filtered -> ... -> a batch takes what it needs
 
-A round waits for all its groups: the slowest answer unblocks it. Rounds are sized to the deficit by the share of groups
-kept so far. Kept groups that the step does not need are carried and consumed first in the next one.
+max_policy_lag 0    a step issues what it is expected to need and a margin, more whenever too many are filtered, waits
+                    for all of them, and takes the earliest issued. The surplus is carried into the next step.
+max_policy_lag N    groups are issued all the time, as many as the next N batches are expected to need (N + 1 while the
+                    trainer waits), a few more than the engines have room for. A batch is taken as soon as enough mixed
+                    groups are finished, but waits for every group that would be older than N in the next one.
+
+`step` waits for groups, and is woken by every one that is finished; a group waits for engines and graders alone. No
+group is dropped: each is trained, filtered or issued again.
 """
 
+import asyncio
+import math
 from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -15,13 +24,14 @@ from dapo_megatron.config import RunConfig
 from dapo_megatron.errors import DataError
 from dapo_megatron.records import Prompt, ScoredGroup
 from dapo_megatron.rollout.buffer import GroupBuffer
-from dapo_megatron.rollout.concurrency import all_or_first_error
 from dapo_megatron.rollout.ledger import Ledger
 from dapo_megatron.rollout.metrics import group_metrics
-from dapo_megatron.rollout.selection import fate_of, round_size
+from dapo_megatron.rollout.selection import fate_of, groups_to_issue
 
 MakeGroup = Callable[[Prompt, int], Coroutine[Any, Any, ScoredGroup]]
 Progress = Callable[[str], None]
+QUEUED = 1.25
+"""Groups with the engines, in units of what they have room for: the first answers of a group end before its last."""
 
 
 class StepGroups(msgspec.Struct):
@@ -34,8 +44,19 @@ class StepGroups(msgspec.Struct):
     """Snapshot of the buffer, for the checkpoint of this step."""
 
 
+@dataclass
+class _Flight:
+    """A group that is with the engines."""
+
+    task: asyncio.Task[ScoredGroup]
+    version: int
+    """That was live when it was issued."""
+    round: int
+    """1, or one more than that of a group whose fate made it necessary."""
+
+
 class Producer:
-    """Fills one rollout step after another."""
+    """Keeps the engines busy and hands out the groups of each step; the caller closes it."""
 
     def __init__(
         self,
@@ -52,48 +73,124 @@ class Producer:
         """
         self.config, self.buffer, self.make_group, self.ledger = config, buffer, make_group, ledger
         self._trouble = trouble
+        self._flights: dict[int, _Flight] = {}
+        """By order number, in the order of their issue."""
+        self._version = 0
+        self._is_waiting = False
+        """Whether the trainer waits for a batch."""
+        self._seen: list[ScoredGroup] = []
+        """Graded since the last batch."""
+        self._rounds = 0
+        self._changed = asyncio.Event()
+        self._error: BaseException | None = None
 
-    async def produce(self, step: int, version: int, progress: Progress) -> StepGroups:
-        """Generate until the step is full.
+    async def step(self, step: int, version: int, progress: Progress) -> StepGroups:
+        """The groups of a step, as soon as it is full.
 
         Args:
-            version: the policy version that is live when the step begins.
+            version: the policy version that is live, and will train them.
 
         Raises:
             DataError: max_generation_rounds passed and the step is not full; says what was seen.
         """
         wanted, buffer = self.config.rollout.prompts_per_step, self.buffer
-        buffer.begin_step(version - self.config.rollout.max_policy_lag - 1)
-        carried_in, rounds = len(buffer.kept), 0
-        seen: list[ScoredGroup] = []
-        while (deficit := wanted - len(buffer.kept)) > 0:
-            if rounds == self.config.algorithm.max_generation_rounds:
-                raise DataError(self._hopeless(seen))
-            rounds += 1
-            groups = await self._round(deficit, f"{len(buffer.kept)}/{wanted} kept, ", progress)
-            seen += groups
-            buffer.graded([(g, fate_of(g, self.config)) for g in groups])
-        used, entries = buffer.end_step(wanted, step)
+        self._version, self._is_waiting = version, True
+        buffer.begin_step(version - self._age)
+        carried_in = len(buffer.kept)
+        self._issue(round=1)
+        while self._error is None and (len(buffer.kept) < wanted or self._must_wait()):
+            if not self._flights:
+                raise DataError(self._hopeless())
+            progress(f"{len(buffer.kept)}/{wanted} kept, {len(self._flights)} groups with the engines")
+            self._changed.clear()
+            await self._changed.wait()
+        if self._error is not None:
+            await self.close()
+            raise self._error
+        self._is_waiting = False
+        used, entries = buffer.end_step(wanted, step, version + 1 - self._age)
+        seen, rounds = sorted(self._seen, key=lambda g: g.order), self._rounds
+        self._seen, self._rounds = [], 0
+        for flight in self._flights.values():
+            flight.round = 1
         fresh_kept = sum(fate_of(g, self.config) == "kept" for g in seen)
         metrics = group_metrics(self.ledger.settle(entries), carried_in, rounds, fresh_kept, len(seen))
         return StepGroups(used, seen, metrics, buffer.snapshot())
 
-    async def _round(self, deficit: int, so_far: str, progress: Progress) -> list[ScoredGroup]:
-        dynamic = self.config.algorithm.dynamic_sampling
-        count = round_size(deficit, self.buffer.state.kept_share) if dynamic else deficit
-        issued = [self.buffer.issue() for _ in range(count)]
-        return await all_or_first_error(
-            (self.make_group(prompt, order) for order, prompt in issued),
-            lambda done: progress(f"{so_far}{done}/{count} groups generated"),
-        )
+    def run_ahead(self) -> None:
+        """With a lag, go on for the next steps while this one is trained."""
+        if self.config.rollout.max_policy_lag:
+            self._issue(round=1)
 
-    def _hopeless(self, seen: list[ScoredGroup]) -> str:
-        fates = [fate_of(g, self.config) for g in seen]
-        verdicts = [r.verdict for g in seen for r in g.responses]
+    async def close(self) -> None:
+        """Generate no more."""
+        tasks = [flight.task for flight in self._flights.values()]
+        self._flights = {}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)  # the first error is told by whoever waits
+
+    @property
+    def _age(self) -> int:
+        """Versions that a group may be behind the one that trains it; without a lag, carried ones are one behind."""
+        return max(1, self.config.rollout.max_policy_lag)
+
+    def _must_wait(self) -> bool:
+        """Whether this step waits for a group that is with the engines: one that would be too old for the next."""
+        lag = self.config.rollout.max_policy_lag
+        return any(flight.version + lag <= self._version for flight in self._flights.values())
+
+    def _issue(self, round: int) -> None:
+        """Issue what is missing."""
+        rollout, buffer = self.config.rollout, self.buffer
+        if round > self.config.algorithm.max_generation_rounds:
+            return
+        wanted, lag, in_flight = rollout.prompts_per_step, rollout.max_policy_lag, len(self._flights)
+        share = buffer.share.value if self.config.algorithm.dynamic_sampling else 1.0
+        if lag == 0:
+            count = groups_to_issue(wanted - len(buffer.kept), in_flight, share, rollout.oversample_sigmas)
+        else:
+            batches = lag + self._is_waiting
+            count = groups_to_issue(batches * wanted - len(buffer.kept), in_flight, share, 0.0)
+            room = math.ceil(QUEUED * self.config.concurrency / rollout.group_size)
+            count = min(count, max(0, room - in_flight))
+        for _ in range(count):
+            order, prompt = buffer.issue()
+            task = asyncio.create_task(self.make_group(prompt, order))
+            self._flights[order] = _Flight(task, self._version, round)
+            task.add_done_callback(lambda _: self._finished())
+
+    def _finished(self) -> None:
+        """Grade what is finished; what is exact goes by the order of the issue, whoever ends first."""
+        in_order = self.config.engine.deterministic
+        for order, flight in list(self._flights.items()):
+            if flight.task.done():
+                self._graded(order, flight)
+            elif in_order:
+                break
+        self._changed.set()
+
+    def _graded(self, order: int, flight: _Flight) -> None:
+        del self._flights[order]
+        if flight.task.cancelled():  # the event loop ends
+            return
+        if (error := flight.task.exception()) is not None:
+            self._error = self._error or error
+            return
+        group = flight.task.result()
+        fate = fate_of(group, self.config)
+        self.buffer.graded(group, fate)
+        self._seen.append(group)
+        self._rounds = max(self._rounds, flight.round)
+        self._issue(1 if fate == "kept" else flight.round + 1)
+
+    def _hopeless(self) -> str:
+        fates = [fate_of(g, self.config) for g in self._seen]
+        verdicts = [r.verdict for g in self._seen for r in g.responses]
         missing = verdicts.count("unknown")
         message = (
             f"after {self.config.algorithm.max_generation_rounds} rounds of generation only {len(self.buffer.kept)} of "
-            f"{self.config.rollout.prompts_per_step} groups are mixed: of {len(seen)} groups "
+            f"{self.config.rollout.prompts_per_step} groups are mixed: of {len(self._seen)} groups "
             f"{fates.count('all_right')} were all right and {fates.count('all_wrong')} all wrong"
         )
         if missing:

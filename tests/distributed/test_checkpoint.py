@@ -27,7 +27,7 @@ def updates(config, actor, count):
 
 def controller_at(step):
     """The controller's state that belongs to a step."""
-    return encode_snapshot(Snapshot(step, SamplerState(0, 0, step, 9, True), step, 0.5, [], []))
+    return encode_snapshot(Snapshot(step, SamplerState(0, 0, step, 9, True), step, (1.0, 2.0), [], []))
 
 
 def two_steps_and_save(config, format="fully_reshardable"):

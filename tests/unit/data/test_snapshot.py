@@ -24,7 +24,7 @@ def snapshot(**changes):
     )
     group = ScoredGroup(15, prompt, [response])
     return msgspec.structs.replace(
-        Snapshot(12, sampler.state(), 17, 0.1 + 0.2, [group], [(9, "a/b.jsonl:1")]), **changes
+        Snapshot(12, sampler.state(), 17, (0.1 + 0.2, 4.0), [group], [(9, "a/b.jsonl:1")]), **changes
     )
 
 
@@ -65,7 +65,9 @@ GROUP = snapshot().carried[0]
         ({"sampler": sampler(epoch=1, position=10)}, "its cursor stands at prompt 10 of 7"),
         ({"sampler": sampler(epoch=-1)}, "in epoch -1"),
         ({"sampler": sampler(size=0)}, "of 0 in epoch"),
-        ({"kept_share": -1.0}, "its share of groups kept is -1.0"),
+        ({"share": (-1.0, 2.0)}, "it counts -1.0 groups kept of 2.0"),
+        ({"share": (3.0, 2.0)}, "it counts 3.0 groups kept of 2.0"),
+        ({"share": (0.0, 0.0)}, "it counts 0.0 groups kept of 0.0"),
         ({"carried": [GROUP, GROUP]}, "numbers [15, 15, 9] wait"),
         ({"again": [(15, "p")]}, "numbers [15, 15] wait"),
         ({"again": [(17, "p")]}, "of 17 prompts issued, numbers [15, 17] wait"),

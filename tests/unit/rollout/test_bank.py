@@ -232,7 +232,7 @@ def test_a_resumed_step_generates_what_was_not_finished(tmp_path, finished):
         world, folder = World(every_third), RunFolder(tmp_path / name)
         opened = RolloutBank(folder, DIGEST, 1 << 20, first - 1)
         cut = first - 1 if state else None
-        made = producer(tmp_path / name, world, state=state, cut=cut, wanted=6)
+        made = producer(tmp_path / name, world, state=state, cut=cut, wanted=12, exact=True)
         generate = world.make_group
 
         async def make_group(prompt, order):
@@ -253,7 +253,7 @@ def test_a_resumed_step_generates_what_was_not_finished(tmp_path, finished):
             world.version = step - 1
             opened.begin_step(step, range(step - 1, step))
             start = made.buffer.state.next_order
-            out.append(await made.produce(step, step - 1, lambda _: None))
+            out.append(await made.step(step, step - 1, lambda _: None))
             states.append(out[-1].state)
         return out, world, opened
 

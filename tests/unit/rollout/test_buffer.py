@@ -50,7 +50,8 @@ class Run:
         for order, prompt in issued:
             assert prompt == self.sequence[order]  # a number keeps its prompt, also when it is issued again
         graded = [(group(*i, self.version), fate) for i, fate in zip(issued, fates, strict=True)]
-        self.buffer.graded(graded[::-1])  # the order in which answers end is not that of the issue
+        for one in graded[::-1]:  # the order in which answers end is not that of the issue
+            self.buffer.graded(*one)
 
     def step(self, wanted, newer, rounds, dies):
         buffer, self.version = self.buffer, self.version + newer
@@ -63,7 +64,7 @@ class Run:
         if (deficit := wanted - len(buffer.kept)) > 0:
             self.round(["kept"] * deficit)
         number = len(self.history) + 1
-        used, entries = buffer.end_step(wanted, number)
+        used, entries = buffer.end_step(wanted, number, self.version)
         orders = [g.order for g in used]
         assert len(orders) == wanted and orders == sorted(set(orders))
         assert all(g.oldest_version >= self.version - 1 for g in used)
@@ -75,7 +76,7 @@ class Run:
     def check(self):
         settled = Counter(e.order for _, _, entries in self.history for e in entries if e.fate in SETTLED)
         state = self.buffer.state
-        waiting = [g.order for g in state.carried] + [order for order, _ in state.again]
+        waiting = [g.order for g in self.buffer.kept] + [order for order, _ in state.again]
         assert len(set(waiting)) == len(waiting)
         assert settled == Counter(set(range(state.next_order)) - set(waiting))
 

@@ -23,8 +23,7 @@ def test_every_ground_truth_is_given_to_the_grader():
     )
     controller.grading, controller.rollout = SimpleNamespace(grade=grade), rollout
     controller.sampler = controller.tokenizer = None
-    controller._newest_version = 0
-    controller._oldest_version = 0
+    controller._version = 0
     prompts = [Prompt("p", [1], "1", "?", 0, ["2", "4/2"]), Prompt("q", [1], "3", "?", 1)]
     responses = [asyncio.run(controller._respond(prompt, None, 0, None)) for prompt in prompts]
     assert asked == [("Answer: 2", "1", "2", "4/2"), ("Answer: 2", "3")]

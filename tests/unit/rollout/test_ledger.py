@@ -9,22 +9,10 @@ import pytest
 
 from dapo_megatron.observe.jsonl import append_lines
 from dapo_megatron.rollout.ledger import Entry, check_exactly_once, read_ledger
-from tests.unit.rollout.test_producer import PROMPTS, World, every_third, producer
+from tests.unit.rollout.test_producer import PROMPTS, World, every_third, producer, trained
 from tools.check_ledger import main
 
 SIZE = len(PROMPTS)
-
-
-async def ahead(made, world, first, last, state_of):
-    """As the controller with max_policy_lag 1: step k + 1 is begun when batch k leaves."""
-    task = None
-    for step in range(first, last + 1):
-        produced = await (task or made.produce(step, step - 1, lambda _: None))
-        state_of[step] = produced.state
-        task = asyncio.ensure_future(made.produce(step + 1, step - 1, lambda _: None))
-        await asyncio.sleep(0.002)  # the killed step has groups in flight
-        world.version = step
-    task.cancel()
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +26,8 @@ def ledger(tmp_path_factory):
         world.version = at
         resume = {"state": states[at], "cut": at} if at else {}
         made = producer(folder, world, wanted=3, rollout={"max_policy_lag": 1}, **resume)
-        asyncio.run(ahead(made, world, at + 1, last, states))
+        out, _ = asyncio.run(trained(made, world, at + 1, last))
+        states |= {at + 1 + i: produced.state for i, produced in enumerate(out)}
         at = last if last == 30 else max(0, last - rng.randint(0, 2))  # of an older checkpoint
     return (folder / "ledger.jsonl").read_bytes()
 

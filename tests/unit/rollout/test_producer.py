@@ -9,7 +9,7 @@ from dapo_megatron.data.snapshot import decode_snapshot
 from dapo_megatron.errors import DapoError
 from dapo_megatron.records import Prompt, Response, ScoredGroup, VersionSpan
 from dapo_megatron.rollout.buffer import GroupBuffer
-from dapo_megatron.rollout.ledger import Ledger, read_ledger
+from dapo_megatron.rollout.ledger import Ledger, check_exactly_once, read_ledger
 from dapo_megatron.rollout.producer import Producer
 from tests.tiny import run_config
 
@@ -39,12 +39,13 @@ class World:
         )
 
 
-def producer(tmp_path, world, state=None, cut=None, wanted=4, unknown="wrong", rollout=None, **algorithm):
+def producer(tmp_path, world, state=None, cut=None, wanted=4, unknown="wrong", rollout=None, exact=False, **algorithm):
     config = run_config(
         tmp_path,
         rollout={"prompts_per_step": wanted, "group_size": 2} | (rollout or {}),
         trainer={"mini_batch_prompts": 1},
         grading={"unknown": unknown},
+        engine={"deterministic": exact},
         algorithm=algorithm,
     )
     buffer = GroupBuffer(PROMPTS, seed=config.seed, shuffle=config.data.shuffle, state=state, step=cut or 0)
@@ -56,7 +57,7 @@ def steps(c, world, first, last):
         out = []
         for step in range(first, last + 1):
             world.version = step - 1
-            out.append(await c.produce(step, step - 1, lambda _: None))
+            out.append(await c.step(step, step - 1, lambda _: None))
         return out
 
     return asyncio.run(run())
@@ -102,7 +103,7 @@ def test_ledger_knows_every_prompt_once(tmp_path):
 def test_too_old_groups_are_issued_again(tmp_path):
     world = World(lambda p: "mixed")
     c = producer(tmp_path, world)
-    c.buffer.state.kept_share = 0.25  # the first round is four times too large
+    c.buffer.share.kept = 1.0  # of four: the first issue is four times too large
     first, second, third = steps(c, world, 1, 3)
     assert first.metrics["groups/surplus"] == 12
     assert second.metrics["groups/carried_in"] == 12 and second.metrics["groups/stale"] == 0
@@ -150,9 +151,9 @@ def test_more_steps_than_prompts_go_on_with_the_next_epoch(tmp_path):
 def test_resumed_run_goes_on_as_if_never_stopped(tmp_path, cut):
     whole, half = World(every_third), World(every_third)
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
-    expected = steps(producer(tmp_path / "a", whole), whole, 1, 6)
-    before = steps(producer(tmp_path / "b", half), half, 1, 5)  # died in step 6, two steps after its checkpoint
-    after = steps(producer(tmp_path / "b", half, state=before[cut - 1].state, cut=cut), half, cut + 1, 6)
+    expected = steps(producer(tmp_path / "a", whole, exact=True), whole, 1, 6)
+    before = steps(producer(tmp_path / "b", half, exact=True), half, 1, 5)  # died in step 6
+    after = steps(producer(tmp_path / "b", half, exact=True, state=before[cut - 1].state, cut=cut), half, cut + 1, 6)
     got = before[:cut] + after
     assert [[(g.order, g.prompt.id) for g in c.groups] for c in got] == [
         [(g.order, g.prompt.id) for g in c.groups] for c in expected
@@ -161,47 +162,127 @@ def test_resumed_run_goes_on_as_if_never_stopped(tmp_path, cut):
     assert read_ledger(tmp_path / "b" / "ledger.jsonl") == read_ledger(tmp_path / "a" / "ledger.jsonl")
 
 
-@pytest.mark.parametrize("died_in", [3, 4, 5])
-def test_what_was_with_the_engines_is_issued_again_also_when_generated_ahead(tmp_path, died_in):
-    """As the controller with max_policy_lag 1: step k + 1 is begun when batch k leaves, under the version before."""
+async def trained(c, world, first, last):
+    """As the controller and a trainer; also what is with the engines in the end."""
+    out = []
+    for step in range(first, last + 1):
+        out.append(await c.step(step, step - 1, lambda _: None))
+        lag = step - 1 - min(g.oldest_version for g in out[-1].groups)
+        assert lag <= max(1, c.config.rollout.max_policy_lag)
+        c.run_ahead()
+        await asyncio.sleep(random.random() * 0.003)
+        world.version = step  # the push
+    in_flight = set(c.buffer.issued)
+    await c.close()
+    return out, in_flight
 
-    async def ahead(c, world, first, last, dies=None):
-        out, task = [], None
-        for step in range(first, last + 1):
-            version = step - 1
-            out.append(await (task or c.produce(step, version, lambda _: None)))
-            if dies == step + 1:
-                # Killed with groups in flight.
-                task = asyncio.ensure_future(c.produce(step + 1, version, lambda _: None))
-                while not (task.done() or c.buffer.issued):
-                    await asyncio.sleep(0)
-                assert c.buffer.issued
-                task.cancel()
-                return out
-            task = asyncio.ensure_future(c.produce(step + 1, version, lambda _: None)) if step < last else None
-            await asyncio.sleep(0)
-            world.version = version + 1  # the push, while the next step is being generated
+
+@pytest.mark.parametrize(("lag", "seed"), [(1, 0), (1, 1), (2, 2), (4, 3), (8, 4)])
+def test_with_a_lag_every_number_is_settled_once_across_kills(tmp_path, lag, seed):
+    rng, at, states, killed_in_flight = random.Random(seed), 0, {0: None}, 0
+    rollout = {"max_policy_lag": lag}
+    while at < 30:
+        world = World(every_third)
+        world.version = at
+        c = producer(tmp_path, world, wanted=3, rollout=rollout, state=states[at], cut=at or None)
+        last = min(30, at + rng.randint(1, 8))
+        out, in_flight = asyncio.run(trained(c, world, at + 1, last))
+        killed_in_flight += len(in_flight)
+        states |= {at + 1 + i: made.state for i, made in enumerate(out)}
+        snapshot = decode_snapshot(states[last], last)
+        assert {order for order, _ in snapshot.again} <= set(range(snapshot.next_order))
+        at = last if last == 30 else max(0, last - rng.randint(0, 2))
+    audit = check_exactly_once(read_ledger(tmp_path / "ledger.jsonl"), len(PROMPTS))
+    assert audit.problems == [] and audit.settled > 80 and killed_in_flight > 10
+
+
+def test_a_slow_group_is_waited_for_before_it_is_too_old_and_not_sooner(tmp_path):
+    world = World(lambda p: "mixed")
+    c = producer(tmp_path, world, wanted=2, rollout={"max_policy_lag": 2})
+    make_group, release = world.make_group, None
+
+    async def make(prompt, order):
+        group = await make_group(prompt, order)
+        if order == 1:
+            await release.wait()
+        return group
+
+    async def run():
+        nonlocal release
+        release, out = asyncio.Event(), []
+        c.make_group = make
+        for step in (1, 2):  # versions 0 and 1: the slow group of version 0 may still be trained by version 2
+            out.append(await asyncio.wait_for(c.step(step, step - 1, lambda _: None), 5))
+            c.run_ahead()
+            world.version = step
+        third = asyncio.ensure_future(c.step(3, 2, lambda _: None))
+        await asyncio.sleep(0.1)
+        assert not third.done() and len(c.buffer.kept) >= 2
+        release.set()
+        out.append(await asyncio.wait_for(third, 5))
+        await c.close()
         return out
 
-    lag = {"max_policy_lag": 1}
-    whole, half, rest = World(every_third), World(every_third), World(every_third)
-    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
-    expected = asyncio.run(ahead(producer(tmp_path / "a", whole, wanted=7, rollout=lag), whole, 1, 6))
-    before = asyncio.run(ahead(producer(tmp_path / "b", half, wanted=7, rollout=lag), half, 1, 6, dies=died_in))
-    cut = died_in - 1
-    assert decode_snapshot(before[-1].state, cut).next_order < max(o for _, o in half.orders) + 1
-    rest.version = cut
-    resumed = producer(tmp_path / "b", rest, state=before[-1].state, cut=cut, wanted=7, rollout=lag)
-    after = asyncio.run(ahead(resumed, rest, died_in, 6))
-    got = before + after
-    assert [[(g.order, g.prompt.id) for g in c.groups] for c in got] == [
-        [(g.order, g.prompt.id) for g in c.groups] for c in expected
-    ]
-    settled = [(e.order, e.prompt_id, e.fate) for e in read_ledger(tmp_path / "b" / "ledger.jsonl")]
-    assert settled == [(e.order, e.prompt_id, e.fate) for e in read_ledger(tmp_path / "a" / "ledger.jsonl")]
-    assert {o for _, o in half.orders if o >= decode_snapshot(before[-1].state, cut).next_order} <= {
-        o for _, o in rest.orders
-    }
+    first, second, third = asyncio.run(run())
+    assert 1 not in [g.order for g in first.groups]
+    assert 1 not in [g.order for g in second.groups] and third.groups[0].order == 1
+    assert third.metrics["groups/stale"] == 0
+
+
+def test_an_error_between_two_steps_is_raised_by_the_next(tmp_path):
+    world = World(lambda p: "mixed")
+    c = producer(tmp_path, world, wanted=2, rollout={"max_policy_lag": 1})
+    make_group = world.make_group
+
+    async def make(prompt, order):
+        if order == 3:
+            await failing.wait()
+            raise DapoError(f"group {order} failed")
+        return await make_group(prompt, order)
+
+    async def run():
+        nonlocal failing
+        failing, c.make_group = asyncio.Event(), make
+        await c.step(1, 0, lambda _: None)
+        c.run_ahead()
+        failing.set()
+        await asyncio.sleep(0.02)
+        with pytest.raises(DapoError, match="group . failed"):
+            await c.step(2, 1, lambda _: None)
+        assert len(asyncio.all_tasks()) == 1
+
+    failing = None
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_a_filtered_group_is_replaced_at_once(tmp_path, lag):
+    """While others are still with the engines: the last answers of a step are not waited for twice."""
+    wrong = set()
+    world = World(lambda p: "all_wrong" if p.id in wrong else "mixed")
+    c = producer(tmp_path, world, wanted=3, rollout={"max_policy_lag": lag})
+
+    async def run():
+        done = asyncio.Event()
+
+        async def make(prompt, order):
+            if order == 1:
+                wrong.add(prompt.id)
+            elif order < 3:
+                await done.wait()
+            return await world.make_group(prompt, order)
+
+        c.make_group = make
+        step = asyncio.ensure_future(c.step(1, 0, lambda _: None))
+        await asyncio.sleep(0.05)
+        assert {0, 2} <= set(c.buffer.issued) and c.buffer.state.next_order > 3 * (1 + lag)
+        done.set()
+        found = await step
+        await c.close()
+        return found
+
+    found = asyncio.run(run())
+    assert lag or found.metrics["rollout/generation_rounds"] == 2
 
 
 def test_torn_ledger_line_is_left_out(tmp_path):
