@@ -9,7 +9,7 @@ from dapo_megatron.rollout.ledger import Fate
 
 
 def group_metrics(
-    fates: Counter[Fate], carried_in: int, rounds: int, fresh_kept: int, generated: int
+    fates: Counter[Fate], carried_in: int, rounds: float, fresh_kept: int, generated: int
 ) -> dict[str, float]:
     """Groups by what became of them; `fresh_kept` of the `generated` ones are mixed."""
     return {
@@ -20,7 +20,7 @@ def group_metrics(
         m.GROUPS_CARRIED_IN: float(carried_in),
         m.GROUPS_SURPLUS: float(fates["carried"]),
         m.GROUPS_KEPT_SHARE: fresh_kept / generated if generated else 1.0,
-        m.GENERATION_ROUNDS: float(rounds),
+        m.GENERATION_ROUNDS: rounds,
     }
 
 

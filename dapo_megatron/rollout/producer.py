@@ -52,7 +52,9 @@ class _Flight:
     version: int
     """That was live when it was issued."""
     round: int
-    """1, or one more than that of a group whose fate made it necessary."""
+    """0 if an earlier batch left it; else one more than the lowest of those that it was issued beside."""
+    is_first: bool = False
+    """Whether it was there when `step` began."""
 
 
 class Producer:
@@ -80,7 +82,10 @@ class Producer:
         """Whether the trainer waits for a batch."""
         self._seen: list[ScoredGroup] = []
         """Graded since the last batch."""
-        self._rounds = 0
+        self._first_s = 0.0
+        """By the event loop: when the last of those groups was finished that were there when `step` began."""
+        self._round = 0
+        """The highest since the last batch."""
         self._changed = asyncio.Event()
         self._error: BaseException | None = None
 
@@ -97,7 +102,11 @@ class Producer:
         self._version, self._is_waiting = version, True
         buffer.begin_step(version - self._age)
         carried_in = len(buffer.kept)
-        self._issue(round=1)
+        self._issue()
+        clock = asyncio.get_running_loop().time
+        began = self._first_s = clock()
+        for flight in self._flights.values():
+            flight.is_first = True
         while self._error is None and (len(buffer.kept) < wanted or self._must_wait()):
             if not self._flights:
                 raise DataError(self._hopeless())
@@ -109,10 +118,11 @@ class Producer:
             raise self._error
         self._is_waiting = False
         used, entries = buffer.end_step(wanted, step, version + 1 - self._age)
-        seen, rounds = sorted(self._seen, key=lambda g: g.order), self._rounds
-        self._seen, self._rounds = [], 0
+        rounds = max(1.0, (clock() - began) / (self._first_s - began)) if self._first_s > began else 1.0
+        seen, self._seen = sorted(self._seen, key=lambda g: g.order), []
         for flight in self._flights.values():
-            flight.round = 1
+            flight.round, flight.is_first = 0, False
+        self._round = 0
         fresh_kept = sum(fate_of(g, self.config) == "kept" for g in seen)
         metrics = group_metrics(self.ledger.settle(entries), carried_in, rounds, fresh_kept, len(seen))
         return StepGroups(used, seen, metrics, buffer.snapshot())
@@ -120,7 +130,7 @@ class Producer:
     def run_ahead(self) -> None:
         """With a lag, go on for the next steps while this one is trained."""
         if self.config.rollout.max_policy_lag:
-            self._issue(round=1)
+            self._issue()
 
     async def close(self) -> None:
         """Generate no more."""
@@ -140,9 +150,10 @@ class Producer:
         lag = self.config.rollout.max_policy_lag
         return any(flight.version + lag <= self._version for flight in self._flights.values())
 
-    def _issue(self, round: int) -> None:
+    def _issue(self) -> None:
         """Issue what is missing."""
         rollout, buffer = self.config.rollout, self.buffer
+        round = 1 + min((flight.round for flight in self._flights.values()), default=self._round)
         if round > self.config.algorithm.max_generation_rounds:
             return
         wanted, lag, in_flight = rollout.prompts_per_step, rollout.max_policy_lag, len(self._flights)
@@ -158,6 +169,7 @@ class Producer:
             order, prompt = buffer.issue()
             task = asyncio.create_task(self.make_group(prompt, order))
             self._flights[order] = _Flight(task, self._version, round)
+            self._round = round
             task.add_done_callback(lambda _: self._finished())
 
     def _finished(self) -> None:
@@ -181,8 +193,9 @@ class Producer:
         fate = fate_of(group, self.config)
         self.buffer.graded(group, fate)
         self._seen.append(group)
-        self._rounds = max(self._rounds, flight.round)
-        self._issue(1 if fate == "kept" else flight.round + 1)
+        if flight.is_first:
+            self._first_s = asyncio.get_running_loop().time()
+        self._issue()
 
     def _hopeless(self) -> str:
         fates = [fate_of(g, self.config) for g in self._seen]
