@@ -1,6 +1,6 @@
 """The training loop: one rollout step is batch, old log-probs, updates, push.
 
-controller.next_batch   groups of step k, sampled by the live version (older with max_policy_lag 1 and carried groups)
+controller.next_batch   groups of step k, sampled by the live version (older with max_policy_lag and carried groups)
 old log-probs           of all mini-batches but the first, before its update, on the updates' own micro-batches
 update                  one for each mini-batch
 push                    the next version goes live on the engines, and its log-probs are compared
