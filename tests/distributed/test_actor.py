@@ -109,7 +109,7 @@ def test_logprobs_equal_transformers(tmp_path, kind, tied, options):
         scored, _, _ = merged(run_ranks(config.world_size, one_step, config, 40))
         for group in groups():
             for response in group.responses:
-                ids = torch.tensor([group.prompt.input_ids + response.token_ids])
+                ids = torch.tensor([group.prompt.input_ids + response.token_ids.tolist()])
                 with torch.no_grad():
                     full = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
                 for position in range(len(group.prompt.input_ids) - 1, full.numel()):

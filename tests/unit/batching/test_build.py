@@ -9,21 +9,19 @@ from dapo_megatron.algorithm.objective import token_weights
 from dapo_megatron.batching.build import build_step_batch
 from dapo_megatron.batching.packing_rules import PackingRules
 from dapo_megatron.errors import DapoError
-from dapo_megatron.records import Group, Prompt, Response, VersionSpan
+from dapo_megatron.records import Group, Prompt
+from tests.tiny import response
 
 AGGREGATIONS = ("token", "group_token", "sample")
 
 
 def make_response(prompt_id, sample, token_ids, mask=None, advantage=0.5):
-    return Response(
-        prompt_id=prompt_id,
-        sample=sample,
-        token_ids=token_ids,
+    return response(
+        prompt_id,
+        sample,
+        token_ids,
         loss_mask=[True] * len(token_ids) if mask is None else mask,
         rollout_logprobs=[-0.01 * (i + 1) - sample for i in range(len(token_ids))],
-        version_spans=[VersionSpan(3, 0, len(token_ids))],
-        finish_reason="stop",
-        text="",
         advantage=advantage,
     )
 
@@ -115,14 +113,14 @@ def test_every_token_appears_once_with_its_label_weight_advantage_and_logprob(gr
         active = [[sum(r.loss_mask) for r in group.responses] for group in members]
         weights = token_weights(active, problem["aggregation"])
         for group, group_weights in zip(members, weights, strict=True):
-            for response, weight in zip(group.responses, group_weights, strict=True):
-                _assert_sequence(found[group.prompt.id, response.sample], group.prompt, response, weight)
+            for r, weight in zip(group.responses, group_weights, strict=True):
+                _assert_sequence(found[group.prompt.id, r.sample], group.prompt, r, weight)
         seen += found
     assert sorted(seen) == sorted((r.prompt_id, r.sample) for group in groups for r in group.responses)
 
 
 def _assert_sequence(arrays, prompt, response, weight):
-    tokens = prompt.input_ids + response.token_ids
+    tokens = prompt.input_ids + response.token_ids.tolist()
     n, size = len(tokens), arrays["tokens"].size
     assert arrays["tokens"].tolist() == tokens + [0] * (size - n)
     assert arrays["position_ids"].tolist() == list(range(size))
@@ -297,7 +295,7 @@ def test_a_fully_masked_response_changes_no_other_weight(aggregation):
 def test_bad_input_is_named_in_one_line():
     problem = {"step": 0, "version": 0, "seed": 0, "mini_batch_groups": 1, "aggregation": "token", "rules": ONE_RANK}
     short = make_response("p0", 3, [1, 2])
-    short.rollout_logprobs.pop()
+    short.rollout_logprobs = short.rollout_logprobs[:1]
     with pytest.raises(DapoError, match="prompt 'p0', response 3: rollout_logprobs has 1 entries for 2 tokens"):
         build_step_batch([make_group(0, [1], [short])], **problem)
     with pytest.raises(DapoError, match="prompt 'p0', response 0: the prompt has no tokens"):

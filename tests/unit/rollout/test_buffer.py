@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from dapo_megatron.data.sampler import PromptSampler
 from dapo_megatron.errors import ConfigError
-from dapo_megatron.records import Prompt, Response, ScoredGroup, VersionSpan
+from dapo_megatron.records import Prompt, ScoredGroup, VersionSpan
 from dapo_megatron.rollout.buffer import GroupBuffer
+from tests.tiny import response
 
 PROMPTS = [Prompt(id=f"p{i}", input_ids=[1], ground_truth="", text="", row=i) for i in range(5)]
 SEED = 3
@@ -27,8 +28,7 @@ STEP = st.fixed_dictionaries(
 
 
 def group(order, prompt, version):
-    response = Response(prompt.id, 0, [1], [True], [0.0], [VersionSpan(version, 0, 1)], "stop", "")
-    return ScoredGroup(order, prompt, [response])
+    return ScoredGroup(order, prompt, [response(prompt.id, 0, [1], version_spans=[VersionSpan(version, 0, 1)])])
 
 
 class Run:

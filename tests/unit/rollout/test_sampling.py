@@ -8,6 +8,7 @@ import json
 from collections import Counter
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import transformers
 from aiohttp import web
@@ -176,10 +177,10 @@ def test_the_engine_is_asked_for_what_the_recipe_says(tmp_path, recipe):
 
 async def two_turns(prompt, engine):
     first = await engine.generate(prompt.input_ids)
-    last = await engine.generate(prompt.input_ids + first.token_ids + [5], max_new_tokens=4)
-    tokens, n = first.token_ids + last.token_ids, len(first.token_ids)
+    last = await engine.generate([*prompt.input_ids, *first.token_ids, 5], max_new_tokens=4)
+    tokens, n = [*first.token_ids.tolist(), *last.token_ids.tolist()], len(first.token_ids)
     spans = first.version_spans + [VersionSpan(s.version, s.start + n, s.end + n) for s in last.version_spans]
-    logprobs = first.logprobs + last.logprobs
+    logprobs = np.concatenate([first.logprobs, last.logprobs])
     return Response(prompt.id, engine.sample, tokens, [True] * len(tokens), logprobs, spans, "stop", "")
 
 
