@@ -9,6 +9,10 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from dapo_megatron.arrays import encode_array
+from dapo_megatron.batching.batch import StepBatch
+from dapo_megatron.batching.build import build_step_batch
+from dapo_megatron.batching.packing import pack_shard
+from dapo_megatron.batching.packing_rules import PackingRules
 from dapo_megatron.config import RunConfig
 from dapo_megatron.records import Group, Prompt, Response, VersionSpan
 
@@ -129,6 +133,14 @@ def groups(n: int = 4, size: int = 4, vocab: int = 64, seed: int = 0) -> list[Gr
             )
         out.append(Group(order=order, prompt=prompt, responses=responses))
     return out
+
+
+def packed_batch(groups: list[Group], *, rules: PackingRules, **options) -> StepBatch:
+    """The batch of a step with packed micro-batches for sequences; `options` are build_step_batch's."""
+    batch = build_step_batch(groups, rules=rules, **options)
+    for mini_batch in batch.mini_batches:
+        mini_batch.shards = [pack_shard(shard, rules) for shard in mini_batch.shards]
+    return batch
 
 
 CHAT_TEMPLATE = (

@@ -2,7 +2,8 @@
 
     trainer asks       the controller answers when
     Hello              data are read, graders run; its state is the checkpoint's
-    NextBatch(k, v)    step k is full; with max_policy_lag 1 it was begun when batch k - 1 left
+    NextBatch(k, v)    step k is full; with max_policy_lag 1 it was begun when batch k - 1 was full
+    FetchPart(k, ...)  at once: every replica fetches its own part of batch k
     Evaluate(k, v)     every held-out prompt has its responses
     Goodbye            at once, and ends
 
@@ -19,7 +20,7 @@ from functools import partial
 
 from dapo_megatron.actor.packing_demands import packing_rules
 from dapo_megatron.batching.build import build_step_batch
-from dapo_megatron.batching.wire import encode
+from dapo_megatron.batching.wire import write_parts
 from dapo_megatron.config import RunConfig
 from dapo_megatron.data.prompts import LoadedPrompts, load_prompts
 from dapo_megatron.data.tokenizer import check_tags, load_tokenizer
@@ -30,10 +31,12 @@ from dapo_megatron.errors import DapoError, EngineError
 from dapo_megatron.grading.pool import GradingPool
 from dapo_megatron.messages import (
     Batch,
+    BatchPart,
     Done,
     Evaluate,
     Evaluation,
     Failed,
+    FetchPart,
     Goodbye,
     Hello,
     NextBatch,
@@ -56,6 +59,7 @@ from dapo_megatron.rollout.ledger import Ledger
 from dapo_megatron.rollout.metrics import response_metrics
 from dapo_megatron.rollout.producer import Producer, StepGroups
 from dapo_megatron.rollout.scoring import score_group
+from dapo_megatron.rollout.served import ServedBatch
 from dapo_megatron.rpc import RpcServer
 from dapo_megatron.weights.hf_config import read_model
 
@@ -88,11 +92,10 @@ class Controller:
         while True:
             request = await link.receive()
             try:
-                reply = await self._answer(request)
+                await link.reply(await self._answer(request))
             except DapoError as e:
                 await link.reply(Failed(e.kind, str(e)))
                 raise
-            await link.reply(reply)
             if isinstance(request, Goodbye):
                 return
 
@@ -112,6 +115,11 @@ class Controller:
             case NextBatch(step, version):
                 self._heard_of(version)
                 return await self._batch(self._begun(), step, version)
+            case FetchPart(step, update, replica, part):
+                served = self._begun().served
+                if served is None or served.step != step:
+                    raise DapoError(f"a trainer rank asked for batch {step}, which is not the one that is trained")
+                return BatchPart(await asyncio.to_thread(served.encoded, update, replica, part))
             case Evaluate(step, version):
                 self._heard_of(version)
                 self.reporter.phase("evaluate", f"step {step}")
@@ -143,9 +151,20 @@ class Controller:
 
     async def _batch(self, session: "_Session", step: int, version: int) -> Batch:
         began = time.monotonic()
-        ahead, session.ahead = session.ahead, None
+        ahead, session.ahead, session.served = session.ahead, None, None
         produced = await (ahead or self._produce(session, step, version))
         waited = time.monotonic() - began
+        produced.metrics |= {m.GENERATE_SECONDS: waited, m.ROLLOUT_ERRORS: float(self.rollout.errors)}
+        if self.config.rollout.max_policy_lag:
+            session.ahead = asyncio.create_task(self._produce(session, step + 1, version))
+        served, metrics = await asyncio.to_thread(self._build, session, produced, step, version)
+        session.served = served
+        return Batch(served.counts, metrics, produced.state)
+
+    def _build(
+        self, session: "_Session", produced: StepGroups, step: int, version: int
+    ) -> tuple[ServedBatch, dict[str, float]]:
+        """The batch of what was produced, and its metrics; takes seconds."""
         config = self.config
         batch = build_step_batch(
             produced.groups,
@@ -156,12 +175,11 @@ class Controller:
             aggregation=config.algorithm.aggregation,
             rules=packing_rules(config),
         )
+        served = ServedBatch(batch)
+        if config.observe.dump_batches:
+            write_parts(self.folder.batch(step), served.all_encoded())
         session.samples.write(step, produced.seen[: config.observe.groups_per_step])
-        metrics = produced.metrics | response_metrics(produced.groups, produced.seen, version) | batch.metrics
-        metrics |= {m.GENERATE_SECONDS: waited, m.ROLLOUT_ERRORS: float(self.rollout.errors)}
-        if config.rollout.max_policy_lag:
-            session.ahead = asyncio.create_task(self._produce(session, step + 1, version))
-        return Batch(encode(batch), metrics, produced.state)
+        return served, produced.metrics | response_metrics(produced.groups, produced.seen, version) | batch.metrics
 
     async def _produce(self, session: "_Session", step: int, version: int) -> StepGroups:
         bank = session.bank
@@ -236,3 +254,4 @@ class _Session:
     def __init__(self, producer: Producer, samples: SampleWriter, bank: RolloutBank):
         self.producer, self.samples, self.bank = producer, samples, bank
         self.ahead: asyncio.Task[StepGroups] | None = None
+        self.served: ServedBatch | None = None

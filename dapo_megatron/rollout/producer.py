@@ -6,6 +6,7 @@ A round waits for all its groups: the slowest answer unblocks it. Rounds are siz
 kept so far. Kept groups that the step does not need are carried and consumed first in the next one.
 """
 
+import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -76,7 +77,7 @@ class Producer:
         used, entries = buffer.end_step(wanted, step)
         fresh_kept = sum(fate_of(g, self.config) == "kept" for g in seen)
         metrics = group_metrics(self.ledger.settle(entries), carried_in, rounds, fresh_kept, len(seen))
-        return StepGroups(used, seen, metrics, buffer.snapshot())
+        return StepGroups(used, seen, metrics, await asyncio.to_thread(buffer.snapshot))
 
     async def _round(self, deficit: int, so_far: str, progress: Progress) -> list[ScoredGroup]:
         dynamic = self.config.algorithm.dynamic_sampling

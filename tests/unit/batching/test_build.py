@@ -10,7 +10,7 @@ from dapo_megatron.batching.build import build_step_batch
 from dapo_megatron.batching.packing_rules import PackingRules
 from dapo_megatron.errors import DapoError
 from dapo_megatron.records import Group, Prompt
-from tests.tiny import response
+from tests.tiny import packed_batch, response
 
 AGGREGATIONS = ("token", "group_token", "sample")
 
@@ -103,7 +103,7 @@ def membership(batch):
 @settings(deadline=None)
 @given(group_lists(), problems, layouts())
 def test_every_token_appears_once_with_its_label_weight_advantage_and_logprob(groups, problem, layout):
-    batch = build_step_batch(groups, version=3, **problem, rules=layout)
+    batch = packed_batch(groups, version=3, **problem, rules=layout)
 
     by_id = {group.prompt.id: group for group in groups}
     seen = []
@@ -141,7 +141,7 @@ def _assert_sequence(arrays, prompt, response, weight):
 @settings(deadline=None)
 @given(group_lists(), problems, layouts())
 def test_weights_of_a_mini_batch_sum_to_one_unless_all_is_masked(groups, problem, layout):
-    for mini_batch in build_step_batch(groups, version=0, **problem, rules=layout).mini_batches:
+    for mini_batch in packed_batch(groups, version=0, **problem, rules=layout).mini_batches:
         micro_batches = [mb for shard in mini_batch.shards for mb in shard]
         total = sum(float(mb.weights.astype(np.float64).sum()) for mb in micro_batches)
         trained = any(mb.active.any() for mb in micro_batches)
@@ -152,8 +152,8 @@ def test_weights_of_a_mini_batch_sum_to_one_unless_all_is_masked(groups, problem
 @given(group_lists(), problems, layouts(), layouts(), st.randoms(use_true_random=False))
 def test_membership_and_weights_depend_on_neither_layout_nor_arrival_order(groups, problem, one, other, random):
     arrived = random.sample(groups, len(groups))
-    a = build_step_batch(groups, version=0, **problem, rules=one)
-    b = build_step_batch(arrived, version=0, **problem, rules=other)
+    a = packed_batch(groups, version=0, **problem, rules=one)
+    b = packed_batch(arrived, version=0, **problem, rules=other)
 
     assert membership(a) == membership(b)
     for left, right in zip(a.mini_batches, b.mini_batches, strict=True):
@@ -166,7 +166,7 @@ def test_membership_and_weights_depend_on_neither_layout_nor_arrival_order(group
 @settings(deadline=None)
 @given(group_lists(), problems, layouts())
 def test_shapes_budget_padding_and_balance(groups, problem, layout):
-    batch = build_step_batch(groups, version=0, **problem, rules=layout)
+    batch = packed_batch(groups, version=0, **problem, rules=layout)
 
     for mini_batch in batch.mini_batches:
         assert len(mini_batch.shards) == layout.data_parallel_size
@@ -211,7 +211,7 @@ def _assert_shape(mb, layout):
 @settings(deadline=None)
 @given(group_lists(), problems, layouts())
 def test_metrics_count_what_is_there(groups, problem, layout):
-    batch = build_step_batch(groups, version=0, **problem, rules=layout)
+    batch = packed_batch(groups, version=0, **problem, rules=layout)
 
     shards = [shard for mini_batch in batch.mini_batches for shard in mini_batch.shards]
     tokens = sum(len(g.prompt.input_ids) + len(r.token_ids) for g in groups for r in g.responses)
@@ -225,7 +225,7 @@ def test_metrics_count_what_is_there(groups, problem, layout):
 
 def test_a_packed_micro_batch_by_hand():
     group = make_group(0, [7, 8], [make_response("p0", 0, [1, 2, 3], [True, False, True]), make_response("p0", 1, [4])])
-    batch = build_step_batch(
+    batch = packed_batch(
         [group],
         step=1,
         version=1,
@@ -249,19 +249,19 @@ def test_a_packed_micro_batch_by_hand():
 def test_mini_batches_are_whole_groups_shuffled_anew_by_step_and_seed():
     groups = [make_group(i, [1], [make_response(f"p{i}", j, [2]) for j in range(2)]) for i in range(32)]
     build = {"version": 0, "mini_batch_groups": 8, "aggregation": "token", "rules": ONE_RANK}
-    first = membership(build_step_batch(groups, step=1, seed=0, **build))
+    first = membership(packed_batch(groups, step=1, seed=0, **build))
 
     assert [len(members) for members in first] == [16] * 4
     assert all(members[0::2] == [(p, 0) for p, _ in members[1::2]] for members in first)
-    assert first == membership(build_step_batch(groups, step=1, seed=0, **build))
-    assert first != membership(build_step_batch(groups, step=2, seed=0, **build))
-    assert first != membership(build_step_batch(groups, step=1, seed=1, **build))
+    assert first == membership(packed_batch(groups, step=1, seed=0, **build))
+    assert first != membership(packed_batch(groups, step=2, seed=0, **build))
+    assert first != membership(packed_batch(groups, step=1, seed=1, **build))
     assert first[0] != sorted((f"p{i}", j) for i in range(8) for j in range(2))
 
 
 def test_a_rank_without_work_gets_padding_only():
     group = make_group(0, [1], [make_response("p0", 0, [2, 3])])
-    batch = build_step_batch(
+    batch = packed_batch(
         [group],
         step=0,
         version=0,
@@ -283,8 +283,8 @@ def test_a_fully_masked_response_changes_no_other_weight(aggregation):
     trained = [make_response("p0", 0, [1, 2]), make_response("p0", 1, [3])]
     masked = make_response("p0", 2, [4, 5, 6], [False] * 3)
     problem = {"step": 0, "version": 0, "seed": 0, "mini_batch_groups": 4, "aggregation": aggregation}
-    without = build_step_batch([make_group(0, [9], trained)], **problem, rules=ONE_RANK)
-    with_it = build_step_batch([make_group(0, [9], [*trained, masked])], **problem, rules=ONE_RANK)
+    without = packed_batch([make_group(0, [9], trained)], **problem, rules=ONE_RANK)
+    with_it = packed_batch([make_group(0, [9], [*trained, masked])], **problem, rules=ONE_RANK)
 
     expected, found = sequences_of(without.mini_batches[0]), sequences_of(with_it.mini_batches[0])
     assert all(np.array_equal(found[key]["weights"], expected[key]["weights"]) for key in expected)
