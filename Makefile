@@ -8,6 +8,7 @@
 # make bench-trl   set up, TRL too in an environment of its own, then compare speed with it; ARGS=--quick for a few steps
 # make bench-chaos   the demo run killed at random moments and resumed, again and again; ARGS="--minutes 60" for an hour
 # make bench-checkpoint   saves and their verification beside the machine's own limits
+# make bench-control-plane   a batch of the paper's size through controller and link: time, bytes, memory, beside targets
 # make bench-conversion   a model of 1.5 B parameters to a distributed checkpoint and back: memory and speed
 # ARGS adds overrides to the demo: make demo ARGS="actor.pipeline_model_parallel_size=2 actor.tensor_model_parallel_size=1"
 
@@ -22,7 +23,7 @@ NEWER := .venv-megatron-0.19
 TRL_READY := .venv-trl/.ready
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test test-full test-slurm slurm-programs lint prove bench-trl bench-chaos bench-checkpoint bench-conversion setup clean
+.PHONY: help demo test test-full test-slurm slurm-programs lint prove bench-trl bench-chaos bench-checkpoint bench-conversion bench-control-plane setup clean
 
 help:
 	@sed -n "s/^# \(make .*\)/\1/p" Makefile
@@ -56,8 +57,8 @@ prove: $(READY)
 bench-trl: $(READY) $(TRL_READY)
 	$(BIN)/python -m benchmarks.vs_trl $(ARGS)
 
-bench-chaos bench-checkpoint bench-conversion: bench-%: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m benchmarks.$* $(ARGS)
+bench-chaos bench-checkpoint bench-conversion bench-control-plane: bench-%: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m benchmarks.$(subst -,_,$*) $(ARGS)
 
 setup: $(READY) $(TE_READY)
 

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -26,6 +27,7 @@ from dapo_megatron.actor.packing_demands import packing_rules
 from dapo_megatron.actor.precision import RECIPES, check_precision, read_machine
 from dapo_megatron.batching.batch import MicroBatch
 from dapo_megatron.batching.build import build_step_batch
+from dapo_megatron.batching.packing import pack_shard
 from dapo_megatron.compat import prepare_trainer
 from dapo_megatron.config import RunConfig
 from dapo_megatron.errors import DapoError, exit_code
@@ -102,8 +104,10 @@ def random_shard(config: RunConfig, shape: ModelShape, tokens: int, sequence: in
     for i in range(max(1, tokens // sequence)):
         prompt = Prompt(id=str(i), input_ids=ids(prompt_tokens), ground_truth="", text="", row=i)
         spans = [VersionSpan(0, 0, n)]
-        response = Response(prompt.id, 0, ids(n), [True] * n, [0.0] * n, spans, "stop", "", advantage=(-1.0) ** i)
+        columns = (np.array(ids(n), np.int32), np.ones(n, np.bool_), np.zeros(n, np.float32))
+        response = Response(prompt.id, 0, *columns, spans, "stop", "", advantage=(-1.0) ** i)
         groups.append(Group(i, prompt, [response]))
+    rules = packing_rules(config)
     batch = build_step_batch(
         groups,
         step=1,
@@ -111,9 +115,9 @@ def random_shard(config: RunConfig, shape: ModelShape, tokens: int, sequence: in
         seed=0,
         mini_batch_groups=len(groups),
         aggregation="token",
-        rules=packing_rules(config),
+        rules=rules,
     )
-    return batch.mini_batches[0].shards[0]
+    return pack_shard(batch.mini_batches[0].shards[0], rules)
 
 
 def measure(config: RunConfig, shape: ModelShape, tokens: int, sequence: int, repeats: int) -> Measurement:

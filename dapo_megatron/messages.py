@@ -1,4 +1,7 @@
-"""What trainer rank 0 and the controller say to each other. The trainer asks, the controller answers."""
+"""What trainer and controller say to each other. The trainer asks, the controller answers.
+
+Rank 0 asks for everything but the parts of a batch: these, the first rank of each replica asks for.
+"""
 
 import msgspec
 
@@ -20,6 +23,15 @@ class NextBatch(msgspec.Struct, tag=True):
     version: int
 
 
+class FetchPart(msgspec.Struct, tag=True):
+    """Send a part of the batch of `step`; numbers are from 0."""
+
+    step: int
+    update: int
+    replica: int
+    part: int
+
+
 class Evaluate(msgspec.Struct, tag=True):
     """Evaluate version `version`, which is live, on the held-out prompts."""
 
@@ -39,11 +51,18 @@ class Welcome(msgspec.Struct, tag=True):
 
 
 class Batch(msgspec.Struct, tag=True):
-    """A step's batch (batching.wire), the rollout's metrics and the controller's state to put into the checkpoint."""
+    """A step's batch can be fetched; the rollout's metrics and the controller's state to put into the checkpoint."""
 
-    payload: bytes
+    parts: list[list[int]]
+    """[update][replica]: parts to fetch."""
     metrics: dict[str, float]
     snapshot: bytes
+
+
+class BatchPart(msgspec.Struct, tag=True):
+    """A part of a batch (batching.wire)."""
+
+    payload: bytes
 
 
 class Evaluation(msgspec.Struct, tag=True):
@@ -63,5 +82,5 @@ class Failed(msgspec.Struct, tag=True):
     reason: str
 
 
-Request = Hello | NextBatch | Evaluate | Goodbye
-Reply = Welcome | Batch | Evaluation | Done | Failed
+Request = Hello | NextBatch | FetchPart | Evaluate | Goodbye
+Reply = Welcome | Batch | BatchPart | Evaluation | Done | Failed

@@ -1,16 +1,17 @@
 """The records that travel: a prompt, a response to it, and the group of responses to one prompt.
 
 They carry what deeper asynchrony needs (version spans, per-token masks, turns), and a schema version, because they are
-also what batch dumps and checkpoints hold.
+also what batch dumps and checkpoints hold. What has one entry a token is a numpy array.
 """
 
 from typing import Literal
 
 import msgspec
+import numpy as np
 
 from dapo_megatron.algorithm.reward import Verdict
 
-SCHEMA = 2
+SCHEMA = 3
 
 
 class Prompt(msgspec.Struct, frozen=True):
@@ -36,18 +37,21 @@ class VersionSpan(msgspec.Struct, array_like=True, frozen=True):
     end: int
 
 
-class Response(msgspec.Struct):
-    """One sampled response; token_ids, loss_mask and rollout_logprobs have one entry a token."""
+class Response(msgspec.Struct, eq=False):
+    """One sampled response of n tokens.
+
+    A user's rollout function may give lists for arrays: rollout.guard makes arrays of them.
+    """
 
     prompt_id: str
     sample: int
     """Index within the group, from 0."""
-    token_ids: list[int]
-    """As the engine returned them, the stop token included: text is never tokenised again."""
-    loss_mask: list[bool]
-    """False where a token is not the policy's own (tool output) or must not be trained."""
-    rollout_logprobs: list[float]
-    """Log-probability with which the engine sampled each token, after temperature."""
+    token_ids: np.ndarray
+    """[n] int32, as the engine returned them, the stop token included: text is never tokenised again."""
+    loss_mask: np.ndarray
+    """[n] bool: False where a token is not the policy's own (tool output) or must not be trained."""
+    rollout_logprobs: np.ndarray
+    """[n] float32: log-probability (natural log) with which the engine sampled each token, after temperature."""
     version_spans: list[VersionSpan]
     finish_reason: Literal["stop", "length"]
     text: str
@@ -58,8 +62,8 @@ class Response(msgspec.Struct):
     overlong_penalty: float = 0.0
     advantage: float = 0.0
     turns: int = 1
-    token_arrays: dict[str, list[float]] = {}
-    """Optional per-token arrays by name (routed experts, for example)."""
+    token_arrays: dict[str, np.ndarray] = {}
+    """Optional per-token arrays by name (routed experts, for example); [n] numbers or truth values."""
     schema: int = SCHEMA
 
     @property
@@ -68,7 +72,7 @@ class Response(msgspec.Struct):
         return (self.accuracy_reward or 0.0) + self.overlong_penalty
 
 
-class Group(msgspec.Struct):
+class Group(msgspec.Struct, eq=False):
     """The G responses to one prompt."""
 
     order: int

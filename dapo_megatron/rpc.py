@@ -1,9 +1,10 @@
-"""The link between trainer rank 0 and the controller: one ZeroMQ request at a time, msgspec messages, deadlines.
+"""The link between trainer and controller: one ZeroMQ request of a rank at a time, msgspec messages, deadlines.
 
 An error on the controller's side comes back as `Failed` and is raised by the trainer with the same one line. Both ends
 know each other by their keys (ZeroMQ CURVE): what anybody else sends is dropped before it is read.
 """
 
+import asyncio
 import time
 from collections.abc import Callable
 
@@ -22,6 +23,8 @@ _replies = msgspec.msgpack.Decoder(Reply)
 
 LOOK_S = 0.5
 """Between two looks for what interrupts a wait."""
+MESSAGE_BYTES = 2 << 30
+"""No message is as long; a batch travels in parts, only the controller's state could come near it."""
 
 
 class RpcClient:
@@ -45,9 +48,13 @@ class RpcClient:
         return reply
 
     def send(self, request: Request, *, deadline_s: float) -> None:
-        """Send a request, to be answered before the deadline."""
+        """Send a request, to be answered before the deadline.
+
+        Raises:
+            DapoError: it is too long a message.
+        """
         self._asked, self._deadline_s, self._sent = request, deadline_s, time.monotonic()
-        self._socket.send(msgspec.msgpack.encode(request))
+        self._socket.send(_encoded(request))
 
     def receive(self, is_interrupted: Callable[[], bool]) -> Reply | None:
         """Wait for the reply; None when the wait was interrupted, and may be taken up again.
@@ -63,7 +70,7 @@ class RpcClient:
                     f"the controller at {self.address} did not answer {type(self._asked).__name__} within "
                     f"{self._deadline_s:.0f} s: see logs/latest/controller.log"
                 )
-        reply = _replies.decode(self._socket.recv())
+        reply = _replies.decode(self._socket.recv(copy=False).buffer)
         if isinstance(reply, Failed):
             raise error_of_kind(reply.kind, f"the controller stopped: {reply.reason}")
         return reply
@@ -99,13 +106,28 @@ class RpcServer:
             raise DapoError(f"the trainer sent what is no request ({e}): do both run the same version?") from None
 
     async def reply(self, reply: Reply) -> None:
-        """Answer the last request."""
-        await self._socket.send(msgspec.msgpack.encode(reply))
+        """Answer the last request.
+
+        Raises:
+            DapoError: it is too long a message; nothing was sent.
+        """
+        data = await asyncio.to_thread(_encoded, reply)  # a part of a batch takes milliseconds
+        await self._socket.send(data, copy=False)
 
     def close(self) -> None:
         """Close the socket, once what was sent is out (a second at most)."""
         self._authenticator.stop()
         self._context.destroy(linger=1000)
+
+
+def _encoded(message: Request | Reply) -> bytes:
+    data = msgspec.msgpack.encode(message)
+    if len(data) >= MESSAGE_BYTES:
+        raise DapoError(
+            f"the controller's state takes {len(data) / 2**30:.1f} GiB and {type(message).__name__} can carry 2: fewer "
+            "groups must be carried from step to step (a smaller rollout.prompts_per_step)"
+        )
+    return data
 
 
 class _Only:

@@ -2,10 +2,17 @@
 
 from pathlib import Path
 
+import msgspec
+import numpy as np
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from dapo_megatron.arrays import encode_array
+from dapo_megatron.batching.batch import StepBatch
+from dapo_megatron.batching.build import build_step_batch
+from dapo_megatron.batching.packing import pack_shard
+from dapo_megatron.batching.packing_rules import PackingRules
 from dapo_megatron.config import RunConfig
 from dapo_megatron.records import Group, Prompt, Response, VersionSpan
 
@@ -77,6 +84,29 @@ def run_config(path: Path, **sections: dict) -> RunConfig:
     return RunConfig.model_validate(tree)
 
 
+def response(prompt_id: str, sample: int, token_ids: list[int], **fields) -> Response:
+    """A response of given tokens; by default, all are trained, have log-prob 0 and are of version 0."""
+    n = len(token_ids)
+    given = {
+        "loss_mask": [True] * n,
+        "rollout_logprobs": [0.0] * n,
+        "version_spans": [VersionSpan(0, 0, n)],
+        "finish_reason": "stop",
+        "text": "",
+    } | fields
+    columns = {
+        "token_ids": np.array(token_ids, np.int32),
+        "loss_mask": np.array(given.pop("loss_mask"), np.bool_),
+        "rollout_logprobs": np.array(given.pop("rollout_logprobs"), np.float32),
+    }
+    return Response(prompt_id, sample, **columns, **given)
+
+
+def same(a, b) -> bool:
+    """Whether two records are equal bit for bit, NaN too."""
+    return msgspec.msgpack.encode(a, enc_hook=encode_array) == msgspec.msgpack.encode(b, enc_hook=encode_array)
+
+
 def groups(n: int = 4, size: int = 4, vocab: int = 64, seed: int = 0) -> list[Group]:
     """Random groups of unequal lengths with advantages of zero mean."""
     g = torch.Generator().manual_seed(seed)
@@ -93,20 +123,24 @@ def groups(n: int = 4, size: int = 4, vocab: int = 64, seed: int = 0) -> list[Gr
         for sample in range(size):
             length = ints(1, 12, 1)[0]
             responses.append(
-                Response(
-                    prompt_id=prompt.id,
-                    sample=sample,
-                    token_ids=ints(2, vocab, length),
-                    loss_mask=[True] * length,
+                response(
+                    prompt.id,
+                    sample,
+                    ints(2, vocab, length),
                     rollout_logprobs=(-torch.rand(length, generator=g) * 4).tolist(),
-                    version_spans=[VersionSpan(0, 0, length)],
-                    finish_reason="stop",
-                    text="",
                     advantage=(sample - (size - 1) / 2),
                 )
             )
         out.append(Group(order=order, prompt=prompt, responses=responses))
     return out
+
+
+def packed_batch(groups: list[Group], *, rules: PackingRules, **options) -> StepBatch:
+    """The batch of a step with packed micro-batches for sequences; `options` are build_step_batch's."""
+    batch = build_step_batch(groups, rules=rules, **options)
+    for mini_batch in batch.mini_batches:
+        mini_batch.shards = [pack_shard(shard, rules) for shard in mini_batch.shards]
+    return batch
 
 
 CHAT_TEMPLATE = (

@@ -1,9 +1,12 @@
-"""What the trainer receives for one step: mini-batches, their data-parallel shards, packed micro-batches."""
+"""A step's batch: mini-batches and their data-parallel shards, as sequences; and one packed micro-batch of them."""
 
 import msgspec
 import numpy as np
 
-SCHEMA = 2
+from dapo_megatron.batching.sample import TrainingSample
+
+Shard = list[list[TrainingSample]]
+"""What one replica trains in one update: the sequences of each micro-batch, none where it is padding alone."""
 
 
 class MicroBatch(msgspec.Struct, eq=False):
@@ -39,8 +42,8 @@ class MicroBatch(msgspec.Struct, eq=False):
 class MiniBatch(msgspec.Struct, eq=False):
     """One optimizer update."""
 
-    shards: list[list[MicroBatch]]
-    """[data-parallel rank][i]; every rank has at least one micro-batch."""
+    shards: list[Shard]
+    """[data-parallel rank]; each has at least one micro-batch."""
 
 
 class StepBatch(msgspec.Struct, eq=False):
@@ -50,5 +53,4 @@ class StepBatch(msgspec.Struct, eq=False):
     version: int
     """Policy version that is trained."""
     mini_batches: list[MiniBatch]
-    metrics: dict[str, float]
-    schema: int = SCHEMA
+    metrics: dict[str, float] = {}

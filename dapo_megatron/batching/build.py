@@ -1,4 +1,4 @@
-"""Kept groups -> mini-batches -> data-parallel shards -> packed micro-batches. Pure and deterministic.
+"""Kept groups -> mini-batches -> data-parallel shards -> micro-batches. Pure and deterministic.
 
 Which groups share an update, and the weight of every token, are settled before the layout is looked at: the
 update is the same under any data parallelism and any token budget.
@@ -8,8 +8,8 @@ import hashlib
 from collections.abc import Sequence
 
 from dapo_megatron.algorithm.objective import Aggregation
-from dapo_megatron.batching.batch import MicroBatch, MiniBatch, StepBatch
-from dapo_megatron.batching.packing import pack_micro_batch, padded
+from dapo_megatron.batching.batch import MicroBatch, MiniBatch, Shard, StepBatch
+from dapo_megatron.batching.packing import pack_shard, packed_lengths, padded
 from dapo_megatron.batching.packing_rules import PackingRules
 from dapo_megatron.batching.partition import balance, pack
 from dapo_megatron.batching.sample import TrainingSample, check_response, weighted_samples
@@ -37,7 +37,7 @@ def build_step_batch(
         rules: what the layout demands of micro-batches.
 
     Raises:
-        DapoError: a response whose per-token lists disagree, or a prompt without tokens.
+        DapoError: a response whose per-token arrays disagree, or a prompt without tokens.
         ValueError: no groups, or an unknown aggregation.
     """
     if not groups:
@@ -48,34 +48,31 @@ def build_step_batch(
 
     shuffled = sorted(groups, key=lambda group: _shuffle_key(seed, step, group))
     parts = [shuffled[i : i + mini_batch_groups] for i in range(0, len(shuffled), mini_batch_groups)]
-    mini_batches = [MiniBatch(shards=shard_samples(weighted_samples(part, aggregation), rules)) for part in parts]
-    return StepBatch(step=step, version=version, mini_batches=mini_batches, metrics=_metrics(mini_batches))
+    mini_batches = [MiniBatch(spread(weighted_samples(part, aggregation), rules)) for part in parts]
+    return StepBatch(step, version, mini_batches, _metrics(mini_batches, rules))
 
 
-def shard_samples(samples: Sequence[TrainingSample], rules: PackingRules) -> list[list[MicroBatch]]:
-    """Spread samples over the data-parallel ranks and pack each rank's into micro-batches.
+def spread(samples: Sequence[TrainingSample], rules: PackingRules) -> list[Shard]:
+    """Spread samples over the data-parallel ranks, and each rank's over micro-batches.
 
     Where the layout asks for more micro-batches than there is work for, the rest is padding alone.
     """
     lengths = [padded(sample.length, rules.sequence_multiple) for sample in samples]
     budget = rules.micro_batch_tokens // rules.total_multiple * rules.total_multiple
-    bins = []
+    shards: list[Shard] = []
     for items in balance(lengths, rules.data_parallel_size):
         packed = pack([lengths[i] for i in items], budget) or [[]]
-        bins.append([[samples[items[i]] for i in b] for b in packed])
-    most = max(len(b) for b in bins)
-    for b in bins:
-        wanted = padded(most if rules.equal_counts else len(b), rules.count_multiple)
-        b += [[] for _ in range(wanted - len(b))]
-    return [_pack_shard(b, rules) for b in bins]
+        shards.append([[samples[items[i]] for i in b] for b in packed])
+    most = max(len(shard) for shard in shards)
+    for shard in shards:
+        wanted = padded(most if rules.equal_counts else len(shard), rules.count_multiple)
+        shard += [[] for _ in range(wanted - len(shard))]
+    return shards
 
 
-def _pack_shard(bins: list[list[TrainingSample]], rules: PackingRules) -> list[MicroBatch]:
-    shard = [pack_micro_batch(b, rules.sequence_multiple, rules.total_multiple) for b in bins]
-    if rules.equal_lengths:
-        longest = max(mb.tokens.size for mb in shard)
-        shard = [pack_micro_batch(b, rules.sequence_multiple, rules.total_multiple, longest) for b in bins]
-    return shard
+def shard_samples(samples: Sequence[TrainingSample], rules: PackingRules) -> list[list[MicroBatch]]:
+    """Spread samples over the data-parallel ranks and pack each rank's into micro-batches."""
+    return [pack_shard(shard, rules) for shard in spread(samples, rules)]
 
 
 def _shuffle_key(seed: int, step: int, group: ScoredGroup) -> bytes:
@@ -83,16 +80,20 @@ def _shuffle_key(seed: int, step: int, group: ScoredGroup) -> bytes:
     return hashlib.sha256(f"{seed}/{step}/{group.order}/{group.prompt.id}".encode()).digest()
 
 
-def _metrics(mini_batches: Sequence[MiniBatch]) -> dict[str, float]:
-    micro_batches = [mb for mini_batch in mini_batches for shard in mini_batch.shards for mb in shard]
-    loads = [[sum(mb.real_tokens for mb in shard) for shard in mini_batch.shards] for mini_batch in mini_batches]
+def _metrics(mini_batches: Sequence[MiniBatch], rules: PackingRules) -> dict[str, float]:
+    shards = [shard for mini_batch in mini_batches for shard in mini_batch.shards]
+    loads = [[_tokens(shard) for shard in mini_batch.shards] for mini_batch in mini_batches]
     tokens = sum(map(sum, loads))
     # The ranks meet after every update: the time lost is that of each update's heaviest rank, summed.
     heaviest, mean = sum(map(max, loads)), sum(sum(load) / len(load) for load in loads)
     return {
-        m.BATCH_SEQUENCES: float(sum(len(mb.sequences) for mb in micro_batches)),
+        m.BATCH_SEQUENCES: float(sum(len(micro_batch) for shard in shards for micro_batch in shard)),
         m.BATCH_TOKENS: float(tokens),
-        m.BATCH_MICRO_BATCHES: float(len(micro_batches)),
-        m.BATCH_REAL_SHARE: tokens / sum(mb.tokens.size for mb in micro_batches),
+        m.BATCH_MICRO_BATCHES: float(sum(map(len, shards))),
+        m.BATCH_REAL_SHARE: tokens / sum(sum(packed_lengths(shard, rules)) for shard in shards),
         m.BATCH_IMBALANCE: heaviest / mean,
     }
+
+
+def _tokens(shard: Shard) -> int:
+    return sum(sample.length for micro_batch in shard for sample in micro_batch)

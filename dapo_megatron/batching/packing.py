@@ -1,16 +1,34 @@
-"""Sequences -> one packed micro-batch: the arrays that the actor reads."""
+"""Sequences -> packed micro-batches: the arrays that the actor reads. Done by the rank that trains them."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
-from dapo_megatron.batching.batch import MicroBatch
+from dapo_megatron.batching.batch import MicroBatch, Shard
+from dapo_megatron.batching.packing_rules import PackingRules
 from dapo_megatron.batching.sample import TrainingSample
 
 
 def padded(count: int, multiple: int) -> int:
     """The smallest multiple that is not less than `count`."""
     return -(-count // multiple) * multiple
+
+
+def packed_lengths(shard: Shard, rules: PackingRules) -> list[int]:
+    """Tokens of each micro-batch of a shard, padding included."""
+    lengths = []
+    for samples in shard:
+        real = sum(padded(sample.length, rules.sequence_multiple) for sample in samples)
+        lengths.append(padded(max(real, 1), rules.total_multiple))
+    return [max(lengths)] * len(lengths) if rules.equal_lengths else lengths
+
+
+def pack_shard(shard: Shard, rules: PackingRules) -> list[MicroBatch]:
+    """The micro-batches of a shard."""
+    return [
+        pack_micro_batch(samples, rules.sequence_multiple, rules.total_multiple, length)
+        for samples, length in zip(shard, packed_lengths(shard, rules), strict=True)
+    ]
 
 
 def pack_micro_batch(

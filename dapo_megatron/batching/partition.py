@@ -3,6 +3,7 @@
 Both work on lengths in tokens and return indices into them.
 """
 
+import bisect
 import heapq
 from collections.abc import Sequence
 
@@ -36,17 +37,16 @@ def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
         large for the device's memory shows at once.
     """
     bins: list[list[int]] = []
-    room: list[int] = []
+    rooms: list[tuple[int, int]] = []  # (room, bin), least room first
     for item in _longest_first(lengths):
-        fits = [b for b in range(len(bins)) if room[b] >= lengths[item]]
-        if fits:
-            best = min(fits, key=lambda b: room[b])
+        fit = bisect.bisect_left(rooms, (lengths[item], 0))
+        if fit < len(rooms):
+            room, best = rooms.pop(fit)
         else:
-            best = len(bins)
+            room, best = budget, len(bins)
             bins.append([])
-            room.append(budget)
         bins[best].append(item)
-        room[best] -= lengths[item]
+        bisect.insort(rooms, (room - lengths[item], best))
     return bins
 
 

@@ -4,22 +4,24 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from dapo_megatron.algorithm.objective import Aggregation, token_weights
 from dapo_megatron.errors import DapoError
 from dapo_megatron.records import Prompt, Response, ScoredGroup
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TrainingSample:
     """Prompt and response as one sequence; what belongs to response tokens has one entry for each of them."""
 
-    token_ids: Sequence[int]
+    token_ids: Sequence[int] | np.ndarray
     """Prompt, then response."""
     prompt_length: int
     """Tokens of the prompt, at least 1: the first one is predicted by nothing."""
-    loss_mask: Sequence[bool]
+    loss_mask: Sequence[bool] | np.ndarray
     """Which response tokens are trained."""
-    logprobs: Sequence[float]
+    logprobs: Sequence[float] | np.ndarray
     """Log-probability (natural log) with which each response token was sampled."""
     advantage: float
     weight: float
@@ -35,7 +37,7 @@ class TrainingSample:
 
 def weighted_samples(groups: Sequence[ScoredGroup], aggregation: Aggregation) -> list[TrainingSample]:
     """The sequences of one mini-batch, each with the weight of its trained tokens."""
-    active = [[sum(response.loss_mask) for response in group.responses] for group in groups]
+    active = [[int(np.count_nonzero(response.loss_mask)) for response in group.responses] for group in groups]
     weights = token_weights(active, aggregation)
     return [
         training_sample(group.prompt, response, weight)
@@ -47,7 +49,7 @@ def weighted_samples(groups: Sequence[ScoredGroup], aggregation: Aggregation) ->
 def training_sample(prompt: Prompt, response: Response, weight: float) -> TrainingSample:
     """A response with its prompt as one sequence."""
     return TrainingSample(
-        token_ids=prompt.input_ids + response.token_ids,
+        token_ids=np.concatenate([np.array(prompt.input_ids, np.int32), response.token_ids]),
         prompt_length=len(prompt.input_ids),
         loss_mask=response.loss_mask,
         logprobs=response.rollout_logprobs,

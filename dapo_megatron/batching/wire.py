@@ -1,60 +1,160 @@
-"""Batches as bytes: msgpack, with an array as (dtype, raw bytes). The round trip is exact."""
+"""Batches as bytes: a step travels in parts, each with some of the micro-batches of one replica in one update.
 
-from typing import Any, TypeVar
+A part has the sequences' own data alone, 8 bytes a token; whoever trains them derives labels, positions and weights
+by packing. A file holds all parts of a step, each after its length.
+"""
+
+import itertools
+import struct
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import BinaryIO
 
 import msgspec
 import numpy as np
 
-from dapo_megatron.batching.batch import SCHEMA, StepBatch
+from dapo_megatron.arrays import decode_array, encode_array
+from dapo_megatron.batching.batch import MiniBatch, Shard, StepBatch
+from dapo_megatron.batching.sample import TrainingSample
 from dapo_megatron.errors import DapoError
 
-T = TypeVar("T")
+SCHEMA = 3
+PART_TOKENS = 1 << 20
+"""Most tokens of a part, where a micro-batch is not longer: 8 MiB, which hold an event loop up for milliseconds."""
+_LENGTH = struct.Struct("<Q")
+
+
+class Place(msgspec.Struct, frozen=True):
+    """Where a part belongs; numbers are from 0."""
+
+    step: int
+    version: int
+    update: int
+    updates: int
+    replica: int
+    replicas: int
+    part: int
+    parts: int
+    """Of this replica in this update."""
+
+
+class _Sequence(msgspec.Struct, array_like=True):
+    """A TrainingSample as it travels."""
+
+    token_ids: np.ndarray
+    prompt_length: int
+    loss_mask: np.ndarray
+    logprobs: np.ndarray
+    advantage: float
+    weight: float
+    source: tuple[str, int]
+
+
+class _Part(msgspec.Struct):
+    place: Place
+    micro_batches: list[list[_Sequence]]
+    schema: int = SCHEMA
 
 
 class _Header(msgspec.Struct):
     schema: int
 
 
-def encode(obj: Any) -> bytes:
-    """Encode a batch, a part of one, or anything msgspec knows that holds one-dimensional numpy arrays."""
-    return msgspec.msgpack.encode(obj, enc_hook=_encode_array)
+def cut(shard: Shard, limit: int = PART_TOKENS) -> list[Shard]:
+    """Its parts: consecutive micro-batches of at most `limit` tokens together, or one alone."""
+    parts: list[Shard] = []
+    tokens = 0
+    for micro_batch in shard:
+        own = sum(sample.length for sample in micro_batch)
+        if not parts or tokens + own > limit:
+            parts.append([])
+            tokens = 0
+        parts[-1].append(micro_batch)
+        tokens += own
+    return parts
 
 
-def decode(data: bytes, kind: type[T]) -> T:
-    """Decode what `encode` made of an object of type `kind` (`list[MicroBatch]`, for example).
+def encode_part(place: Place, micro_batches: Shard) -> bytes:
+    """A part as bytes."""
+    part = _Part(place, [[_travelling(sample) for sample in micro_batch] for micro_batch in micro_batches])
+    return msgspec.msgpack.encode(part, enc_hook=encode_array)
+
+
+def decode_part(data: bytes | memoryview) -> tuple[Place, Shard]:
+    """Where a part belongs, and its micro-batches.
 
     Raises:
-        DapoError: the bytes are truncated or hold something else.
+        DapoError: the bytes are truncated, hold something else, or are of another schema version.
     """
     try:
-        return msgspec.msgpack.decode(data, type=kind, dec_hook=_decode_array)
+        if (schema := msgspec.msgpack.decode(data, type=_Header).schema) != SCHEMA:
+            raise DapoError(
+                f"the batch has schema {schema}, this program reads {SCHEMA}: use the version that wrote it"
+            )
+        part = msgspec.msgpack.decode(data, type=_Part, dec_hook=decode_array)
     except msgspec.DecodeError as e:
-        raise DapoError(f"{len(data)} bytes are not a {kind.__name__}: {e}") from None
+        raise DapoError(f"{len(data)} bytes are no part of a batch: {e}") from None
+    return part.place, [[_arrived(sequence) for sequence in micro_batch] for micro_batch in part.micro_batches]
 
 
-def decode_step_batch(data: bytes) -> StepBatch:
-    """Decode a step's batch, from the controller or from a dump.
+def write_parts(path: Path, parts: Iterable[bytes], *, append: bool = False) -> None:
+    """Write a file of parts anew, or add to one.
 
     Raises:
-        DapoError: not a step batch, or one of another schema version.
+        OSError: it cannot be written.
     """
-    schema = decode(data, _Header).schema
-    if schema != SCHEMA:
-        raise DapoError(
-            f"the step batch has schema {schema}, this program reads {SCHEMA}: use the version that wrote it"
-        )
-    return decode(data, StepBatch)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab" if append else "wb") as file:
+        for data in parts:
+            file.write(_LENGTH.pack(len(data)))
+            file.write(data)
 
 
-def _encode_array(obj: Any) -> tuple[str, bytes]:
-    if isinstance(obj, np.ndarray) and obj.ndim == 1:
-        return obj.dtype.str, obj.tobytes()
-    raise NotImplementedError(f"{type(obj).__name__} cannot be encoded")
+def read_step_batch(path: Path) -> StepBatch:
+    """The batch that a file of parts holds; metrics are not kept.
+
+    Raises:
+        DapoError: parts are missing, torn or of another schema version.
+        OSError: it cannot be read.
+    """
+    found: dict[tuple[int, int], list[Shard]] = {}
+    places = []
+    with path.open("rb") as file:
+        for data in _records(file):
+            place, micro_batches = decode_part(data)
+            places.append(place)
+            found.setdefault((place.update, place.replica), []).append(micro_batches)
+    if not places:
+        raise DapoError(f"{path} holds no part of a batch")
+    first = places[0]
+    wanted = {(place.update, place.replica): place.parts for place in places}
+    for key in itertools.product(range(first.updates), range(first.replicas)):
+        if len(found.get(key, [])) != wanted.get(key):
+            raise DapoError(f"{path} is cut short: it has not all parts of update {key[0]}, replica {key[1]}")
+    mini_batches = [
+        MiniBatch([list(itertools.chain(*found[update, replica])) for replica in range(first.replicas)])
+        for update in range(first.updates)
+    ]
+    return StepBatch(first.step, first.version, mini_batches)
 
 
-def _decode_array(kind: type, obj: Any) -> np.ndarray:
-    if kind is not np.ndarray:
-        raise NotImplementedError(f"{kind.__name__} cannot be decoded")
-    dtype, raw = msgspec.convert(obj, tuple[str, bytes])
-    # A copy, because torch refuses memory it may not write to.
-    return np.frombuffer(raw, np.dtype(dtype)).copy()
+def _records(file: BinaryIO) -> Iterator[bytes]:
+    while head := file.read(_LENGTH.size):
+        data = file.read(_LENGTH.unpack(head)[0]) if len(head) == _LENGTH.size else b""
+        yield data
+
+
+def _travelling(s: TrainingSample) -> _Sequence:
+    return _Sequence(
+        np.asarray(s.token_ids, np.int32),
+        s.prompt_length,
+        np.asarray(s.loss_mask, np.bool_),
+        np.asarray(s.logprobs, np.float32),
+        s.advantage,
+        s.weight,
+        s.source,
+    )
+
+
+def _arrived(s: _Sequence) -> TrainingSample:
+    return TrainingSample(s.token_ids, s.prompt_length, s.loss_mask, s.logprobs, s.advantage, s.weight, s.source)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import msgspec
 import xxhash
 
+from dapo_megatron.arrays import decode_array, encode_array
 from dapo_megatron.data.sampler import SamplerState
 from dapo_megatron.errors import ConfigError
 from dapo_megatron.records import Prompt, ScoredGroup
@@ -32,6 +33,12 @@ class Snapshot(msgspec.Struct):
     data: str = ""
     """Hash of the prompts in their order (data_digest)."""
     schema: int = SCHEMA
+
+
+class _Schema(msgspec.Struct):
+    """What is read first: another schema's groups cannot be."""
+
+    schema: int
 
 
 class DataCursor(msgspec.Struct, frozen=True):
@@ -58,7 +65,7 @@ def data_digest(prompts: Sequence[Prompt]) -> str:
 
 def encode_snapshot(snapshot: Snapshot) -> bytes:
     """As JSON; every number comes back bit for bit."""
-    return msgspec.json.encode(snapshot)
+    return msgspec.json.encode(snapshot, enc_hook=encode_array)
 
 
 def decode_snapshot(data: bytes, step: int) -> Snapshot:
@@ -68,7 +75,9 @@ def decode_snapshot(data: bytes, step: int) -> Snapshot:
         ConfigError: it is cut short, of another step or schema, or holds what cannot be.
     """
     try:
-        snapshot = msgspec.json.decode(data, type=Snapshot)
+        if (schema := msgspec.json.decode(data, type=_Schema).schema) != SCHEMA:
+            raise _refused(f"its schema is {schema}, this program reads {SCHEMA}")
+        snapshot = msgspec.json.decode(data, type=Snapshot, dec_hook=decode_array)
     except msgspec.MsgspecError as e:
         raise _refused(f"it cannot be read ({e}; {len(data)} bytes)") from None
     if problem := _problem(snapshot, step):
@@ -92,8 +101,6 @@ def _refused(problem: str) -> ConfigError:
 
 def _problem(s: Snapshot, step: int) -> str | None:
     sampler = s.sampler
-    if s.schema != SCHEMA:
-        return f"its schema is {s.schema}, this program reads {SCHEMA}"
     if s.step != step:
         return f"it is of step {s.step}, the checkpoint is of step {step}"
     if sampler.size < 1 or sampler.epoch < 0 or not 0 <= sampler.position <= sampler.size:
@@ -111,6 +118,6 @@ def _problem(s: Snapshot, step: int) -> str | None:
     if len(set(waiting)) < len(waiting) or not all(0 <= order < s.next_order for order in waiting):
         return f"of {s.next_order} prompts issued, numbers {waiting} wait"
     for group in s.carried:
-        if not group.responses or any(not r.token_ids or not r.version_spans for r in group.responses):
+        if not group.responses or any(not r.token_ids.size or not r.version_spans for r in group.responses):
             return f"group {group.order} is carried without responses"
     return None

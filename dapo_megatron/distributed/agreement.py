@@ -87,14 +87,19 @@ def on_first_rank(what: str, layout: Layout, call: Callable[[], T], *, may_take_
     return found  # type: ignore[return-value]  # rank 0 has set it
 
 
-def broadcast_bytes(data: bytes, layout: Layout) -> bytes:
-    """Rank 0's bytes on all ranks, as one tensor instead of through pickle."""
+def share_in_replica(data: bytes, layout: Layout) -> bytes | memoryview:
+    """The bytes that the first rank of each replica has, on all its ranks; as a tensor, not through pickle."""
+    if len(layout.replica_ranks) == 1:
+        return data
+    first = layout.replica_ranks[0]
     size = torch.tensor(len(data))
     with _deadline("sharing the batch", layout.collective_timeout_s):
-        dist.broadcast(size, src=0, group=layout.control)
-        flat = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else size.new_empty(int(size)).byte()
-        dist.broadcast(flat, src=0, group=layout.control)
-    return flat.numpy().tobytes()
+        dist.broadcast(size, src=first, group=layout.replica)
+        flat = torch.empty(int(size), dtype=torch.uint8)
+        if layout.is_first_of_replica:
+            flat = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        dist.broadcast(flat, src=first, group=layout.replica)
+    return flat.numpy().data
 
 
 def gather_on_first_rank(

@@ -1,4 +1,4 @@
-"""The trainer's process groups: megatron-core's model-parallel groups, and three gloo groups for messages.
+"""The trainer's process groups: megatron-core's model-parallel groups, and gloo groups for messages.
 
 The three differ in their deadline: an agreement takes a minute at most, a batch may take hours, a disk as long as it is
 allowed to.
@@ -34,6 +34,10 @@ class Layout:
     dp_size: int
     dp_rank: int
     """Without context parallelism: ranks that see different sequences."""
+    replica_ranks: tuple[int, ...]
+    """The ranks of this rank's data-parallel replica: they see the same sequences. The first one fetches them."""
+    replica: dist.ProcessGroup
+    """These, gloo: for their batch."""
     control: dist.ProcessGroup
     """All ranks, gloo: for verdicts and small messages; a rank that hangs is noticed after collective_timeout_s."""
     waiting: dist.ProcessGroup
@@ -48,6 +52,11 @@ class Layout:
     def world_size(self) -> int:
         """All ranks."""
         return self.tp_size * self.pp_size * self.cp_size * self.dp_size
+
+    @property
+    def is_first_of_replica(self) -> bool:
+        """Whether this rank fetches for its replica."""
+        return self.rank == self.replica_ranks[0]
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -103,6 +112,8 @@ def init_parallel(config: RunConfig) -> Layout:
     )
     torch.manual_seed(config.seed)
     model_parallel_cuda_manual_seed(config.seed)
+    control = dist.new_group(backend="gloo", timeout=deadline)
+    replica_ranks, replica = _replica(control, deadline)
     return Layout(
         rank=dist.get_rank(),
         tp_size=mpu.get_tensor_model_parallel_world_size(),
@@ -115,10 +126,22 @@ def init_parallel(config: RunConfig) -> Layout:
         ep_size=mpu.get_expert_model_parallel_world_size(),
         dp_size=mpu.get_data_parallel_world_size(),
         dp_rank=mpu.get_data_parallel_rank(),
-        control=dist.new_group(backend="gloo", timeout=deadline),
+        replica_ranks=replica_ranks,
+        replica=replica,
+        control=control,
         waiting=dist.new_group(backend="gloo", timeout=timedelta(seconds=waiting_s)),
         saving=dist.new_group(backend="gloo", timeout=timedelta(seconds=saving_s)),
         collective_timeout_s=trainer.collective_timeout_s,
         waiting_timeout_s=waiting_s,
         saving_timeout_s=saving_s,
     )
+
+
+def _replica(control: dist.ProcessGroup, deadline: timedelta) -> tuple[tuple[int, ...], dist.ProcessGroup]:
+    """The ranks of this rank's replica, and their group; every rank makes the groups of all replicas."""
+    replicas = torch.empty(dist.get_world_size(), dtype=torch.int64)
+    own = torch.tensor([mpu.get_data_parallel_rank()])
+    dist.all_gather_into_tensor(replicas, own, group=control)
+    members = [tuple(torch.nonzero(replicas == r).flatten().tolist()) for r in range(int(replicas.max()) + 1)]
+    groups = [dist.new_group(list(ranks), backend="gloo", timeout=deadline) for ranks in members]
+    return members[int(own)], groups[int(own)]

@@ -10,7 +10,7 @@ import aiohttp
 
 from dapo_megatron.engines.engine_set import EngineSet
 from dapo_megatron.engines.serving import ServingEngines
-from dapo_megatron.engines.wire import Completion, SamplingParams, decode_completions, generate_request
+from dapo_megatron.engines.wire import Sampled, SamplingParams, decode_sampled, generate_request
 from dapo_megatron.errors import EngineError
 
 REFUSED_FOR_NOW = (408, 429)
@@ -58,7 +58,7 @@ class EngineClient:
         await self._serving.stop()
         await self._session.close()
 
-    async def generate(self, input_ids: list[int], params: SamplingParams, count: int = 1) -> list[Completion]:
+    async def generate(self, input_ids: list[int], params: SamplingParams, count: int = 1) -> list[Sampled]:
         """`count` samples after one input, in one request.
 
         Aborted ones are asked for again: they are never mistaken for truncated responses.
@@ -84,10 +84,10 @@ class EngineClient:
             raise RuntimeError("EngineClient is used outside its `async with`")
         return self._open
 
-    async def _until_answered(self, input_ids: list[int], params: SamplingParams, count: int) -> list[Completion]:
+    async def _until_answered(self, input_ids: list[int], params: SamplingParams, count: int) -> list[Sampled]:
         loop = asyncio.get_running_loop()
         pause, last, deadline = 0.1, "", loop.time() + self.timeout_s
-        found: list[Completion] = []
+        found: list[Sampled] = []
         while (missing := count - len(found)) > 0:
             try:
                 async with asyncio.timeout_at(deadline):
@@ -103,7 +103,7 @@ class EngineClient:
                 pause = min(pause * 2, 5.0)
         return found
 
-    async def _ask(self, input_ids: list[int], params: SamplingParams, count: int) -> tuple[list[Completion], str]:
+    async def _ask(self, input_ids: list[int], params: SamplingParams, count: int) -> tuple[list[Sampled], str]:
         """What one engine gives: at most `count` completions, and what became of the rest."""
         server = await self._serving.fewest_in_flight()
         server.in_flight += count
@@ -127,12 +127,12 @@ class EngineClient:
 
     async def _attempt(
         self, url: str, input_ids: list[int], params: SamplingParams, count: int
-    ) -> tuple[list[Completion], str]:
+    ) -> tuple[list[Sampled], str]:
         """At most `count` completions, and what became of the rest."""
         async with self._session.post(url + "/generate", json=generate_request(input_ids, params, count)) as reply:
             data = await reply.read()
             if reply.status == 200:
-                completions = await asyncio.to_thread(decode_completions, data, url)
+                completions = await asyncio.to_thread(decode_sampled, data, url)
                 return [c for c in completions if c is not None][:count], f"{url}: aborted"
             text = " ".join(data[:500].decode(errors="replace").split())
             if reply.status in REFUSED_FOR_NOW or reply.status >= 500:

@@ -10,12 +10,12 @@ from functools import partial
 import msgspec
 
 from dapo_megatron.engines.client import EngineClient
-from dapo_megatron.engines.wire import Completion, SamplingParams
+from dapo_megatron.engines.wire import Sampled, SamplingParams
 
 TOGETHER_TOKENS = 512
 """Longest responses whose requests travel together."""
 
-Future = asyncio.Future[Completion]
+Future = asyncio.Future[Sampled]
 Key = tuple[tuple[int, ...], bytes]
 
 
@@ -25,9 +25,9 @@ class CoalescingClient:
     def __init__(self, client: EngineClient):
         self._client = client
         self._waiting: dict[Key, list[Future]] = {}
-        self._sends: set[asyncio.Task[list[Completion]]] = set()
+        self._sends: set[asyncio.Task[list[Sampled]]] = set()
 
-    async def generate(self, input_ids: list[int], params: SamplingParams) -> Completion:
+    async def generate(self, input_ids: list[int], params: SamplingParams) -> Sampled:
         """Sample one response.
 
         Raises:
@@ -57,7 +57,7 @@ class CoalescingClient:
             for response in part:
                 response.add_done_callback(partial(_cancel_unwanted, send, part))
 
-    def _answered(self, responses: list[Future], send: asyncio.Task[list[Completion]]) -> None:
+    def _answered(self, responses: list[Future], send: asyncio.Task[list[Sampled]]) -> None:
         """Whatever ended the request is what those hear who wait for it."""
         self._sends.discard(send)
         error = None if send.cancelled() else send.exception()
@@ -72,7 +72,7 @@ class CoalescingClient:
                 response.set_result(send.result()[i])
 
 
-def _cancel_unwanted(send: asyncio.Task[list[Completion]], responses: list[Future], _: Future) -> None:
+def _cancel_unwanted(send: asyncio.Task[list[Sampled]], responses: list[Future], _: Future) -> None:
     """Nobody waits for any of a request's responses any more: closing its connection ends it on the engine too."""
     if all(r.cancelled() for r in responses):
         send.cancel()

@@ -3,6 +3,7 @@
 from typing import Any, Literal
 
 import msgspec
+import numpy as np
 
 from dapo_megatron.errors import EngineError
 from dapo_megatron.records import VersionSpan
@@ -24,6 +25,17 @@ class Completion(msgspec.Struct):
 
     token_ids: list[int]
     logprobs: list[float]
+    version_spans: list[VersionSpan]
+    finish_reason: Literal["stop", "length"]
+
+
+class Sampled(msgspec.Struct, eq=False):
+    """A completion of n tokens as arrays: what rollouts get."""
+
+    token_ids: np.ndarray
+    """[n] int32, the stop token included."""
+    logprobs: np.ndarray
+    """[n] float32, natural log."""
     version_spans: list[VersionSpan]
     finish_reason: Literal["stop", "length"]
 
@@ -72,6 +84,16 @@ def decode_completions(data: bytes, url: str) -> list[Completion | None]:
     except msgspec.DecodeError as e:
         raise EngineError(f"engine {url} gave a reply to /generate that cannot be read ({e})") from None
     return [_completion(reply.meta_info, url) for reply in (replies if isinstance(replies, list) else [replies])]
+
+
+def decode_sampled(data: bytes, url: str) -> list[Sampled | None]:
+    """The same as arrays; takes a millisecond for 5,000 tokens, so not on an event loop."""
+    return [None if c is None else _sampled(c) for c in decode_completions(data, url)]
+
+
+def _sampled(c: Completion) -> Sampled:
+    token_ids, logprobs = np.array(c.token_ids, np.int32), np.array(c.logprobs, np.float32)
+    return Sampled(token_ids, logprobs, c.version_spans, c.finish_reason)
 
 
 def _completion(meta: _Meta, url: str) -> Completion | None:

@@ -25,6 +25,7 @@ from typing import BinaryIO
 import msgspec
 import xxhash
 
+from dapo_megatron.arrays import decode_array, encode_array
 from dapo_megatron.checkpoint.store import published, step_of
 from dapo_megatron.config import RunConfig
 from dapo_megatron.records import SCHEMA, Prompt, ScoredGroup
@@ -34,7 +35,7 @@ log = logging.getLogger(__name__)
 
 _PREFIX = struct.Struct("<QQ")
 """Bytes of the payload, and their XXH3 (64 bits)."""
-_encoder = msgspec.msgpack.Encoder()
+_encoder = msgspec.msgpack.Encoder(enc_hook=encode_array)
 _NAME = re.compile(r"step_(\d{6,})\.bank")
 
 
@@ -123,7 +124,7 @@ class RolloutBank:
         if place is None or self._file is None:
             return None
         try:
-            group = msgspec.msgpack.decode(self._read(place), type=ScoredGroup)
+            group = msgspec.msgpack.decode(self._read(place), type=ScoredGroup, dec_hook=decode_array)
         except OSError as e:
             self._give_up(e)
             return None

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import msgspec
 
 from dapo_megatron.data.sampler import PromptSampler
-from dapo_megatron.data.snapshot import Snapshot, data_digest, decode_snapshot, encode_snapshot
+from dapo_megatron.data.snapshot import Snapshot, data_digest, decode_snapshot
 from dapo_megatron.errors import ConfigError
 from dapo_megatron.records import Prompt, ScoredGroup
 from dapo_megatron.rollout.ledger import Entry, Fate
@@ -107,17 +107,15 @@ class GroupBuffer:
         entries, self._entries = self._entries, []
         return used, [msgspec.structs.replace(e, step=step) for e in entries]
 
-    def snapshot(self) -> bytes:
-        """The state, for a checkpoint."""
+    def snapshot(self) -> Snapshot:
+        """The state, for a checkpoint; what happens later does not change it."""
         with_engines = [(order, prompt.id) for order, prompt in self.issued.items()]
-        return encode_snapshot(
-            msgspec.structs.replace(
-                self.state,
-                sampler=self._sampler.state(),
-                share=(self.share.kept, self.share.seen),
-                carried=self.kept,
-                again=self.state.again + with_engines,
-            )
+        return msgspec.structs.replace(
+            self.state,
+            sampler=self._sampler.state(),
+            share=(self.share.kept, self.share.seen),
+            carried=list(self.kept),
+            again=self.state.again + with_engines,
         )
 
     def _end(self, groups: Sequence[ScoredGroup], fate: Fate) -> None:

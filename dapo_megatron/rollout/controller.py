@@ -3,6 +3,7 @@
     trainer asks       the controller answers when
     Hello              data are read, graders run; its state is the checkpoint's
     NextBatch(k, v)    step k is full; with max_policy_lag its groups are generated while others are trained
+    FetchPart(k, ...)  at once: every replica fetches its own part of batch k
     Evaluate(k, v)     every held-out prompt has its responses
     Goodbye            at once, and ends
 
@@ -19,7 +20,7 @@ from functools import partial
 
 from dapo_megatron.actor.packing_demands import packing_rules
 from dapo_megatron.batching.build import build_step_batch
-from dapo_megatron.batching.wire import encode
+from dapo_megatron.batching.wire import write_parts
 from dapo_megatron.config import RunConfig
 from dapo_megatron.data.prompts import LoadedPrompts, load_prompts
 from dapo_megatron.data.tokenizer import check_tags, load_tokenizer
@@ -30,10 +31,12 @@ from dapo_megatron.errors import DapoError, EngineError
 from dapo_megatron.grading.pool import GradingPool
 from dapo_megatron.messages import (
     Batch,
+    BatchPart,
     Done,
     Evaluate,
     Evaluation,
     Failed,
+    FetchPart,
     Goodbye,
     Hello,
     NextBatch,
@@ -54,8 +57,9 @@ from dapo_megatron.rollout.function import load_rollout
 from dapo_megatron.rollout.guard import GuardedRollout
 from dapo_megatron.rollout.ledger import Ledger
 from dapo_megatron.rollout.metrics import response_metrics
-from dapo_megatron.rollout.producer import Producer
+from dapo_megatron.rollout.producer import Producer, StepGroups
 from dapo_megatron.rollout.scoring import score_group
+from dapo_megatron.rollout.served import ServedBatch
 from dapo_megatron.rpc import RpcServer
 from dapo_megatron.weights.hf_config import read_model
 
@@ -88,11 +92,10 @@ class Controller:
         while True:
             request = await link.receive()
             try:
-                reply = await self._answer(request)
+                await link.reply(await self._answer(request))
             except DapoError as e:
                 await link.reply(Failed(e.kind, str(e)))
                 raise
-            await link.reply(reply)
             if isinstance(request, Goodbye):
                 return
 
@@ -109,6 +112,11 @@ class Controller:
             case NextBatch(step, version):
                 self._version = version
                 return await self._batch(self._begun(), step, version)
+            case FetchPart(step, update, replica, part):
+                served = self._begun().served
+                if served is None or served.step != step:
+                    raise DapoError(f"a trainer rank asked for batch {step}, which is not the one that is trained")
+                return BatchPart(await asyncio.to_thread(served.encoded, update, replica, part))
             case Evaluate(step, version):
                 self._version = version
                 self.reporter.phase("evaluate", f"step {step}")
@@ -140,16 +148,28 @@ class Controller:
         return self._session
 
     async def _batch(self, session: "_Session", step: int, version: int) -> Batch:
-        config, began = self.config, time.monotonic()
+        began, session.served = time.monotonic(), None
         await self._open_bank(session, step, version)
         produced = await session.producer.step(step, version, lambda text: self.reporter.phase("generate", text))
         self.reporter.phase("idle")
-        waited = time.monotonic() - began
-        produced.metrics |= {m.GROUPS_FROM_BANK: float(session.bank.taken)}
-        produced.metrics |= {m.GROUPS_NOT_BANKED: float(session.bank.missed)}
-        if config.rollout.max_policy_lag:
+        produced.metrics |= {
+            m.GENERATE_SECONDS: time.monotonic() - began,
+            m.ROLLOUT_ERRORS: float(self.rollout.errors),
+            m.GROUPS_FROM_BANK: float(session.bank.taken),
+            m.GROUPS_NOT_BANKED: float(session.bank.missed),
+        }
+        if self.config.rollout.max_policy_lag:
             await self._open_bank(session, step + 1, version + 1)
             session.producer.run_ahead()
+        served, metrics = await asyncio.to_thread(self._build, session, produced, step, version)
+        session.served = served
+        return Batch(served.counts, metrics, produced.state)
+
+    def _build(
+        self, session: "_Session", produced: StepGroups, step: int, version: int
+    ) -> tuple[ServedBatch, dict[str, float]]:
+        """The batch of what was produced, and its metrics; takes seconds."""
+        config = self.config
         batch = build_step_batch(
             produced.groups,
             step=step,
@@ -159,10 +179,11 @@ class Controller:
             aggregation=config.algorithm.aggregation,
             rules=packing_rules(config),
         )
+        served = ServedBatch(batch)
+        if config.observe.dump_batches:
+            write_parts(self.folder.batch(step), served.all_encoded())
         session.samples.write(step, produced.seen[: config.observe.groups_per_step])
-        metrics = produced.metrics | response_metrics(produced.groups, produced.seen, version) | batch.metrics
-        metrics |= {m.GENERATE_SECONDS: waited, m.ROLLOUT_ERRORS: float(self.rollout.errors)}
-        return Batch(encode(batch), metrics, produced.state)
+        return served, produced.metrics | response_metrics(produced.groups, produced.seen, version) | batch.metrics
 
     async def _open_bank(self, session: "_Session", step: int, version: int) -> None:
         """Let the bank keep what is finished from now on for `step`, which `version` will train."""
@@ -235,3 +256,4 @@ class _Session:
         """`banking` is held by whoever uses the bank: it is opened by a thread, for step after step."""
         self.producer, self.samples, self.bank, self.banking = producer, samples, bank, banking
         self.banked_step = 0
+        self.served: ServedBatch | None = None

@@ -1,18 +1,21 @@
 """What a rollout function sees of the engines: sampling for one sample of one group, and the tokenizer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import msgspec
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from dapo_megatron.engines.wire import Completion, SamplingParams
+from dapo_megatron.engines.wire import Sampled, SamplingParams
+
+TokenIds = Sequence[int] | np.ndarray
 
 
 class Sampler(Protocol):
     """Whatever samples one response (engines.coalescing, engines.client)."""
 
-    async def generate(self, input_ids: list[int], params: SamplingParams) -> Completion:
+    async def generate(self, input_ids: list[int], params: SamplingParams) -> Sampled:
         """Sample one response."""
         ...
 
@@ -35,16 +38,24 @@ class Engine:
         """Index within the group, from 0."""
         self._sampler, self._seed, self._requests = sampler, seed, 0
 
-    async def generate(self, input_ids: list[int], max_new_tokens: int | None = None) -> Completion:
-        """Sample a continuation of input_ids; max_new_tokens lowers the run's limit (for further turns)."""
+    async def generate(self, input_ids: TokenIds, max_new_tokens: int | None = None) -> Sampled:
+        """Sample a continuation of input_ids; max_new_tokens lowers the run's limit (for further turns).
+
+        What comes back are arrays: join them by numpy.concatenate, `+` would add number to number.
+        """
         limit = self.params.max_new_tokens if max_new_tokens is None else max_new_tokens
         params = msgspec.structs.replace(self.params, max_new_tokens=limit)
         if self._seed is not None:
             params = msgspec.structs.replace(params, sampling_seed=self._seed(self._requests))
             self._requests += 1
-        return await self._sampler.generate(input_ids, params)
+        return await self._sampler.generate(_as_list(input_ids), params)
 
-    def decode(self, token_ids: list[int]) -> str:
+    def decode(self, token_ids: TokenIds) -> str:
         """Text of a response without its special tokens."""
-        text: str = self.tokenizer.decode(token_ids, skip_special_tokens=True)
+        text: str = self.tokenizer.decode(_as_list(token_ids), skip_special_tokens=True)
         return text
+
+
+def _as_list(token_ids: TokenIds) -> list[int]:
+    found: list[int] = np.asarray(token_ids).tolist()
+    return found

@@ -9,12 +9,16 @@ import logging
 import traceback
 from typing import Any, get_args
 
+import msgspec
+
 from dapo_megatron.algorithm.reward import Verdict
 from dapo_megatron.config import RolloutConfig
 from dapo_megatron.errors import ConfigError, DapoError
 from dapo_megatron.records import Prompt, Response, VersionSpan
+from dapo_megatron.rollout import token_data
 from dapo_megatron.rollout.engine import Engine
 from dapo_megatron.rollout.function import RolloutFunction
+from dapo_megatron.rollout.token_data import Unfit, is_finite
 
 log = logging.getLogger(__name__)
 
@@ -58,56 +62,45 @@ class GuardedRollout:
 
 
 def checked(response: Any, prompt: Prompt, sample: int, vocab: int, where: str) -> Response:
-    """The response, arrays made lists, if it can be trained.
+    """The response with arrays for its lists, if it can be trained.
 
     Raises:
         ConfigError: `where`, and what is wrong with it.
     """
-    problem = _problem(response, prompt, sample, vocab)
-    if problem is not None:
-        raise ConfigError(f"{where}: {problem}")
-    assert isinstance(response, Response)
-    # Lone surrogates cannot be written down.
-    response.text = response.text.encode("utf-8", "replace").decode("utf-8")
-    return response
-
-
-def _problem(response: Any, prompt: Prompt, sample: int, vocab: int) -> str | None:
     if not isinstance(response, Response):
-        return f"it returned {type(response).__name__}, a Response is expected"
-    for name in ("token_ids", "loss_mask", "rollout_logprobs"):
-        value = getattr(response, name)
-        if hasattr(value, "tolist"):  # numpy, torch
-            value = value.tolist()
-            setattr(response, name, value)
-        if not isinstance(value, list):
-            return f"{name} is a {type(value).__name__}, a list or an array of one entry a token is expected"
-    if (response.prompt_id, response.sample) != (prompt.id, sample):
-        return f"the response says it is of prompt '{response.prompt_id}', sample {response.sample}"
-    return (
-        _tokens_problem(response, vocab)
-        or _spans_problem(response)
-        or _verdict_problem(response)
-        or _arrays_problem(response)
-    )
+        raise ConfigError(f"{where}: it returned {type(response).__name__}, a Response is expected")
+    try:
+        found = _with_arrays(response, vocab)
+    except Unfit as e:
+        raise ConfigError(f"{where}: {e}") from None
+    if problem := _identity_problem(found, prompt, sample) or _spans_problem(found) or _verdict_problem(found):
+        raise ConfigError(f"{where}: {problem}")
+    # Lone surrogates cannot be written down.
+    found.text = found.text.encode("utf-8", "replace").decode("utf-8")
+    return found
 
 
-def _tokens_problem(r: Response, vocab: int) -> str | None:
-    n = len(r.token_ids)
+def _with_arrays(r: Response, vocab: int) -> Response:
+    columns = {
+        "token_ids": token_data.token_ids(r.token_ids, vocab),
+        "loss_mask": token_data.loss_mask(r.loss_mask),
+        "rollout_logprobs": token_data.logprobs(r.rollout_logprobs),
+    }
+    if not isinstance(r.token_arrays, dict):
+        raise Unfit(f"token_arrays is a {type(r.token_arrays).__name__}, a dictionary is expected")
+    extra = {name: token_data.numbers(f"token_arrays[{name!r}]", value) for name, value in r.token_arrays.items()}
+    n = len(columns["token_ids"])
     if n == 0:
-        return "the response has no tokens"
-    for name in ("loss_mask", "rollout_logprobs"):
-        if len(getattr(r, name)) != n:
-            return f"{name} has {len(getattr(r, name))} entries for {n} tokens"
-    for i, token in enumerate(r.token_ids):
-        if type(token) is not int or not 0 <= token < vocab:
-            return f"token {i} is {token!r}, ids from 0 to {vocab - 1} are expected"
-    for i, trained in enumerate(r.loss_mask):
-        if not isinstance(trained, bool):
-            return f"loss_mask[{i}] is {trained!r}, true or false is expected"
-    for i, logprob in enumerate(r.rollout_logprobs):
-        if not _is_finite(logprob):
-            return f"rollout_logprobs[{i}] is {str(logprob)[:40]}, a finite number is expected"
+        raise Unfit("the response has no tokens")
+    for name, column in [*columns.items(), *((f"token_arrays[{name!r}]", column) for name, column in extra.items())]:
+        if len(column) != n:
+            raise Unfit(f"{name} has {len(column)} entries for {n} tokens")
+    return msgspec.structs.replace(r, token_arrays=extra, **columns)
+
+
+def _identity_problem(r: Response, prompt: Prompt, sample: int) -> str | None:
+    if (r.prompt_id, r.sample) != (prompt.id, sample):
+        return f"the response says it is of prompt '{r.prompt_id}', sample {r.sample}"
     return None
 
 
@@ -116,7 +109,7 @@ def _spans_problem(r: Response) -> str | None:
     if not isinstance(spans, list) or not all(isinstance(s, VersionSpan) for s in spans):
         return "version_spans is not a list of VersionSpan"
     if not spans:
-        return "version_spans is empty: which policy version sampled the tokens? (Completion.version_spans says)"
+        return "version_spans is empty: which policy version sampled the tokens? (Sampled.version_spans says)"
     if any(type(x) is not int for s in spans for x in (s.version, s.start, s.end)):
         return "version_spans has entries that are no integers"
     covered = 0
@@ -135,25 +128,9 @@ def _verdict_problem(r: Response) -> str | None:
     if r.verdict is not None and r.verdict not in get_args(Verdict):
         return f"verdict is {r.verdict!r}, one of {', '.join(get_args(Verdict))} or None is expected"
     reward = r.accuracy_reward
-    if reward is not None and not _is_finite(reward):
+    if reward is not None and not is_finite(reward):
         return f"accuracy_reward is {reward!r}, a finite number or None is expected"
     return None
-
-
-def _arrays_problem(r: Response) -> str | None:
-    if not isinstance(r.token_arrays, dict):
-        return f"token_arrays is a {type(r.token_arrays).__name__}, a dictionary is expected"
-    for name, value in r.token_arrays.items():
-        values = value.tolist() if hasattr(value, "tolist") else value
-        if not isinstance(values, list) or len(values) != len(r.token_ids) or not all(map(_is_finite, values)):
-            return f"token_arrays[{name!r}] is not one finite number a token"
-        r.token_arrays[name] = values
-    return None
-
-
-def _is_finite(value: object) -> bool:
-    """An ordinary number: no bool, and none that overflows a float."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def _in_one_line(error: BaseException, function: RolloutFunction) -> str:

@@ -21,6 +21,7 @@ from typing import Any
 import msgspec
 
 from dapo_megatron.config import RunConfig
+from dapo_megatron.data.snapshot import encode_snapshot
 from dapo_megatron.errors import DataError
 from dapo_megatron.records import Prompt, ScoredGroup
 from dapo_megatron.rollout.buffer import GroupBuffer
@@ -125,7 +126,7 @@ class Producer:
         self._round = 0
         fresh_kept = sum(fate_of(g, self.config) == "kept" for g in seen)
         metrics = group_metrics(self.ledger.settle(entries), carried_in, rounds, fresh_kept, len(seen))
-        return StepGroups(used, seen, metrics, buffer.snapshot())
+        return StepGroups(used, seen, metrics, await asyncio.to_thread(encode_snapshot, buffer.snapshot()))
 
     def run_ahead(self) -> None:
         """With a lag, go on for the next steps while this one is trained."""

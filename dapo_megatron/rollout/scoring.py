@@ -3,6 +3,7 @@
 import random
 
 import msgspec
+import numpy as np
 import torch
 
 from dapo_megatron.algorithm.advantage import group_advantages
@@ -32,7 +33,7 @@ def score_group(group: Group, config: RunConfig) -> ScoredGroup:
     advantages = _advantages(responses, config)
     scored = [
         msgspec.structs.replace(
-            r, advantage=a, loss_mask=[False] * len(r.token_ids) if _is_masked(r, config) else r.loss_mask
+            r, advantage=a, loss_mask=np.zeros(len(r.token_ids), np.bool_) if _is_masked(r, config) else r.loss_mask
         )
         for r, a in zip(responses, advantages, strict=True)
     ]

@@ -1,5 +1,7 @@
 """The default rollout: one question, one answer."""
 
+import numpy as np
+
 from dapo_megatron.records import Prompt, Response
 from dapo_megatron.rollout.engine import Engine
 
@@ -11,7 +13,7 @@ async def rollout(prompt: Prompt, engine: Engine) -> Response:
         prompt_id=prompt.id,
         sample=engine.sample,
         token_ids=completion.token_ids,
-        loss_mask=[True] * len(completion.token_ids),
+        loss_mask=np.ones(len(completion.token_ids), np.bool_),
         rollout_logprobs=completion.logprobs,
         version_spans=completion.version_spans,
         finish_reason=completion.finish_reason,

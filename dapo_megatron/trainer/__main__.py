@@ -55,7 +55,7 @@ def _train(args: argparse.Namespace, reporter: Reporter) -> None:
     layout, keys = init_parallel(config), read_keys(folder)
     actor = Actor(config, shape, layout)
     pusher = Pusher(config, actor, lambda: read_engine_set(folder), keys.engine_api_key, args.push_ports)
-    controller = ControllerClient(config, layout, folder, args.link, keys)
+    controller = ControllerClient(config, layout, args.link, keys)
     recorder = Recorder(config, layout, reporter)
     try:
         gc.freeze()  # a collection of what start-up left takes 0.3 s, on one rank while the others wait for it
@@ -63,6 +63,7 @@ def _train(args: argparse.Namespace, reporter: Reporter) -> None:
     finally:
         recorder.close()
         pusher.close()
+        controller.close()
     reporter.phase("done")
 
 

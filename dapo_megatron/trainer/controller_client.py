@@ -1,20 +1,19 @@
-"""The trainer's view of the controller: rank 0 asks, all ranks get the answer."""
+"""The trainer's view of the controller: rank 0 asks, all ranks get the answer, each replica its own part of a batch."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from dapo_megatron.batching.batch import StepBatch
-from dapo_megatron.batching.wire import decode_step_batch
+from dapo_megatron.actor.packing_demands import packing_rules
 from dapo_megatron.checkpoint.train_state import TrainState
 from dapo_megatron.config import RunConfig
-from dapo_megatron.distributed.agreement import broadcast_bytes, on_first_rank
+from dapo_megatron.distributed.agreement import on_first_rank
 from dapo_megatron.distributed.layout import Layout
 from dapo_megatron.errors import DapoError
 from dapo_megatron.keys import Keys
 from dapo_megatron.messages import Batch, Done, Evaluate, Evaluation, Goodbye, Hello, NextBatch, Request, Welcome
 from dapo_megatron.rpc import RpcClient
-from dapo_megatron.run_folder import RunFolder
+from dapo_megatron.trainer.replica_batch import PartFetcher, ReplicaBatch, fetched_batch
 
 R = TypeVar("R")
 
@@ -36,29 +35,24 @@ class Meanwhile:
 class ControllerClient:
     """Collective over all ranks: every rank calls every method, in the same order."""
 
-    def __init__(self, config: RunConfig, layout: Layout, folder: RunFolder, address: str, keys: Keys):
-        self.config, self.layout, self.folder = config, layout, folder
+    def __init__(self, config: RunConfig, layout: Layout, address: str, keys: Keys):
+        self.config, self.layout = config, layout
         self._rpc = RpcClient(address, keys) if layout.rank == 0 else None
+        self._fetcher: PartFetcher | None = None
+        if layout.is_first_of_replica:
+            # Sooner than the other ranks give up the wait for it.
+            self._fetcher = PartFetcher(RpcClient(address, keys), config.trainer.collective_timeout_s / 2)
 
     def hello(self, state: TrainState, snapshot: bytes | None) -> list[list[int]]:
         """Start the controller, or resume it from its snapshot; returns the fixed prompts for verification."""
         return self._ask(Hello(snapshot, state.step), Welcome).verify_prompts
 
-    def next_batch(self, step: int, version: int, meanwhile: Meanwhile) -> tuple[StepBatch, dict[str, float], bytes]:
-        """The batch of a step, the rollout's metrics, and the controller's state for the checkpoint."""
-        payload = b""
-
-        def keep_payload(batch: Batch) -> Batch:
-            nonlocal payload
-            payload = batch.payload
-            if self.config.observe.dump_batches:
-                path = self.folder.batch(step)
-                path.parent.mkdir(exist_ok=True)
-                path.write_bytes(payload)
-            return Batch(b"", batch.metrics, batch.snapshot)
-
-        batch = self._ask(NextBatch(step, version), Batch, meanwhile, keep_payload)
-        return decode_step_batch(broadcast_bytes(payload, self.layout)), batch.metrics, batch.snapshot
+    def next_batch(self, step: int, version: int, meanwhile: Meanwhile) -> tuple[ReplicaBatch, dict[str, float], bytes]:
+        """This replica's batch of a step, the rollout's metrics, and the controller's state for the checkpoint."""
+        batch = self._ask(NextBatch(step, version), Batch, meanwhile)
+        rules = packing_rules(self.config)
+        mine = fetched_batch(self._fetcher, self.layout, rules, step, version, batch.parts)
+        return mine, batch.metrics, batch.snapshot
 
     def evaluate(self, state: TrainState, meanwhile: Meanwhile) -> dict[str, float]:
         """Evaluation metrics of the live version; empty without held-out prompts."""
@@ -70,25 +64,24 @@ class ControllerClient:
         """End the controller."""
         self._ask(Goodbye(), Done)
 
-    def _ask(
-        self,
-        request: Request,
-        kind: type[R],
-        meanwhile: Meanwhile | None = None,
-        on_arrival: Callable[[R], R] = lambda reply: reply,
-    ) -> R:
-        """The reply, on every rank; `on_arrival` makes of it, on rank 0, what the other ranks get."""
+    def close(self) -> None:
+        """End the connections."""
+        if self._fetcher is not None:
+            self._fetcher.close()
+        if self._rpc is not None:
+            self._rpc.close()
+
+    def _ask(self, request: Request, kind: type[R], meanwhile: Meanwhile | None = None) -> R:
+        """The reply, on every rank."""
         if self._rpc is not None:
             self._rpc.send(request, deadline_s=self.config.trainer.batch_timeout_s)
 
         def receive() -> R | None:
             assert self._rpc is not None
             reply = self._rpc.receive(meanwhile.is_due if meanwhile else lambda: False)
-            if reply is None:
-                return None
-            if not isinstance(reply, kind):
-                raise DapoError(f"the controller answered {type(request).__name__} with {type(reply).__name__}")
-            return on_arrival(reply)
+            if reply is None or isinstance(reply, kind):
+                return reply
+            raise DapoError(f"the controller answered {type(request).__name__} with {type(reply).__name__}")
 
         what = f"asking the controller ({type(request).__name__})"
         while (reply := on_first_rank(what, self.layout, receive, may_take_long=True)) is None:

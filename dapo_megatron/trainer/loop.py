@@ -17,7 +17,6 @@ import torch
 
 from dapo_megatron.actor.actor import Actor
 from dapo_megatron.actor.training_objective import PolicyObjective
-from dapo_megatron.batching.batch import MicroBatch, StepBatch
 from dapo_megatron.checkpoint.distributed import Checkpointer
 from dapo_megatron.checkpoint.load import load_checkpoint, load_weights
 from dapo_megatron.checkpoint.manifest import Format, read_manifest
@@ -33,6 +32,7 @@ from dapo_megatron.resharding.verify import Verifier
 from dapo_megatron.run_folder import RunFolder
 from dapo_megatron.trainer.controller_client import ControllerClient, Meanwhile, StopAsked
 from dapo_megatron.trainer.recorder import Recorder
+from dapo_megatron.trainer.replica_batch import ReplicaBatch
 from dapo_megatron.trainer.skipped import count_skipped, dump_skipped
 
 
@@ -199,17 +199,16 @@ def train_step(
     recorder: Recorder,
     objective: PolicyObjective,
     state: TrainState,
-    batch: StepBatch,
+    batch: ReplicaBatch,
 ) -> tuple[TrainState, dict[str, float]]:
     """What follows the batch of a rollout step: where training stands after it, and its metrics."""
     metrics: dict[str, float] = {}
-    shards = [mini_batch.shards[actor.layout.dp_rank] for mini_batch in batch.mini_batches]
     with recorder.phase("old_logprobs"):
-        old = old_logprobs(config, actor, shards)
+        old = old_logprobs(config, actor, batch)
     with recorder.phase("update"):
         updates, skipped = [], state.skipped
-        for shard, own in zip(shards, old, strict=True):
-            updates.append(actor.update(shard, objective, own))
+        for update, own in enumerate(old):
+            updates.append(actor.update(batch[update], objective, own))
             skipped = count_skipped(skipped, updates[-1])
             if skipped > config.trainer.max_skipped_updates:
                 raise dump_skipped(config, actor, batch, updates, replace(state, skipped=skipped))
@@ -233,11 +232,11 @@ def verified(config: RunConfig, pusher: Pusher, verifier: Verifier, version: int
         go_live(config, pusher, verifier, version, is_start=False)
 
 
-def old_logprobs(config: RunConfig, actor: Actor, shards: list[list[MicroBatch]]) -> list[list[torch.Tensor] | None]:
+def old_logprobs(config: RunConfig, actor: Actor, batch: ReplicaBatch) -> list[list[torch.Tensor] | None]:
     """The ratio's denominators, one entry an update; None lets the update use its own log-probs (the ratio is 1).
 
     For the first update that is exact: the weights are still those of the step's beginning.
     """
     if config.algorithm.old_logprobs == "rollout":
-        return [[actor.own_column(mb, mb.rollout_logprobs) for mb in shard] for shard in shards]
-    return [None, *(actor.logprobs(shard) for shard in shards[1:])]
+        return [[actor.own_column(mb, mb.rollout_logprobs) for mb in batch[i]] for i in range(len(batch))]
+    return [None, *(actor.logprobs(batch[i]) for i in range(1, len(batch)))]

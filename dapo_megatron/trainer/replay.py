@@ -3,7 +3,7 @@
     python -m dapo_megatron.trainer.replay --dump DUMP --config CONFIG --out TABLE
 
 The weights are those of the dump, and so are the old log-probs (algorithm.old_logprobs=actor): every ratio is 1. All
-data-parallel ranks work on the same micro-batch, so that any layout that can hold its padding may replay it.
+data-parallel ranks work on the same micro-batch, padded as the layout of the replay asks.
 """
 
 import argparse
@@ -22,8 +22,10 @@ from rich.table import Table
 from rich.text import Text
 
 from dapo_megatron.actor.actor import Actor
+from dapo_megatron.actor.packing_demands import packing_rules
 from dapo_megatron.actor.training_objective import PolicyObjective
 from dapo_megatron.batching.batch import MicroBatch
+from dapo_megatron.batching.packing import pack_shard
 from dapo_megatron.checkpoint.load import load_weights
 from dapo_megatron.config import RunConfig, load_config
 from dapo_megatron.distributed.layout import init_parallel
@@ -62,11 +64,12 @@ def _replay(config: RunConfig, dump_path: Path, out: Path) -> None:
     layout = init_parallel(config)
     actor = Actor(config, read_model(config.model.path), layout)
     load_weights(actor, dump_path / WEIGHTS)
+    rules = packing_rules(config)
     rows = [
-        replay_micro_batch(config, actor, micro_batch, (skipped.update, replica, i))
+        replay_micro_batch(config, actor, pack_shard([samples], rules)[0], (skipped.update, replica, i))
         for skipped in dump.updates
         for replica, shard in enumerate(batch.mini_batches[skipped.update].shards)
-        for i, micro_batch in enumerate(shard)
+        for i, samples in enumerate(shard)
     ]
     if layout.rank == 0:
         out.write_text(table_of(rows))

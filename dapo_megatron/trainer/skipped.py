@@ -2,26 +2,29 @@
 
 dumps/step_000012/
     dump.json        which updates were skipped, and the sequences of their micro-batches
-    batch.msgpack    the step's batch
+    batch.msgpack    the step's batch (batching.wire)
     weights/         a checkpoint of the weights, as they were
     config.yaml      the run's configuration
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 import yaml
 
 from dapo_megatron.actor.actor import Actor
-from dapo_megatron.batching.batch import StepBatch
-from dapo_megatron.batching.wire import decode_step_batch, encode
+from dapo_megatron.batching.batch import Shard, StepBatch
+from dapo_megatron.batching.wire import Place, cut, encode_part, read_step_batch, write_parts
 from dapo_megatron.checkpoint.distributed import save_weights
 from dapo_megatron.checkpoint.train_state import TrainState
 from dapo_megatron.config import RunConfig
-from dapo_megatron.distributed.agreement import all_agree, on_first_rank
+from dapo_megatron.distributed.agreement import all_agree, gather_on_first_rank, on_first_rank
+from dapo_megatron.distributed.layout import Layout
 from dapo_megatron.errors import DapoError, StorageError
 from dapo_megatron.observe import catalog as m
 from dapo_megatron.run_folder import RunFolder
+from dapo_megatron.trainer.replica_batch import ReplicaBatch
 
 DUMP, BATCH, WEIGHTS, CONFIG = "dump.json", "batch.msgpack", "weights", "config.yaml"
 
@@ -54,7 +57,7 @@ def count_skipped(before: int, update: dict[str, float]) -> int:
 
 
 def dump_skipped(
-    config: RunConfig, actor: Actor, batch: StepBatch, updates: list[dict[str, float]], state: TrainState
+    config: RunConfig, actor: Actor, batch: ReplicaBatch, updates: list[dict[str, float]], state: TrainState
 ) -> DapoError:
     """Keep what is needed to look into the skipped updates; collective.
 
@@ -65,32 +68,48 @@ def dump_skipped(
     Returns:
         The error that ends the run.
     """
-    folder = RunFolder(Path(config.run_dir))
+    folder, layout = RunFolder(Path(config.run_dir)), actor.layout
     path = on_first_rank(
         "choosing a folder for the dump",
-        actor.layout,
+        layout,
         lambda: next(p for n in range(1, 10**6) if not (p := folder.dump(batch.step, n)).exists()),
     )
     save_weights(config, actor, state, path / WEIGHTS)
-    with all_agree(f"writing {path}", actor.layout, may_take_long=True):
-        if actor.layout.rank == 0:
-            dump = Dump(batch.step, batch.version, state.skipped, skipped_updates(batch, updates))
+    shards = [batch.shard(i) for i in range(len(batch))]
+    skipped = [i for i, update in enumerate(updates) if update[m.SKIPPED]]
+    own = {layout.dp_rank: [sources(shards[i]) for i in skipped]} if layout.is_first_of_replica else {}
+    found = gather_on_first_rank("collecting the sequences of the skipped updates", own, layout)
+    with all_agree(f"writing {path}", layout, may_take_long=True):
+        if found is not None:
+            of_replica = dict(sorted(pair for some in found for pair in some.items()))
+            told = [
+                SkippedUpdate(i, str(u[m.GRAD_NORM]), str(u[m.LOSS]), [shard[n] for shard in of_replica.values()])
+                for n, (i, u) in enumerate((i, updates[i]) for i in skipped)
+            ]
+            dump = Dump(batch.step, batch.version, state.skipped, told)
             (path / DUMP).write_bytes(msgspec.json.format(msgspec.json.encode(dump)))
-            (path / BATCH).write_bytes(encode(batch))
             (path / CONFIG).write_text(yaml.safe_dump(config.model_dump(), sort_keys=False))
+    for replica in range(layout.dp_size):  # into one file: each when the one before it is done
+        with all_agree(f"writing {path / BATCH}", layout, may_take_long=True):
+            if layout.is_first_of_replica and layout.dp_rank == replica:
+                write_parts(path / BATCH, _parts(batch, shards, layout), append=replica > 0)
     return DapoError(
         f"{state.skipped} updates in a row had a non-finite gradient: lower optimizer.lr, or find the micro-batch with "
         f"dapo-megatron replay {path}"
     )
 
 
-def skipped_updates(batch: StepBatch, updates: list[dict[str, float]]) -> list[SkippedUpdate]:
-    """Those of the step's updates that were skipped."""
-    return [
-        SkippedUpdate(i, str(u[m.GRAD_NORM]), str(u[m.LOSS]), [[mb.sequences for mb in shard] for shard in mini.shards])
-        for i, (u, mini) in enumerate(zip(updates, batch.mini_batches, strict=False))
-        if u[m.SKIPPED]
-    ]
+def sources(shard: Shard) -> list[list[tuple[str, int]]]:
+    """(prompt id, sample) of the sequences of each micro-batch."""
+    return [[sample.source for sample in micro_batch] for micro_batch in shard]
+
+
+def _parts(batch: ReplicaBatch, shards: list[Shard], layout: Layout) -> Iterator[bytes]:
+    for update, shard in enumerate(shards):
+        parts = cut(shard)
+        for i, part in enumerate(parts):
+            replica = (layout.dp_rank, layout.dp_size)
+            yield encode_part(Place(batch.step, batch.version, update, len(batch), *replica, i, len(parts)), part)
 
 
 def read_dump(path: Path) -> tuple[Dump, StepBatch]:
@@ -101,6 +120,6 @@ def read_dump(path: Path) -> tuple[Dump, StepBatch]:
     """
     try:
         dump = msgspec.json.decode((path / DUMP).read_bytes(), type=Dump)
-        return dump, decode_step_batch((path / BATCH).read_bytes())
+        return dump, read_step_batch(path / BATCH)
     except (OSError, msgspec.MsgspecError) as e:
         raise StorageError(f"{path} is no dump of skipped updates ({e}): give a folder under <run_dir>/dumps") from None

@@ -9,12 +9,13 @@ import transformers
 from safetensors.numpy import load_file
 
 from tests.distributed.harness import actor_on_rank, run_ranks  # first: patches megatron-core on machines without CUDA
-from tests.tiny import UNLIKE, groups, hf_folder, run_config
+from tests.tiny import UNLIKE, groups, hf_folder, packed_batch, run_config
 
 from dapo_megatron.actor.training_objective import PolicyObjective
 from dapo_megatron.batching.build import build_step_batch
 from dapo_megatron.actor.packing_demands import packing_rules
 from dapo_megatron.errors import DapoError
+from dapo_megatron.trainer.replica_batch import ReplicaBatch
 from dapo_megatron.weights.exporter import export_stage
 
 LAYOUTS = {
@@ -61,16 +62,21 @@ CASES = (
 )
 
 
+BUILD = {"step": 1, "version": 0, "seed": 0, "mini_batch_groups": 2, "aggregation": "token"}
+
+
 def step_batch(config, micro_batch_tokens):
-    return build_step_batch(
-        groups(),
-        step=1,
-        version=0,
-        seed=0,
-        mini_batch_groups=2,
-        aggregation="token",
-        rules=dataclasses.replace(packing_rules(config), micro_batch_tokens=micro_batch_tokens),
-    )
+    rules = dataclasses.replace(packing_rules(config), micro_batch_tokens=micro_batch_tokens)
+    return packed_batch(groups(), rules=rules, **BUILD)
+
+
+def replica_batch(config, micro_batch_tokens, layout, step=1, change=lambda batch: None):
+    """What a rank is given of the same batch, which `change` may change before."""
+    rules = dataclasses.replace(packing_rules(config), micro_batch_tokens=micro_batch_tokens)
+    batch = build_step_batch(groups(), rules=rules, **BUILD)
+    change(batch)
+    updates = batch.mini_batches
+    return ReplicaBatch(step, 0, len(updates), lambda update: updates[update].shards[layout.dp_rank], rules)
 
 
 def one_step(config, micro_batch_tokens):
@@ -109,7 +115,7 @@ def test_logprobs_equal_transformers(tmp_path, kind, tied, options):
         scored, _, _ = merged(run_ranks(config.world_size, one_step, config, 40))
         for group in groups():
             for response in group.responses:
-                ids = torch.tensor([group.prompt.input_ids + response.token_ids])
+                ids = torch.tensor([group.prompt.input_ids + response.token_ids.tolist()])
                 with torch.no_grad():
                     full = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
                 for position in range(len(group.prompt.input_ids) - 1, full.numel()):

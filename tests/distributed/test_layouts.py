@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from tests.distributed.harness import actor_on_rank, run_ranks  # first: patches megatron-core on machines without CUDA
 from tests.distributed import reference
-from tests.tiny import UNLIKE, groups, hf_folder, run_config
+from tests.tiny import UNLIKE, groups, hf_folder, response, run_config
 
 from dapo_megatron.actor.training_objective import PolicyObjective
 from dapo_megatron.batching.build import shard_samples
@@ -95,26 +95,24 @@ def one_a_micro_batch():
 def unequal_lengths():
     batch = groups(2, 3, seed=6)
     long, short = batch[0].responses[0], batch[0].responses[1]
-    long.token_ids, short.token_ids = long.token_ids * 40, short.token_ids[:1]
-    for response in (long, short):
-        response.loss_mask = [True] * len(response.token_ids)
-        response.rollout_logprobs = [0.0] * len(response.token_ids)
+    batch[0].responses[:2] = [
+        response(long.prompt_id, 0, long.token_ids.tolist() * 40, advantage=long.advantage),
+        response(short.prompt_id, 1, short.token_ids.tolist()[:1], advantage=short.advantage),
+    ]
     return batch, 40
 
 
 def fully_masked_response():
     batch = groups(3, 2, seed=4)
-    for response in (batch[0].responses[1], *batch[2].responses):
-        response.loss_mask = [False] * len(response.token_ids)
+    for masked in (batch[0].responses[1], *batch[2].responses):
+        masked.loss_mask[:] = False
     batch[1].responses[0].loss_mask[0] = False
     return batch, 24
 
 
 def empty_rank():
     batch = groups(1, 1, seed=5)
-    (response,) = batch[0].responses
-    response.token_ids, response.advantage = list(range(5, 15)), -0.7
-    response.loss_mask, response.rollout_logprobs = [True] * 10, [0.0] * 10
+    batch[0].responses = [response(batch[0].prompt.id, 0, list(range(5, 15)), advantage=-0.7)]
     return batch, 1000
 
 
@@ -164,17 +162,25 @@ def expected(folder, packing, aggregation):
 
     def plain():
         return [
-            [(g.prompt.input_ids, r.token_ids, r.loss_mask, r.rollout_logprobs, r.advantage) for r in g.responses]
+            [
+                (
+                    g.prompt.input_ids,
+                    r.token_ids.tolist(),
+                    r.loss_mask.tolist(),
+                    r.rollout_logprobs.tolist(),
+                    r.advantage,
+                )
+                for r in g.responses
+            ]
             for g in batch
         ]
 
     scored = reference.update(folder, plain(), **settings)["logprobs"]
     for gi, group in enumerate(batch):
-        for ri, response in enumerate(group.responses):
-            response.rollout_logprobs = [
-                scored[gi, ri, t] - rng.choice([-0.5, -0.3, -0.1, 0.05, 0.15, 0.35, 0.6])
-                for t in range(len(response.token_ids))
-            ]
+        for ri, r in enumerate(group.responses):
+            for t in range(len(r.token_ids)):
+                apart = rng.choice([-0.5, -0.3, -0.1, 0.05, 0.15, 0.35, 0.6])
+                r.rollout_logprobs[t] = scored[gi, ri, t] - apart
     truth = reference.update(folder, plain(), **settings)
     assert truth["clip_margin"] > 1e-3 and truth["router_margin"] > 1e-5 and truth["scale"] > 0.1
     return batch, truth

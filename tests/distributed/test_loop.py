@@ -8,28 +8,31 @@ import pytest
 import torch
 
 from tests.distributed.harness import actor_on_rank, run_ranks  # first: patches megatron-core on machines without CUDA
-from tests.distributed.test_actor import step_batch
+from tests.distributed.test_actor import replica_batch
 from tests.tiny import groups, hf_folder, run_config
 
 
+from dapo_megatron.actor.packing_demands import packing_rules
 from dapo_megatron.actor.training_objective import PolicyObjective
 from dapo_megatron.checkpoint.train_state import TrainState
 from dapo_megatron.config import CheckpointConfig
 from dapo_megatron.observe.catalog import reduce_updates
 from dapo_megatron.trainer.loop import format_of, old_logprobs, train_step
+from dapo_megatron.trainer.replica_batch import ReplicaBatch
 from dapo_megatron.weights.exporter import export_stage
 
 
 def old_and_expected(config):
     actor = actor_on_rank(config)
-    shards = [m.shards[0] for m in step_batch(config, 1000).mini_batches]
+    batch = replica_batch(config, 1000, actor.layout)
+    shards = [batch[0], batch[1]]
     rollout = config.algorithm.old_logprobs == "rollout"
     expected = [
         [actor.own_column(m, m.rollout_logprobs) for m in shard] if rollout else actor.logprobs(shard)
         for shard in shards
     ]
-    found = old_logprobs(config, actor, shards)
-    one = old_logprobs(config, actor, shards[:1])
+    found = old_logprobs(config, actor, batch)
+    one = old_logprobs(config, actor, ReplicaBatch(1, 0, 1, batch.shard, packing_rules(config)))
     same = [o is not None and all(map(torch.equal, o, e)) for o, e in zip(found, expected, strict=True)]
     return [o is None for o in found], same, [o is None for o in one]
 
@@ -64,7 +67,7 @@ def sequences_trained(config):
         SimpleNamespace(phase=lambda name: nullcontext()),
         PolicyObjective(config.algorithm),
         TrainState(),
-        step_batch(config, 24),
+        replica_batch(config, 24, actor.layout),
     )
     assert (state.step, state.version) == (1, 1)
     assert (metrics["sync/bytes"], metrics["sync/logprob_difference"]) == (1.0, 0.125)

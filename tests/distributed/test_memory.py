@@ -8,6 +8,7 @@ checkpoint without masters.
 
 from collections import Counter, defaultdict
 
+import numpy as np
 import pytest
 import torch
 from msgspec.structs import replace
@@ -78,9 +79,9 @@ def equal_sequences():
         responses = [
             replace(
                 r,
-                token_ids=torch.randint(2, 64, (RESPONSE,)).tolist(),
-                loss_mask=[True] * RESPONSE,
-                rollout_logprobs=[-1.0] * RESPONSE,
+                token_ids=torch.randint(2, 64, (RESPONSE,), dtype=torch.int32).numpy(),
+                loss_mask=np.ones(RESPONSE, np.bool_),
+                rollout_logprobs=np.full(RESPONSE, -1.0, np.float32),
                 version_spans=[replace(r.version_spans[0], end=RESPONSE)],
             )
             for r in group.responses

@@ -43,7 +43,13 @@ def gradients(folder, batch):
     def plain(old):
         return [
             [
-                (g.prompt.input_ids, r.token_ids, r.loss_mask, old(gi, ri, len(r.token_ids)), r.advantage)
+                (
+                    g.prompt.input_ids,
+                    r.token_ids.tolist(),
+                    r.loss_mask.tolist(),
+                    old(gi, ri, len(r.token_ids)),
+                    r.advantage,
+                )
                 for ri, r in enumerate(g.responses)
             ]
             for gi, g in enumerate(batch)

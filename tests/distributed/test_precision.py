@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file
 
 from tests.distributed.harness import actor_on_rank, run_ranks  # first: patches megatron-core on machines without CUDA
-from tests.tiny import groups, hf_folder, run_config
+from tests.tiny import groups, hf_folder, packed_batch, run_config
 
 from dapo_megatron.actor.model import transformer_config
 from dapo_megatron.actor.training_objective import PolicyObjective
-from dapo_megatron.batching.build import build_step_batch, shard_samples
+from dapo_megatron.batching.build import shard_samples
 from dapo_megatron.batching.packing_rules import PackingRules
 from dapo_megatron.resharding.verify import scored_sample
 from dapo_megatron.weights import importer
@@ -25,7 +25,7 @@ def update(config, total_multiple):
     """Metrics of one update and the weights after it."""
     actor = actor_on_rank(config)
     rules = PackingRules(data_parallel_size=1, micro_batch_tokens=256, total_multiple=total_multiple)
-    batch = build_step_batch(
+    batch = packed_batch(
         groups(),
         step=1,
         version=0,

@@ -3,13 +3,14 @@
 import subprocess
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 
 from tests.distributed.harness import actor_on_rank, run_ranks  # first: patches megatron-core on machines without CUDA
-from tests.distributed.test_actor import step_batch
+from tests.distributed.test_actor import replica_batch
 from tests.tiny import hf_folder, run_config
 
 from dapo_megatron.actor.training_objective import PolicyObjective
@@ -20,18 +21,21 @@ from dapo_megatron.trainer.loop import train_step
 from dapo_megatron.trainer.skipped import count_skipped, read_dump
 
 
-def poisoned_batch(config):
+def poisoned_batch(config, layout):
     """A step's batch of two updates; the second has a bad advantage in the last micro-batch of its last replica."""
-    batch = step_batch(config, 24)
-    batch.step = 5
-    bad = batch.mini_batches[1].shards[-1][-1]
-    bad.advantages[np.flatnonzero(bad.active)[-1]] = np.nan
-    return batch, bad.sequences
+    sequences = []
+
+    def poison(batch):
+        bad = batch.mini_batches[1].shards[-1][-1]
+        bad[-1] = replace(bad[-1], advantage=np.nan)
+        sequences.extend(sample.source for sample in bad)
+
+    return replica_batch(config, 24, layout, 5, poison), sequences
 
 
 def poisoned_step(config, skipped_before):
     actor = actor_on_rank(config)
-    batch, sequences = poisoned_batch(config)
+    batch, sequences = poisoned_batch(config, actor.layout)
     before = [p.detach().clone() for p in actor.modules[0].parameters()]
     losses = []
     update = actor.update
@@ -83,7 +87,10 @@ def test_too_many_leave_a_dump_and_the_replay_finds_the_micro_batch(tmp_path):
     dump, batch = read_dump(path)
     assert (dump.step, dump.in_a_row, [u.update for u in dump.updates]) == (5, 1, [1])
     assert dump.updates[0].micro_batches[-1][-1] == sequences and dump.updates[0].grad_norm == "nan"
-    assert np.isnan(batch.mini_batches[1].shards[-1][-1].advantages).sum() == 1
+    assert (batch.step, batch.version, len(batch.mini_batches)) == (5, 0, 2)
+    samples = [s for mini in batch.mini_batches for shard in mini.shards for samples in shard for s in samples]
+    assert len(samples) == len({s.source for s in samples}) == 16
+    assert [s.source for s in samples if np.isnan(s.advantage)] == [sequences[-1]]
     assert intact_manifest(path / "weights").format == "weights"
 
     again = run_ranks(2, poisoned_step, config, 0)[0][0]

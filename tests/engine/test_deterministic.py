@@ -38,7 +38,7 @@ def generate(url, asked, concurrency=64):
             together = CoalescingClient(client)
             return await asyncio.gather(*(together.generate(*r) for r in asked))
 
-    return [(c.token_ids, c.logprobs) for c in asyncio.run(run())]
+    return [(c.token_ids.tolist(), c.logprobs.tolist()) for c in asyncio.run(run())]
 
 
 @pytest.fixture(scope="module")

@@ -61,7 +61,7 @@ def test_a_group_is_sampled_and_scored(url, logprobs, concurrency):
         assert len(g.token_ids) == len(g.logprobs) <= 12
         assert g.finish_reason == ("stop" if g.token_ids[-1] == 1 else "length")
         assert [(s.version, s.start, s.end) for s in g.version_spans] == [(7, 0, len(g.token_ids))]
-        assert g.logprobs == pytest.approx(logprobs(g.token_ids, 1.0), abs=1e-4)
+        assert g.logprobs == pytest.approx(logprobs(g.token_ids.tolist(), 1.0), abs=1e-4)
 
 
 def test_temperature_and_end_tokens_are_the_requests(url, logprobs):
@@ -69,7 +69,7 @@ def test_temperature_and_end_tokens_are_the_requests(url, logprobs):
     sampling = SamplingParams(max_new_tokens=10, temperature=0.5, stop_token_ids=ends)
     group = generate(url, [(PROMPT, sampling)] * 16)
     for g in group:
-        assert g.logprobs == pytest.approx(logprobs(g.token_ids, 0.5), abs=1e-4)
+        assert g.logprobs == pytest.approx(logprobs(g.token_ids.tolist(), 0.5), abs=1e-4)
         assert not set(g.token_ids[:-1]) & set(ends)
         assert g.finish_reason == ("stop" if g.token_ids[-1] in ends else "length")
     assert {g.token_ids[-1] for g in group} & set(ends[1:])
@@ -77,9 +77,9 @@ def test_temperature_and_end_tokens_are_the_requests(url, logprobs):
 
 def test_different_requests_get_their_own_answers(url):
     greedy = SamplingParams(max_new_tokens=6, temperature=0.0)
-    alone = [generate(url, [(PROMPT[:n], greedy)])[0].token_ids for n in (2, 3, 4)]
+    alone = [generate(url, [(PROMPT[:n], greedy)])[0].token_ids.tolist() for n in (2, 3, 4)]
     together = generate(url, [(PROMPT[:n], greedy) for n in (2, 3, 4) for _ in range(2)])
-    assert [g.token_ids for g in together] == [ids for ids in alone for _ in range(2)]
+    assert [g.token_ids.tolist() for g in together] == [ids for ids in alone for _ in range(2)]
 
 
 def test_a_refused_request_and_a_dead_server_are_errors(url):

@@ -21,13 +21,12 @@ from dapo_megatron.actor.actor import Actor
 from dapo_megatron.actor.training_objective import SupervisedObjective
 from dapo_megatron.distributed.layout import init_parallel
 from dapo_megatron.actor.precision import require_precision
-from dapo_megatron.batching.build import build_step_batch
 from dapo_megatron.actor.packing_demands import packing_rules
 from dapo_megatron.weights.exporter import export_stage
 from dapo_megatron.weights.hf_config import read_model
 from dapo_megatron.weights.importer import named_parameters
 from launch.ports import reserved_ports
-from tests.tiny import groups, run_config
+from tests.tiny import groups, packed_batch, run_config
 
 
 def run(job: dict) -> dict:
@@ -62,7 +61,7 @@ def run(job: dict) -> dict:
 
 def batch(config, vocab: int) -> list:
     """A shard of packed micro-batches, padded as the precision asks."""
-    made = build_step_batch(
+    made = packed_batch(
         groups(n=8, size=8, vocab=vocab),
         step=1,
         version=0,

@@ -7,7 +7,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from dapo_megatron.batching.wire import decode_step_batch
+from dapo_megatron.batching.wire import read_step_batch
 from dapo_megatron.observe.metrics import read_metrics
 from dapo_megatron.rollout.ledger import read_ledger
 from dapo_megatron.run_folder import RunFolder
@@ -40,11 +40,11 @@ def test_ahead_of_the_trainer_on_two_engines_with_a_rollout_of_ones_own(tmp_path
     assert all(r["sync/logprob_difference"] <= 1e-4 for r in records)
     assert all(r["mismatch/abs_mean"] < 0.5 for r in records)
 
-    batch = decode_step_batch((tmp_path / "run" / "batches" / "step_000002.msgpack").read_bytes())
-    micro_batches = [mb for mini in batch.mini_batches for shard in mini.shards for mb in shard]
-    trained = sum(int(mb.active.sum()) for mb in micro_batches)
+    batch = read_step_batch(tmp_path / "run" / "batches" / "step_000002.msgpack")
+    samples = [s for mini in batch.mini_batches for shard in mini.shards for samples in shard for s in samples]
+    trained = sum(int(s.loss_mask.sum()) for s in samples)
     # Each response holds three tokens that the model did not write.
-    responses = sum(len(mb.sequences) for mb in micro_batches)
+    responses = len(samples)
     assert trained <= responses * 8 and responses == 16
     fates = [(e.step, e.order, e.fate) for e in read_ledger(tmp_path / "run" / "ledger.jsonl")]
     assert [f for f in fates if f[0] <= 4] == [(s, 4 * (s - 1) + i, "kept") for s in range(1, 5) for i in range(4)]

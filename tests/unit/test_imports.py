@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FLOORS = (
     {"algorithm", "run_folder", "errors", "compat"},
-    {"config", "records", "messages", "process", "keys", "rpc", "user_code"},
+    {"arrays", "config", "records", "messages", "process", "keys", "rpc", "user_code"},
     {"weights", "grading", "data"},
     {"batching", "engines", "observe", "distributed"},
     {"actor"},

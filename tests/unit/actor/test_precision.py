@@ -19,12 +19,11 @@ from dapo_megatron.actor.precision import (
     optimizer_arguments,
     require_precision,
 )
-from dapo_megatron.batching.build import build_step_batch
 from dapo_megatron.actor.packing_demands import packing_rules
 from dapo_megatron.config import PrecisionConfig, load_config
 from dapo_megatron.errors import DapoError
 from dapo_megatron.weights.families import FAMILIES, ModelShape
-from tests.tiny import groups, hf_folder, run_config
+from tests.tiny import groups, hf_folder, packed_batch, run_config
 
 HOPPER = Machine("2.20.2", (9, 0), "13.0")
 BLACKWELL = Machine("2.20.2", (10, 0), "13.0")
@@ -171,7 +170,7 @@ def test_padding_fits_each_rank_and_is_not_trained(recipe, tokens, tp):
     assert rules.total_multiple == tokens * tp
     made = groups()
     for budget in (200, 1000):
-        batch = build_step_batch(
+        batch = packed_batch(
             made,
             step=1,
             version=0,

@@ -9,21 +9,19 @@ from dapo_megatron.algorithm.objective import token_weights
 from dapo_megatron.batching.build import build_step_batch
 from dapo_megatron.batching.packing_rules import PackingRules
 from dapo_megatron.errors import DapoError
-from dapo_megatron.records import Group, Prompt, Response, VersionSpan
+from dapo_megatron.records import Group, Prompt
+from tests.tiny import packed_batch, response
 
 AGGREGATIONS = ("token", "group_token", "sample")
 
 
 def make_response(prompt_id, sample, token_ids, mask=None, advantage=0.5):
-    return Response(
-        prompt_id=prompt_id,
-        sample=sample,
-        token_ids=token_ids,
+    return response(
+        prompt_id,
+        sample,
+        token_ids,
         loss_mask=[True] * len(token_ids) if mask is None else mask,
         rollout_logprobs=[-0.01 * (i + 1) - sample for i in range(len(token_ids))],
-        version_spans=[VersionSpan(3, 0, len(token_ids))],
-        finish_reason="stop",
-        text="",
         advantage=advantage,
     )
 
@@ -105,7 +103,7 @@ def membership(batch):
 @settings(deadline=None)
 @given(group_lists(), problems, layouts())
 def test_every_token_appears_once_with_its_label_weight_advantage_and_logprob(groups, problem, layout):
-    batch = build_step_batch(groups, version=3, **problem, rules=layout)
+    batch = packed_batch(groups, version=3, **problem, rules=layout)
 
     by_id = {group.prompt.id: group for group in groups}
     seen = []
@@ -115,14 +113,14 @@ def test_every_token_appears_once_with_its_label_weight_advantage_and_logprob(gr
         active = [[sum(r.loss_mask) for r in group.responses] for group in members]
         weights = token_weights(active, problem["aggregation"])
         for group, group_weights in zip(members, weights, strict=True):
-            for response, weight in zip(group.responses, group_weights, strict=True):
-                _assert_sequence(found[group.prompt.id, response.sample], group.prompt, response, weight)
+            for r, weight in zip(group.responses, group_weights, strict=True):
+                _assert_sequence(found[group.prompt.id, r.sample], group.prompt, r, weight)
         seen += found
     assert sorted(seen) == sorted((r.prompt_id, r.sample) for group in groups for r in group.responses)
 
 
 def _assert_sequence(arrays, prompt, response, weight):
-    tokens = prompt.input_ids + response.token_ids
+    tokens = prompt.input_ids + response.token_ids.tolist()
     n, size = len(tokens), arrays["tokens"].size
     assert arrays["tokens"].tolist() == tokens + [0] * (size - n)
     assert arrays["position_ids"].tolist() == list(range(size))
@@ -143,7 +141,7 @@ def _assert_sequence(arrays, prompt, response, weight):
 @settings(deadline=None)
 @given(group_lists(), problems, layouts())
 def test_weights_of_a_mini_batch_sum_to_one_unless_all_is_masked(groups, problem, layout):
-    for mini_batch in build_step_batch(groups, version=0, **problem, rules=layout).mini_batches:
+    for mini_batch in packed_batch(groups, version=0, **problem, rules=layout).mini_batches:
         micro_batches = [mb for shard in mini_batch.shards for mb in shard]
         total = sum(float(mb.weights.astype(np.float64).sum()) for mb in micro_batches)
         trained = any(mb.active.any() for mb in micro_batches)
@@ -154,8 +152,8 @@ def test_weights_of_a_mini_batch_sum_to_one_unless_all_is_masked(groups, problem
 @given(group_lists(), problems, layouts(), layouts(), st.randoms(use_true_random=False))
 def test_membership_and_weights_depend_on_neither_layout_nor_arrival_order(groups, problem, one, other, random):
     arrived = random.sample(groups, len(groups))
-    a = build_step_batch(groups, version=0, **problem, rules=one)
-    b = build_step_batch(arrived, version=0, **problem, rules=other)
+    a = packed_batch(groups, version=0, **problem, rules=one)
+    b = packed_batch(arrived, version=0, **problem, rules=other)
 
     assert membership(a) == membership(b)
     for left, right in zip(a.mini_batches, b.mini_batches, strict=True):
@@ -168,7 +166,7 @@ def test_membership_and_weights_depend_on_neither_layout_nor_arrival_order(group
 @settings(deadline=None)
 @given(group_lists(), problems, layouts())
 def test_shapes_budget_padding_and_balance(groups, problem, layout):
-    batch = build_step_batch(groups, version=0, **problem, rules=layout)
+    batch = packed_batch(groups, version=0, **problem, rules=layout)
 
     for mini_batch in batch.mini_batches:
         assert len(mini_batch.shards) == layout.data_parallel_size
@@ -213,7 +211,7 @@ def _assert_shape(mb, layout):
 @settings(deadline=None)
 @given(group_lists(), problems, layouts())
 def test_metrics_count_what_is_there(groups, problem, layout):
-    batch = build_step_batch(groups, version=0, **problem, rules=layout)
+    batch = packed_batch(groups, version=0, **problem, rules=layout)
 
     shards = [shard for mini_batch in batch.mini_batches for shard in mini_batch.shards]
     tokens = sum(len(g.prompt.input_ids) + len(r.token_ids) for g in groups for r in g.responses)
@@ -227,7 +225,7 @@ def test_metrics_count_what_is_there(groups, problem, layout):
 
 def test_a_packed_micro_batch_by_hand():
     group = make_group(0, [7, 8], [make_response("p0", 0, [1, 2, 3], [True, False, True]), make_response("p0", 1, [4])])
-    batch = build_step_batch(
+    batch = packed_batch(
         [group],
         step=1,
         version=1,
@@ -251,19 +249,19 @@ def test_a_packed_micro_batch_by_hand():
 def test_mini_batches_are_whole_groups_shuffled_anew_by_step_and_seed():
     groups = [make_group(i, [1], [make_response(f"p{i}", j, [2]) for j in range(2)]) for i in range(32)]
     build = {"version": 0, "mini_batch_groups": 8, "aggregation": "token", "rules": ONE_RANK}
-    first = membership(build_step_batch(groups, step=1, seed=0, **build))
+    first = membership(packed_batch(groups, step=1, seed=0, **build))
 
     assert [len(members) for members in first] == [16] * 4
     assert all(members[0::2] == [(p, 0) for p, _ in members[1::2]] for members in first)
-    assert first == membership(build_step_batch(groups, step=1, seed=0, **build))
-    assert first != membership(build_step_batch(groups, step=2, seed=0, **build))
-    assert first != membership(build_step_batch(groups, step=1, seed=1, **build))
+    assert first == membership(packed_batch(groups, step=1, seed=0, **build))
+    assert first != membership(packed_batch(groups, step=2, seed=0, **build))
+    assert first != membership(packed_batch(groups, step=1, seed=1, **build))
     assert first[0] != sorted((f"p{i}", j) for i in range(8) for j in range(2))
 
 
 def test_a_rank_without_work_gets_padding_only():
     group = make_group(0, [1], [make_response("p0", 0, [2, 3])])
-    batch = build_step_batch(
+    batch = packed_batch(
         [group],
         step=0,
         version=0,
@@ -285,8 +283,8 @@ def test_a_fully_masked_response_changes_no_other_weight(aggregation):
     trained = [make_response("p0", 0, [1, 2]), make_response("p0", 1, [3])]
     masked = make_response("p0", 2, [4, 5, 6], [False] * 3)
     problem = {"step": 0, "version": 0, "seed": 0, "mini_batch_groups": 4, "aggregation": aggregation}
-    without = build_step_batch([make_group(0, [9], trained)], **problem, rules=ONE_RANK)
-    with_it = build_step_batch([make_group(0, [9], [*trained, masked])], **problem, rules=ONE_RANK)
+    without = packed_batch([make_group(0, [9], trained)], **problem, rules=ONE_RANK)
+    with_it = packed_batch([make_group(0, [9], [*trained, masked])], **problem, rules=ONE_RANK)
 
     expected, found = sequences_of(without.mini_batches[0]), sequences_of(with_it.mini_batches[0])
     assert all(np.array_equal(found[key]["weights"], expected[key]["weights"]) for key in expected)
@@ -297,7 +295,7 @@ def test_a_fully_masked_response_changes_no_other_weight(aggregation):
 def test_bad_input_is_named_in_one_line():
     problem = {"step": 0, "version": 0, "seed": 0, "mini_batch_groups": 1, "aggregation": "token", "rules": ONE_RANK}
     short = make_response("p0", 3, [1, 2])
-    short.rollout_logprobs.pop()
+    short.rollout_logprobs = short.rollout_logprobs[:1]
     with pytest.raises(DapoError, match="prompt 'p0', response 3: rollout_logprobs has 1 entries for 2 tokens"):
         build_step_batch([make_group(0, [1], [short])], **problem)
     with pytest.raises(DapoError, match="prompt 'p0', response 0: the prompt has no tokens"):

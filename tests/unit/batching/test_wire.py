@@ -1,93 +1,118 @@
+"""A batch in parts: every sequence comes back bit for bit, in its place; what is cut short or foreign is refused."""
+
+import dataclasses
+import struct
+
 import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 
-from dapo_megatron.batching.batch import MicroBatch, MiniBatch, StepBatch
-from dapo_megatron.batching.wire import decode, decode_step_batch, encode
+from dapo_megatron.batching.batch import MiniBatch, StepBatch
+from dapo_megatron.batching.sample import TrainingSample
+from dapo_megatron.batching.wire import Place, cut, decode_part, encode_part, read_step_batch, write_parts
 from dapo_megatron.errors import DapoError
+from dapo_megatron.rollout.served import ServedBatch
 
-DTYPES = {
-    "tokens": np.int64,
-    "labels": np.int64,
-    "position_ids": np.int64,
-    "cu_seqlens": np.int32,
-    "weights": np.float32,
-    "advantages": np.float32,
-    "rollout_logprobs": np.float32,
-    "active": np.bool_,
-}
-
-micro_batches = st.builds(
-    MicroBatch,
-    sequences=st.lists(st.tuples(st.text(), st.integers(0, 99)), max_size=3),
-    real_tokens=st.integers(0, 2**31),
-    **{name: hnp.arrays(dtype, st.integers(0, 9)) for name, dtype in DTYPES.items()},
-)
-step_batches = st.builds(
-    StepBatch,
-    step=st.integers(0, 2**40),
-    version=st.integers(0, 2**40),
-    mini_batches=st.lists(
-        st.builds(MiniBatch, shards=st.lists(st.lists(micro_batches, max_size=2), max_size=2)), max_size=2
-    ),
-    metrics=st.dictionaries(st.text(), st.floats(allow_nan=False)),
-)
+PLACE = Place(step=3, version=2, update=0, updates=1, replica=0, replicas=1, part=0, parts=1)
 
 
-def assert_same(a, b):
-    """Equal to the bit: NaN payloads and signed zeros count."""
-    assert a.sequences == b.sequences
-    for name in DTYPES:
-        left, right = getattr(a, name), getattr(b, name)
-        assert left.dtype == right.dtype and left.tobytes() == right.tobytes()
-        assert right.flags.writeable
+@st.composite
+def samples(draw):
+    n, prompt = draw(st.integers(1, 20)), draw(st.integers(1, 5))
+    return TrainingSample(
+        token_ids=np.array(
+            draw(st.lists(st.integers(0, 2**31 - 1), min_size=n + prompt, max_size=n + prompt)), np.int32
+        ),
+        prompt_length=prompt,
+        loss_mask=np.array(draw(st.lists(st.booleans(), min_size=n, max_size=n))),
+        logprobs=np.array(draw(st.lists(st.floats(width=32), min_size=n, max_size=n)), np.float32),
+        advantage=draw(st.floats()),
+        weight=draw(st.floats(0, 1)),
+        source=(draw(st.text()), draw(st.integers(0, 99))),
+    )
+
+
+shards = st.lists(st.lists(samples(), max_size=3), min_size=1, max_size=4)
+
+
+@st.composite
+def step_batches(draw):
+    replicas = draw(st.integers(1, 3))
+    mini_batches = st.builds(MiniBatch, shards=st.lists(shards, min_size=replicas, max_size=replicas))
+    updates = draw(st.lists(mini_batches, min_size=1, max_size=3))
+    return StepBatch(draw(st.integers(0, 2**40)), draw(st.integers(0, 2**40)), updates)
+
+
+def bits(shard):
+    """All of a shard, floats as their bytes: NaN payloads and signed zeros count."""
+
+    def of(value):
+        if isinstance(value, np.ndarray):
+            return value.dtype, value.tobytes()
+        return struct.pack("d", value) if isinstance(value, float) else value
+
+    return [[[of(getattr(s, f.name)) for f in dataclasses.fields(s)] for s in micro_batch] for micro_batch in shard]
 
 
 @settings(deadline=None)
-@given(step_batches)
-def test_round_trip_is_exact(batch):
-    back = decode_step_batch(encode(batch))
+@given(shards)
+def test_the_round_trip_is_exact(shard):
+    place, back = decode_part(encode_part(PLACE, shard))
+    assert place == PLACE and bits(back) == bits(shard)
 
-    assert (back.step, back.version, back.metrics) == (batch.step, batch.version, batch.metrics)
-    assert [[len(s) for s in m.shards] for m in back.mini_batches] == [
-        [len(s) for s in m.shards] for m in batch.mini_batches
+
+@settings(deadline=None)
+@given(shards, st.integers(1, 60))
+def test_parts_hold_whole_micro_batches_in_order_within_the_limit(shard, limit):
+    parts = cut(shard, limit)
+    assert [micro_batch for part in parts for micro_batch in part] == shard and all(parts)
+    tokens = [[sum(s.length for s in micro_batch) for micro_batch in part] for part in parts]
+    assert all(sum(own) <= limit or len(own) == 1 for own in tokens)
+    assert all(sum(own) + after[0] > limit for own, after in zip(tokens, tokens[1:], strict=False))
+
+
+@settings(deadline=None)
+@given(step_batches(), st.integers(1, 60))
+def test_a_file_of_parts_is_the_batch(tmp_path_factory, batch, limit):
+    path = tmp_path_factory.mktemp("batch") / "batches" / "step.msgpack"
+    served = ServedBatch(batch, limit)
+    write_parts(path, [b"of an earlier run"])
+    write_parts(path, served.all_encoded())
+    back = read_step_batch(path)
+    assert (back.step, back.version) == (batch.step, batch.version)
+    assert [[bits(s) for s in m.shards] for m in back.mini_batches] == [
+        [bits(s) for s in m.shards] for m in batch.mini_batches
     ]
-    flat = [[mb for m in b.mini_batches for s in m.shards for mb in s] for b in (batch, back)]
-    for a, b in zip(*flat, strict=True):
-        assert_same(a, b)
+    whole = path.read_bytes()
+    ends = {0}
+    for part in served.all_encoded():
+        ends.add(max(ends) + 8 + len(part))
+    for end in sorted({*ends, *(e - 1 for e in ends if e), *(e + 3 for e in ends)} - {len(whole), len(whole) + 3}):
+        path.write_bytes(whole[:end])
+        with pytest.raises(DapoError, match="cut short|holds no part|no part of a batch"):
+            read_step_batch(path)
 
 
-@settings(deadline=None)
-@given(st.lists(micro_batches, max_size=3))
-def test_a_shard_travels_alone(shard):
-    for a, b in zip(shard, decode(encode(shard), list[MicroBatch]), strict=True):
-        assert_same(a, b)
+def test_a_token_takes_eight_bytes_and_its_mask_a_bit():
+    n = 100_000
+    ids, mask, logprobs = np.arange(n, dtype=np.int32), np.ones(n - 9, np.bool_), np.zeros(n - 9, np.float32)
+    sample = TrainingSample(ids, 9, mask, logprobs, 0.5, 0.1, ("p", 0))
+    assert 8 * n < len(encode_part(PLACE, [[sample]])) < 8.13 * n
+
+
+def test_lists_travel_as_arrays():
+    _, (((back,),)) = decode_part(encode_part(PLACE, [[TrainingSample([1, 2], 1, [True], [-0.5], 0.5, 0.1, ("p", 0))]]))
+    assert (back.token_ids.dtype, back.loss_mask.dtype, back.logprobs.dtype) == (np.int32, np.bool_, np.float32)
 
 
 def test_another_schema_is_refused_before_anything_else_is_read():
-    with pytest.raises(DapoError, match="schema 99, this program reads 2"):
-        decode_step_batch(msgspec.msgpack.encode({"schema": 99, "mini_batches": "changed"}))
+    with pytest.raises(DapoError, match="schema 99, this program reads 3"):
+        decode_part(msgspec.msgpack.encode({"schema": 99, "micro_batches": "changed"}))
 
 
-@pytest.mark.parametrize("data", [b"", b"nonsense", msgspec.msgpack.encode([1, 2])])
+@pytest.mark.parametrize("data", [b"", b"nonsense", msgspec.msgpack.encode([1, 2]), encode_part(PLACE, [[]])[:-1]])
 def test_foreign_bytes_are_refused(data):
-    with pytest.raises(DapoError, match="bytes are not a"):
-        decode_step_batch(data)
-
-
-@pytest.mark.parametrize("array", [("|O", b"12345678"), ("no type", b""), ("<i8", b"123")])
-def test_a_bad_array_is_refused(array):
-    good = encode(StepBatch(step=0, version=0, mini_batches=[], metrics={}))
-    tree = msgspec.msgpack.decode(good)
-    names = dict.fromkeys(DTYPES, array)
-    tree["mini_batches"] = [{"shards": [[{**names, "sequences": []}]]}]
-    with pytest.raises(DapoError):
-        decode_step_batch(msgspec.msgpack.encode(tree))
-
-
-def test_only_one_dimensional_arrays_are_encoded():
-    with pytest.raises(NotImplementedError):
-        encode(np.zeros((2, 2)))
+    with pytest.raises(DapoError, match="bytes are no part of a batch"):
+        decode_part(data)

@@ -9,9 +9,10 @@ import pytest
 from dapo_megatron.data.sampler import PromptSampler
 from dapo_megatron.data.snapshot import DataCursor, Snapshot, cursor_of, decode_snapshot, encode_snapshot
 from dapo_megatron.errors import DapoError
-from dapo_megatron.records import Prompt, Response, ScoredGroup, VersionSpan
+from dapo_megatron.records import Prompt, ScoredGroup, VersionSpan
+from tests.tiny import response, same
 
-LOGPROBS = [-0.1, -1e-300, -0.0, -123456.78901234567, -3.0]
+LOGPROBS = [-0.1, -1e-38, -0.0, -123456.789, -3.0]
 
 
 def snapshot(**changes):
@@ -19,10 +20,8 @@ def snapshot(**changes):
     for _ in range(17):
         sampler.next()
     prompt = Prompt("a/b.jsonl:4", [1, 2], "4", "2 + 2 = \u2028?\x00\N{GRINNING FACE}", 4, ["four"])
-    response = Response(
-        prompt.id, 0, [5] * 5, [True] * 5, LOGPROBS, [VersionSpan(2, 0, 3), VersionSpan(3, 3, 5)], "stop", "\\boxed{4}"
-    )
-    group = ScoredGroup(15, prompt, [response])
+    fields = {"rollout_logprobs": LOGPROBS, "version_spans": [VersionSpan(2, 0, 3), VersionSpan(3, 3, 5)]}
+    group = ScoredGroup(15, prompt, [response(prompt.id, 0, [5] * 5, text="\\boxed{4}", **fields)])
     return msgspec.structs.replace(
         Snapshot(12, sampler.state(), 17, (0.1 + 0.2, 4.0), [group], [(9, "a/b.jsonl:1")]), **changes
     )
@@ -31,9 +30,8 @@ def snapshot(**changes):
 def test_it_comes_back_bit_for_bit():
     before = snapshot()
     after = decode_snapshot(encode_snapshot(before), 12)
-    assert after == before
-    floats = after.carried[0].responses[0].rollout_logprobs
-    assert struct.pack("5d", *floats) == struct.pack("5d", *LOGPROBS)
+    assert same(after, before)
+    assert after.carried[0].responses[0].rollout_logprobs.tobytes() == struct.pack("5f", *LOGPROBS)
     assert cursor_of(encode_snapshot(before), 12) == DataCursor(
         step=12, epoch=2, position=3, next_order=17, carried=1, again=1
     )

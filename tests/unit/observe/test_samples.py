@@ -2,19 +2,18 @@ import json
 import math
 
 from dapo_megatron.observe.samples import SampleWriter, read_samples
-from dapo_megatron.records import Group, Prompt, Response, VersionSpan
+from dapo_megatron.records import Group, Prompt, VersionSpan
 from dapo_megatron.run_folder import RunFolder
+from tests.tiny import response
 
 
 def make_group(verdicts, text="4", advantage=0.5):
     prompt = Prompt(id="file:7", input_ids=[1], ground_truth="4", text="2 + 2?", row=7)
     responses = [
-        Response(
-            prompt_id="file:7",
-            sample=i,
-            token_ids=[1, 2, 3],
-            loss_mask=[True] * 3,
-            rollout_logprobs=[0.0] * 3,
+        response(
+            "file:7",
+            i,
+            [1, 2, 3],
             version_spans=[VersionSpan(4, 0, 1), VersionSpan(5, 1, 3)],
             finish_reason="length",
             text=text,

@@ -8,9 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dapo_megatron.data.sampler import PromptSampler
+from dapo_megatron.data.snapshot import encode_snapshot
 from dapo_megatron.errors import ConfigError
-from dapo_megatron.records import Prompt, Response, ScoredGroup, VersionSpan
+from dapo_megatron.records import Prompt, ScoredGroup, VersionSpan
 from dapo_megatron.rollout.buffer import GroupBuffer
+from tests.tiny import response
 
 PROMPTS = [Prompt(id=f"p{i}", input_ids=[1], ground_truth="", text="", row=i) for i in range(5)]
 SEED = 3
@@ -27,8 +29,7 @@ STEP = st.fixed_dictionaries(
 
 
 def group(order, prompt, version):
-    response = Response(prompt.id, 0, [1], [True], [0.0], [VersionSpan(version, 0, 1)], "stop", "")
-    return ScoredGroup(order, prompt, [response])
+    return ScoredGroup(order, prompt, [response(prompt.id, 0, [1], version_spans=[VersionSpan(version, 0, 1)])])
 
 
 class Run:
@@ -71,7 +72,7 @@ class Run:
         assert orders == [e.order for e in entries if e.fate == "kept"]
         assert all(e.step == number and e.prompt_id == self.sequence[e.order].id for e in entries)
         assert not buffer.issued
-        self.history.append((buffer.snapshot(), self.version, entries))
+        self.history.append((encode_snapshot(buffer.snapshot()), self.version, entries))
 
     def check(self):
         settled = Counter(e.order for _, _, entries in self.history for e in entries if e.fate in SETTLED)
@@ -92,7 +93,7 @@ def test_every_number_is_settled_once(steps):
 
 def test_other_prompts_than_the_run_began_with_are_refused():
     """Also the same ones in another order, and with another answer; the same ones go on."""
-    state = GroupBuffer(PROMPTS, seed=SEED, shuffle=True).snapshot()
+    state = encode_snapshot(GroupBuffer(PROMPTS, seed=SEED, shuffle=True).snapshot())
     answered = [msgspec.structs.replace(PROMPTS[0], ground_truth="another"), *PROMPTS[1:]]
     for others in (PROMPTS[::-1], answered):
         with pytest.raises(ConfigError, match="holds other prompts or answers than when the run began"):

@@ -3,8 +3,9 @@
 import asyncio
 from types import SimpleNamespace
 
-from dapo_megatron.records import Prompt, Response
+from dapo_megatron.records import Prompt
 from dapo_megatron.rollout.controller import Controller
+from tests.tiny import response
 
 
 def test_every_ground_truth_is_given_to_the_grader():
@@ -15,7 +16,7 @@ def test_every_ground_truth_is_given_to_the_grader():
         return "right"
 
     async def rollout(prompt, engine):
-        return Response(prompt.id, engine.sample, [5], [True], [-0.5], [], "stop", "Answer: 2")
+        return response(prompt.id, engine.sample, [5], version_spans=[], text="Answer: 2")
 
     controller = Controller.__new__(Controller)  # its parts read a model folder
     controller.config = SimpleNamespace(

@@ -7,11 +7,11 @@ import pytest
 
 from dapo_megatron.data.snapshot import decode_snapshot
 from dapo_megatron.errors import DapoError
-from dapo_megatron.records import Prompt, Response, ScoredGroup, VersionSpan
+from dapo_megatron.records import Prompt, ScoredGroup, VersionSpan
 from dapo_megatron.rollout.buffer import GroupBuffer
 from dapo_megatron.rollout.ledger import Ledger, check_exactly_once, read_ledger
 from dapo_megatron.rollout.producer import Producer
-from tests.tiny import run_config
+from tests.tiny import response, run_config
 
 PROMPTS = [Prompt(id=f"p{i}", input_ids=[1], ground_truth="", text="", row=i) for i in range(50)]
 
@@ -33,7 +33,7 @@ class World:
             order,
             prompt,
             [
-                Response(prompt.id, i, [1], [True], [0.0], [VersionSpan(version, 0, 1)], "stop", "", verdict=v)
+                response(prompt.id, i, [1], version_spans=[VersionSpan(version, 0, 1)], verdict=v)
                 for i, v in enumerate(verdicts[self.outcome(prompt)])
             ],
         )

@@ -8,12 +8,13 @@ import json
 from collections import Counter
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import transformers
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from dapo_megatron.batching.wire import decode_step_batch
+from dapo_megatron.batching.wire import decode_part
 from dapo_megatron.engines.client import EngineClient
 from dapo_megatron.engines.coalescing import CoalescingClient
 from dapo_megatron.engines.engine_set import of_urls
@@ -22,7 +23,7 @@ from dapo_megatron.engines.wire import SamplingParams, generate_request
 from dapo_megatron.data.snapshot import decode_snapshot, encode_snapshot
 from dapo_megatron.data.tokenizer import check_tags
 from dapo_megatron.errors import ConfigError, DapoError, EngineError
-from dapo_megatron.messages import Evaluate, Goodbye, Hello, NextBatch
+from dapo_megatron.messages import Evaluate, FetchPart, Goodbye, Hello, NextBatch
 from dapo_megatron.observe.samples import read_samples
 from dapo_megatron.process import Reporter
 from dapo_megatron.records import Response, VersionSpan
@@ -149,7 +150,7 @@ async def serve(config, folder, link, engine):
 
 
 def test_the_engine_is_asked_for_what_the_recipe_says(tmp_path, recipe):
-    engine, link = Engine(), Link(Hello(None, 0), Evaluate(0, 0), NextBatch(1, 0), Goodbye())
+    engine, link = Engine(), Link(Hello(None, 0), Evaluate(0, 0), NextBatch(1, 0), FetchPart(1, 0, 0, 0), Goodbye())
     asyncio.run(serve(recipe, tmp_path, link, engine))
 
     encode = transformers.AutoTokenizer.from_pretrained(recipe.model.path)
@@ -167,19 +168,22 @@ def test_the_engine_is_asked_for_what_the_recipe_says(tmp_path, recipe):
         ("eval", how(0.4, 0.6)): [3, 3],
         ("eval", how(0.0, 1.0)): [1, 1],
     }
-    _, evaluation, batch, _ = link.replies
+    _, evaluation, batch, part, _ = link.replies
     assert evaluation.metrics["eval/accuracy"] == evaluation.metrics["eval/greedy_accuracy"] == 1.0
-    (mini_batch,) = decode_step_batch(batch.payload).mini_batches
-    labels = [label for shard in mini_batch.shards for m in shard for label in m.labels[m.active].tolist()]
-    assert labels == [5, 7] * 8  # the end token is trained too
+    assert batch.parts == [[1]]
+    place, micro_batches = decode_part(part.payload)
+    assert (place.step, place.version, place.updates, place.replicas, place.parts) == (1, 0, 1, 1, 1)
+    samples = [s for micro_batch in micro_batches for s in micro_batch]
+    assert [s.token_ids[s.prompt_length :].tolist() for s in samples] == [[5, 7]] * 8
+    assert all(s.loss_mask.all() for s in samples)  # the end token is trained too
 
 
 async def two_turns(prompt, engine):
     first = await engine.generate(prompt.input_ids)
-    last = await engine.generate(prompt.input_ids + first.token_ids + [5], max_new_tokens=4)
-    tokens, n = first.token_ids + last.token_ids, len(first.token_ids)
+    last = await engine.generate([*prompt.input_ids, *first.token_ids, 5], max_new_tokens=4)
+    tokens, n = [*first.token_ids.tolist(), *last.token_ids.tolist()], len(first.token_ids)
     spans = first.version_spans + [VersionSpan(s.version, s.start + n, s.end + n) for s in last.version_spans]
-    logprobs = first.logprobs + last.logprobs
+    logprobs = np.concatenate([first.logprobs, last.logprobs])
     return Response(prompt.id, engine.sample, tokens, [True] * len(tokens), logprobs, spans, "stop", "")
 
 
@@ -310,3 +314,12 @@ def test_tags_that_the_text_does_not_hold_are_refused(tmp_path, recipe):
     check_tags(tokenizer, None)
     with pytest.raises(ConfigError, match=r"\[/THINK\] is a special token"):
         check_tags(tokenizer, ["<think>", "[/THINK]"])
+
+
+@pytest.mark.parametrize(
+    "request_", [(2, 0, 0, 0), (0, 0, 0, 0), (1, 1, 0, 0), (1, 0, 1, 0), (1, 0, 0, 1), (1, 0, 0, -1)]
+)
+def test_a_part_that_is_not_of_the_batch_ends_the_run(tmp_path, recipe, request_):
+    link = Link(Hello(None, 0), NextBatch(1, 0), FetchPart(*request_), Goodbye())
+    with pytest.raises(DapoError, match="is not the one that is trained|has no part"):
+        asyncio.run(serve(recipe, tmp_path, link, Engine()))

@@ -2,18 +2,15 @@
 
 import pytest
 
-from dapo_megatron.records import Group, Prompt, Response, VersionSpan
+from dapo_megatron.records import Group, Prompt
 from dapo_megatron.rollout.selection import fate_of
-from tests.tiny import run_config
+from tests.tiny import response, run_config
 
 PROMPT = Prompt(id="p", input_ids=[1], ground_truth="", text="", row=0)
 
 
 def group(*verdicts):
-    responses = [
-        Response("p", i, [1], [True], [0.0], [VersionSpan(0, 0, 1)], "stop", "", verdict=verdict)
-        for i, verdict in enumerate(verdicts)
-    ]
+    responses = [response("p", i, [1], verdict=verdict) for i, verdict in enumerate(verdicts)]
     return Group(0, PROMPT, responses)
 
 
