@@ -5,6 +5,7 @@ by packing. A file holds all parts of a step, each after its length.
 """
 
 import itertools
+import os
 import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -139,9 +140,11 @@ def read_step_batch(path: Path) -> StepBatch:
 
 
 def _records(file: BinaryIO) -> Iterator[bytes]:
+    """Each part's bytes; of one that is torn, what is there."""
+    size = os.fstat(file.fileno()).st_size
     while head := file.read(_LENGTH.size):
-        data = file.read(_LENGTH.unpack(head)[0]) if len(head) == _LENGTH.size else b""
-        yield data
+        (length,) = _LENGTH.unpack(head.ljust(_LENGTH.size, b"\0"))
+        yield file.read(min(length, size))
 
 
 def _travelling(s: TrainingSample) -> _Sequence:

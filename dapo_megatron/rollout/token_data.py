@@ -92,6 +92,8 @@ def _column(name: str, value: object) -> Column:
         value = value.tolist()
     if isinstance(value, np.ndarray) and value.ndim != 1:
         raise Unfit(f"{name} is an array of shape {value.shape}, one entry a token is expected")
+    if isinstance(value, list) and any(issubclass(kind, np.generic) for kind in set(map(type, value))):
+        value = [entry.item() if isinstance(entry, np.generic) else entry for entry in value]  # [*array, 5]
     if not isinstance(value, list | np.ndarray):
         raise Unfit(f"{name} is a {type(value).__name__}, a list or an array of one entry a token is expected")
     return value

@@ -89,10 +89,7 @@ def dump_skipped(
             dump = Dump(batch.step, batch.version, state.skipped, told)
             (path / DUMP).write_bytes(msgspec.json.format(msgspec.json.encode(dump)))
             (path / CONFIG).write_text(yaml.safe_dump(config.model_dump(), sort_keys=False))
-    for replica in range(layout.dp_size):  # into one file: each when the one before it is done
-        with all_agree(f"writing {path / BATCH}", layout, may_take_long=True):
-            if layout.is_first_of_replica and layout.dp_rank == replica:
-                write_parts(path / BATCH, _parts(batch, shards, layout), append=replica > 0)
+    _write_batch(path / BATCH, batch, layout)
     return DapoError(
         f"{state.skipped} updates in a row had a non-finite gradient: lower optimizer.lr, or find the micro-batch with "
         f"dapo-megatron replay {path}"
@@ -104,12 +101,20 @@ def sources(shard: Shard) -> list[list[tuple[str, int]]]:
     return [[sample.source for sample in micro_batch] for micro_batch in shard]
 
 
-def _parts(batch: ReplicaBatch, shards: list[Shard], layout: Layout) -> Iterator[bytes]:
-    for update, shard in enumerate(shards):
-        parts = cut(shard)
-        for i, part in enumerate(parts):
-            replica = (layout.dp_rank, layout.dp_size)
-            yield encode_part(Place(batch.step, batch.version, update, len(batch), *replica, i, len(parts)), part)
+def _write_batch(path: Path, batch: ReplicaBatch, layout: Layout) -> None:
+    """Into one file, the replicas one after the other; collective, after every update's shard was received."""
+
+    def parts() -> Iterator[bytes]:
+        for update in range(len(batch)):
+            cuts = cut(batch.shard(update))
+            for i, part in enumerate(cuts):
+                replica = (layout.dp_rank, layout.dp_size)
+                yield encode_part(Place(batch.step, batch.version, update, len(batch), *replica, i, len(cuts)), part)
+
+    for replica in range(layout.dp_size):
+        with all_agree(f"writing {path}", layout, may_take_long=True):
+            if layout.is_first_of_replica and layout.dp_rank == replica:
+                write_parts(path, parts(), append=replica > 0)
 
 
 def read_dump(path: Path) -> tuple[Dump, StepBatch]:

@@ -13,7 +13,7 @@ import zmq
 
 from dapo_megatron.errors import ConfigError, DataError, DapoError
 from dapo_megatron.keys import make_keys, read_keys, write_keys
-from dapo_megatron.messages import Done, Failed, Goodbye, Hello, NextBatch
+from dapo_megatron.messages import BatchPart, Done, Failed, FetchPart, Goodbye, Hello, NextBatch
 from dapo_megatron.rpc import RpcClient, RpcServer
 from dapo_megatron.run_folder import RunFolder
 from launch.ports import reserved_ports
@@ -127,3 +127,32 @@ def test_a_wait_is_interrupted_and_taken_up_again(port):
     assert looks and received == [NextBatch(1, 0)]
     client.close()
     thread.join(10)
+
+
+def test_a_message_that_is_too_long_is_one_line_and_not_sent(port, monkeypatch):
+    monkeypatch.setattr("dapo_megatron.rpc.MESSAGE_BYTES", 1000)
+    client = RpcClient(f"tcp://127.0.0.1:{port}", make_keys())
+    with pytest.raises(DapoError, match="Hello can carry 2: fewer groups must be carried"):
+        client.send(Hello(bytes(1000), 1), deadline_s=1)
+    client.send(Hello(bytes(900), 1), deadline_s=1)
+    client.close()
+
+
+def test_several_ranks_get_their_own_answers(port):
+    keys, received, found = make_keys(), [], {}
+    thread = serve(keys, port, [BatchPart(bytes([i]) * 3_000_000) for i in range(6)], received)
+
+    def ask(rank):
+        client = RpcClient(f"tcp://127.0.0.1:{port}", keys)
+        found[rank] = [client.ask(FetchPart(1, update, rank, 0), deadline_s=20).payload for update in range(2)]
+        client.close()
+
+    ranks = [threading.Thread(target=ask, args=(rank,)) for rank in range(3)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(30)
+    thread.join(10)
+    for number, request in enumerate(received):
+        assert found[request.replica][request.update] == bytes([number]) * 3_000_000
+    assert len(received) == 6

@@ -50,6 +50,20 @@ def test_pack_respects_the_budget_and_leaves_no_two_bins_to_merge(lengths, budge
     assert all(x + y > budget for i, x in enumerate(loads) for y in loads[:i])
 
 
+@settings(deadline=None)
+@given(lengths_lists, st.integers(0, 80))
+def test_pack_puts_each_item_into_the_fullest_bin_that_holds_it(lengths, budget):
+    bins = []
+    for item in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        loads = [sum(lengths[i] for i in b) for b in bins]
+        fits = [b for b, load in enumerate(loads) if load + lengths[item] <= budget]
+        if fits:
+            bins[max(fits, key=lambda b: (loads[b], -b))].append(item)
+        else:
+            bins.append([item])
+    assert pack(lengths, budget) == bins
+
+
 def test_pack_by_hand():
     # 12 exceeds the budget; 8 and 5 open bins (8 + 5 > 10); 4 fits with 5 only; 2 fills the bin of 8.
     assert pack([8, 5, 4, 2, 12], 10) == [[4], [0, 3], [1, 2]]

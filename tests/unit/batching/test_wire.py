@@ -95,6 +95,14 @@ def test_a_file_of_parts_is_the_batch(tmp_path_factory, batch, limit):
             read_step_batch(path)
 
 
+def test_a_file_of_another_kind_is_refused(tmp_path):
+    path = tmp_path / "old.msgpack"
+    for data in (b"", msgspec.msgpack.encode({"schema": 2, "step": 1, "mini_batches": []}), b"\xff" * 8, b"\0" * 8):
+        path.write_bytes(data)
+        with pytest.raises(DapoError, match="no part of a batch"):
+            read_step_batch(path)
+
+
 def test_a_token_takes_eight_bytes_and_its_mask_a_bit():
     n = 100_000
     ids, mask, logprobs = np.arange(n, dtype=np.int32), np.ones(n - 9, np.bool_), np.zeros(n - 9, np.float32)

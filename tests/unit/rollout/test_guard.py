@@ -48,7 +48,10 @@ def returns(value):
 
 def test_a_good_response_passes_and_lists_become_arrays():
     as_arrays = {"token_ids": np.array([4, 5, 9]), "loss_mask": torch.tensor([True, False, True])}
-    for given in (good(), good(**as_arrays, rollout_logprobs=np.array([-0.5, 0.0, -1.0], np.float16))):
+    unpacked = {"token_ids": [*np.array([4, 5], np.int32), 9], "rollout_logprobs": [*np.float32([-0.5, 0.0]), -1]}
+    unpacked |= {"loss_mask": [*np.array([True, False]), True]}
+    half = np.array([-0.5, 0.0, -1.0], np.float16)
+    for given in (good(), good(**as_arrays, rollout_logprobs=half), good(**unpacked)):
         response, _ = call(returns(given))
         columns = (response.token_ids, response.loss_mask, response.rollout_logprobs)
         assert [c.dtype for c in columns] == [np.int32, np.bool_, np.float32]
@@ -86,6 +89,8 @@ def test_a_good_response_passes_and_lists_become_arrays():
         (good(token_ids=np.array([4.0, 5.0, 9.0])), "token 0 is 4.0"),
         (good(token_ids=np.array([4, 5, 10])), "token 2 is 10"),
         (good(token_ids=[4, 5, 2**32 + 4]), "token 2 is 4294967300"),
+        (good(token_ids=[*np.array([4, 5], np.int32), 10]), "token 2 is 10"),
+        (good(rollout_logprobs=[*np.float32([np.nan, 0.0]), -1.0]), "rollout_logprobs[0] is nan"),
         (good(loss_mask=np.array([1, 0, 1])), "loss_mask[0] is 1"),
         (good(rollout_logprobs=np.array([0.0, np.nan, 0.0])), "rollout_logprobs[1] is nan"),
         (good(rollout_logprobs=np.array([0.0, -1e39, 0.0])), "rollout_logprobs[1] is -1e+39"),

@@ -14,7 +14,7 @@ import transformers
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from dapo_megatron.batching.wire import decode_part
+from dapo_megatron.batching.wire import decode_part, read_step_batch
 from dapo_megatron.engines.client import EngineClient
 from dapo_megatron.engines.coalescing import CoalescingClient
 from dapo_megatron.engines.engine_set import of_urls
@@ -323,3 +323,25 @@ def test_a_part_that_is_not_of_the_batch_ends_the_run(tmp_path, recipe, request_
     link = Link(Hello(None, 0), NextBatch(1, 0), FetchPart(*request_), Goodbye())
     with pytest.raises(DapoError, match="is not the one that is trained|has no part"):
         asyncio.run(serve(recipe, tmp_path, link, Engine()))
+
+
+def test_a_dumped_batch_is_what_the_replicas_fetch(tmp_path, recipe):
+    options = {
+        "observe": recipe.observe.model_copy(update={"dump_batches": True}),
+        "actor": recipe.actor.model_copy(update={"data_parallel_size": 3, "micro_batch_tokens": 12}),
+        "trainer": recipe.trainer.model_copy(update={"mini_batch_prompts": 1}),
+    }
+    fetches = [FetchPart(1, update, replica, 0) for update in range(2) for replica in range(3)]
+    link = Link(Hello(None, 0), NextBatch(1, 0), *fetches, Goodbye())
+    asyncio.run(serve(recipe.model_copy(update=options), tmp_path, link, Engine()))
+    _, batch, *parts, _ = link.replies
+    assert batch.parts == [[1, 1, 1], [1, 1, 1]]
+    dumped = read_step_batch(RunFolder(tmp_path).batch(1))
+    sources = []
+    for fetch, part in zip(fetches, parts, strict=True):
+        place, shard = decode_part(part.payload)
+        assert (place.update, place.replica) == (fetch.update, fetch.replica)
+        kept = dumped.mini_batches[fetch.update].shards[fetch.replica]
+        assert [[s.source for s in mb] for mb in shard] == [[s.source for s in mb] for mb in kept]
+        sources += [s.source for mb in shard for s in mb]
+    assert len(sources) == len(set(sources)) == 8
