@@ -160,7 +160,8 @@ def test_the_batch_host_dies(cluster):
     run.wait_for_steps(3)
     cluster.power_off("node1")
     run.finish()
-    assert int(cluster.job(run.job)["Restarts"]) >= 1
+    assert int(cluster.job(run.job)["Restarts"]) == 1
+    assert "node1 is lost, and the launcher with it -> back into the queue" in run.decisions()
 
 
 @by_make_test_slurm
