@@ -12,12 +12,12 @@ from dapo_megatron.run_folder import RunFolder
 from tests.launch.conftest import recipe
 from tests.slurm.cluster import REPOSITORY
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 ACTOR = {"pipeline_model_parallel_size": 2, "tensor_model_parallel_size": 1}
 LAUNCH = {"engine_nodes": 1, "max_restarts": 2, "save_before_end_s": 0, "stop_grace_s": 20}
 PLAIN = ("--nodes=3", "--requeue", "--no-kill", "--open-mode=append", "--signal=B:USR1@60")
-LIFE_S = 180.0
+LIFE_S = 300.0
 by_make_test_slurm = pytest.mark.skipif(os.environ.get("SLURM") != "all", reason="a minute: make test-slurm runs it")
 
 
