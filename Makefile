@@ -8,8 +8,9 @@
 # make bench-trl   set up, TRL too in an environment of its own, then compare speed with it; ARGS=--quick for a few steps
 # make bench-chaos   the demo run killed at random moments and resumed, again and again; ARGS="--minutes 60" for an hour
 # make bench-checkpoint   saves and their verification beside the machine's own limits
-# make bench-control-plane   a batch of the paper's size through controller and link: time, bytes, memory, beside targets
+# make bench-control-plane   a batch of the size of the paper through controller and link: time, bytes, memory
 # make bench-conversion   a model of 1.5 B parameters to a distributed checkpoint and back: memory and speed
+# make bench-push   bytes per second of a weight push to real engines, beside a plain broadcast of the same bytes
 # ARGS adds overrides to the demo: make demo ARGS="actor.pipeline_model_parallel_size=2 actor.tensor_model_parallel_size=1"
 
 PYTHON ?= python3.11
@@ -23,7 +24,8 @@ NEWER := .venv-megatron-0.19
 TRL_READY := .venv-trl/.ready
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test test-full test-slurm slurm-programs lint prove bench-trl bench-chaos bench-checkpoint bench-conversion bench-control-plane setup clean
+.PHONY: help demo test test-full test-slurm slurm-programs lint prove setup clean \
+  bench-trl bench-chaos bench-checkpoint bench-conversion bench-control-plane bench-push
 
 help:
 	@sed -n "s/^# \(make .*\)/\1/p" Makefile
@@ -59,6 +61,9 @@ bench-trl: $(READY) $(TRL_READY)
 
 bench-chaos bench-checkpoint bench-conversion bench-control-plane: bench-%: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m benchmarks.$(subst -,_,$*) $(ARGS)
+
+bench-push: $(READY)
+	$(BIN)/python -W ignore -m benchmarks.weight_push $(ARGS)
 
 setup: $(READY) $(TE_READY)
 

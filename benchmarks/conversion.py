@@ -36,6 +36,8 @@ ROOT = Path(__file__).parents[1]
 SIZES = {
     "1.5B": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "vocab_size": 151_936}
     | {"num_attention_heads": 12, "num_key_value_heads": 2},
+    "0.5B": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "vocab_size": 151_936}
+    | {"num_attention_heads": 14, "num_key_value_heads": 2},
     "0.1B": {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "vocab_size": 151_936}
     | {"num_attention_heads": 8, "num_key_value_heads": 2},
 }

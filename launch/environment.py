@@ -6,7 +6,7 @@ What the two sides of a weight group must have in common, they have from `shared
 from collections.abc import Mapping, Sequence
 
 from dapo_megatron.config import RunConfig
-from dapo_megatron.engines.command import engine_environment
+from dapo_megatron.engines.command import HUGE_PAGES, engine_environment
 from dapo_megatron.errors import ConfigError
 from launch.topology import ControllerPlace, EnginePlace, Place, RankPlace
 
@@ -26,6 +26,7 @@ def shared_environment(
     environment = dict(base)
     if cpu:
         environment["OMP_NUM_THREADS"] = "1"
+        environment.setdefault(*HUGE_PAGES)
     else:
         # SGLang gives its own processes these where they are unset; a group's members must agree.
         environment.setdefault("NCCL_CUMEM_ENABLE", "0")

@@ -1,5 +1,6 @@
 """A job goes back into the queue, without the nodes that failed it; they are forgotten after a while."""
 
+import os
 import re
 import signal
 import time
@@ -27,8 +28,7 @@ def requeue(allocation: Allocation, folder: RunFolder, end: Requeue, forget_s: f
     # SLURM ends this script as soon as it is told, and takes a list of nodes only of a job that waits.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     before = _excluded(job)
-    bad = remembered(_read(folder), end.exclude, time.time())
-    _write(folder, bad)
+    bad = remember(folder, end.exclude)
     nodes = excluded(before, bad, time.time(), forget_s)
     slurm("scontrol", "requeue", job)
     ends = time.monotonic() + REQUEUED_S
@@ -36,6 +36,15 @@ def requeue(allocation: Allocation, folder: RunFolder, end: Requeue, forget_s: f
         time.sleep(0.5)
     time.sleep(max(0.0, ends - time.monotonic()))
     raise DapoError(f"SLURM has put job {job} back, and has not ended it for {REQUEUED_S:.0f} s")
+
+
+def remember(folder: RunFolder, failed: Sequence[str]) -> dict[str, float]:
+    """Write down that nodes have failed; returns {node: Unix time of its last failure} of all that ever did."""
+    bad = remembered(_read(folder), failed, time.time())
+    aside = folder.bad_nodes.with_suffix(".new")
+    aside.write_bytes(msgspec.json.encode(bad))
+    os.replace(aside, folder.bad_nodes)
+    return bad
 
 
 def remembered(bad: Mapping[str, float], failed: Sequence[str], now: float) -> dict[str, float]:
@@ -73,7 +82,3 @@ def _read(folder: RunFolder) -> dict[str, float]:
     if not folder.bad_nodes.exists():
         return {}
     return msgspec.json.decode(folder.bad_nodes.read_bytes(), type=dict[str, float])
-
-
-def _write(folder: RunFolder, bad: Mapping[str, float]) -> None:
-    folder.bad_nodes.write_bytes(msgspec.json.encode(bad))

@@ -1,4 +1,5 @@
-"""The processes of a job as steps of a SLURM allocation: one srun each for controller, trainer ranks and every engine.
+"""The processes of a job as steps of a SLURM allocation: one srun each for controller, trainer ranks and every engine,
+and one for a deputy of the launcher on another node (launch/deputy.py).
 
 An srun is a child of the launcher, and is as long there as its step. Its tasks become the processes (launch/task.py),
 each with a log that its node writes itself. A step is ended by scancel: an srun that is killed leaves its tasks.
@@ -16,6 +17,7 @@ from dapo_megatron.run_folder import RunFolder
 from launch.allocation import Allocation
 from launch.commands import Command
 from launch.container import in_container
+from launch.deputy import deputy_command, next_host
 from launch.hosts import HostWatch
 from launch.processes import Child, ProcessGroup
 from launch.slurm_calls import slurm
@@ -45,16 +47,30 @@ class Steps:
         self._group, self._folder, self._allocation = group, folder, allocation
         self._base, self._towards, self._container = base, towards, container
         self._watch = HostWatch([node.name for node in allocation.nodes])
+        self._unfit: set[str] = set()
+        self._deputy: Child | None = None
+        self._deputy_host = ""
 
     def start(self, name: str, commands: Sequence[Command], hosts: Sequence[str], *, grace: bool) -> list[Child]:
         """Start one step."""
+        return self._start(name, commands, hosts, grace=grace, container=self._container)
+
+    def _start(
+        self,
+        name: str,
+        commands: Sequence[Command],
+        hosts: Sequence[str],
+        *,
+        grace: bool,
+        container: ContainerConfig | None,
+    ) -> list[Child]:
         path = self._folder.step(name)
         write_step(path, [self._task(command) for command in commands])
         processes = tuple(command.name for command in commands)
         log = str(self._group.log_dir / (f"{name}-%t.log" if processes != (name,) else f"{name}.log"))
         has_gpus = any(node.gpus for node in self._allocation.nodes)
         options, task = in_container(
-            self._container,
+            container,
             [sys.executable, "-m", "launch.task", str(path)],
             [os.getcwd(), str(self._folder.path)],
             gpus=has_gpus,
@@ -84,13 +100,32 @@ class Steps:
         """Hosts that SLURM calls down, or whose slurmd has not answered for some time."""
         if look:
             self._watch.look_for_down()
-        return self._watch.lost()
+        lost = self._watch.lost()
+        self._unfit |= set(lost)
+        self._keep_a_deputy()
+        return lost
 
     def close(self) -> None:
         """End all steps; where SLURM does not answer, it does so itself when the batch script has ended."""
         self._watch.close()
         with suppress(DapoError):
             self.end(list(self._group.children))
+
+    def _keep_a_deputy(self) -> None:
+        if self._deputy is not None and self._deputy.process.poll() is None:
+            return
+        if self._deputy is not None:
+            self._group.forget([self._deputy])
+            self._unfit.add(self._deputy_host)  # whatever it died of, not there again
+            self._deputy = None
+        host = next_host([node.name for node in self._allocation.nodes], self._unfit)
+        if host is None:
+            return
+        command = deputy_command(self._folder, self._allocation.job_id, self._allocation.nodes[0].name)
+        self._deputy_host = host
+        (self._deputy,) = self._start(
+            "deputy", [Command("deputy", command, dict(self._base), None)], [host], grace=False, container=None
+        )
 
     def _task(self, command: Command) -> Task:
         own = {k: v for k, v in command.environment.items() if self._base.get(k) != v}

@@ -92,8 +92,8 @@ def summary(config: RunConfig, shape: ModelShape, plan: PushPlan, network_gbs: f
         f"gather    {plan.gathered / GB:.4g} GB from other ranks to the senders",
         f"memory    beside the weights: sender {max(s.sender_peak for s in plan.stages) / GIB:.3g} GiB, rank of an "
         f"engine {plan.engine_peak / GIB:.3g} GiB",
-        f"time      at least {total:.3g} s: {sending:.3g} s at {network_gbs:g} GB/s to all engines, {gathering:.3g} s "
-        f"at {gather_gbs:g} GB/s to the senders",
+        f"time      at least {total:.3g} s: {sending:.3g} s at {network_gbs:g} GB/s to all engines, beside it "
+        f"{gathering:.3g} s at {gather_gbs:g} GB/s to the senders",
     ]
 
 

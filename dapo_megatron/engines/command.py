@@ -18,6 +18,10 @@ _CPU_ARGS = [
     "--grammar-backend", "none",
 ]  # fmt: skip
 
+HUGE_PAGES = ("THP_MEM_ALLOC_ENABLE", "1")
+"""Makes torch ask for huge pages for large tensors on a CPU: a bucket's memory, which the kernel first touches page by
+page, would otherwise take longer than the bucket's transfer."""
+
 
 def engine_command(
     config: RunConfig,
@@ -70,4 +74,5 @@ def engine_environment(base: Mapping[str, str], *, cpu: bool) -> dict[str, str]:
         environment["PYTHONPATH"] = os.pathsep.join(p for p in (str(SGLANG_CPU), base.get("PYTHONPATH")) if p)
         environment["SGLANG_USE_CPU_ENGINE"] = "1"
         environment.setdefault("OMP_NUM_THREADS", "1")
+        environment.setdefault(*HUGE_PAGES)
     return environment

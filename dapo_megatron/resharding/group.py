@@ -37,7 +37,8 @@ def join_as_sender(name: str, store: TCPStore, world: int, backend: str, timeout
             dist.Backend(backend),
             PrefixStore(name, store),
             group_name=name,  # type: ignore[arg-type]
-            timeout=timedelta(seconds=timeout_s),
+            # At this NCCL's watchdog ends the whole process: the sender's own deadline must come first.
+            timeout=timedelta(seconds=2 * timeout_s if backend == "nccl" else timeout_s),
         )
     except RuntimeError as e:
         raise EngineError(f"not all engines joined {name} in {timeout_s:.0f} s: {str(e).splitlines()[0]}") from None
@@ -46,8 +47,11 @@ def join_as_sender(name: str, store: TCPStore, world: int, backend: str, timeout
 
 
 def end_group(group: dist.ProcessGroup) -> None:
-    """Close the sender's end of a group: engines that still wait for it in a broadcast stop waiting."""
-    dist.destroy_process_group(group)
+    """Close the sender's end of a group, whatever is under way in it: engines that still wait for it stop waiting.
+
+    Under NCCL destroying a group would first wait for its collectives, one that hangs too.
+    """
+    dist.distributed_c10d._abort_process_group(group)
 
 
 def sender_address(engine_urls: list[str]) -> str:

@@ -1,7 +1,8 @@
 """One weight push before it happens: a function of trainer layout, engine layout and model. Pure.
 
 stage by stage      every rank of the stage's first replica gives its shards to the sender, one parameter at a time
-                    the sender fills a bucket with whole tensors in the engines' type, and broadcasts it
+                    the sender fills a bucket with whole tensors in the engines' type, and broadcasts it while it fills
+                    the next one
                     every rank of every engine receives every bucket once, and keeps its part of each tensor
 
 The push itself cuts its buckets by `plan_buckets`; what it sends is what `plan_push` names, tensor by tensor.
@@ -58,12 +59,17 @@ class StagePlan:
     gathers: tuple[Gather, ...]
     buckets: tuple[Bucket, ...]
     sender_peak: int
-    """Bytes that the sender holds at most beside its own weights, norms and padding of one parameter aside."""
+    """Bytes that the sender holds at most beside its own weights, padding of one parameter aside."""
 
     @property
     def bytes(self) -> int:
         """Broadcast by the stage's sender; received by every rank of every engine."""
         return sum(bucket.bytes for bucket in self.buckets)
+
+    @property
+    def gathered(self) -> int:
+        """Bytes of shards that travel from other ranks to the stage's sender."""
+        return sum(g.shard_bytes * (g.ranks - 1) for g in self.gathers)
 
     def contributed(self, *, experts: bool) -> int:
         """Bytes that each rank of the first replica gives to the sender, of its experts' parameters or of the others.
@@ -104,16 +110,16 @@ class PushPlan:
     @property
     def gathered(self) -> int:
         """Bytes of shards that travel from other ranks to the senders."""
-        return sum(g.shard_bytes * (g.ranks - 1) for stage in self.stages for g in stage.gathers)
+        return sum(stage.gathered for stage in self.stages)
 
     def seconds(self, network: float, inside_nodes: float) -> float:
-        """How long it takes at least; bucket by bucket and stage by stage, nothing overlaps.
+        """How long it takes at least: stage by stage, the gather of a bucket beside the broadcast of the one before.
 
         Args:
             network: bytes per second of a broadcast, whatever the number of engines.
             inside_nodes: bytes per second that a sender gathers.
         """
-        return self.bytes / network + self.gathered / inside_nodes
+        return sum(max(stage.bytes / network, stage.gathered / inside_nodes) for stage in self.stages)
 
 
 def plan_push(
@@ -153,14 +159,14 @@ def plan_stages(
     for mappings in _of_stages(shape, actor):
         gathers = _gathers(shape, actor, mappings, ITEM_BYTES[dtype])
         buckets = plan_buckets((t for g in gathers for t in g.tensors), engine_dtype, bucket_bytes)
-        stages.append(StagePlan(gathers, tuple(buckets), _sender_peak(gathers, buckets, dtype)))
+        stages.append(StagePlan(gathers, tuple(buckets), _sender_peak(shape, gathers, buckets, dtype)))
     return tuple(stages)
 
 
 def plan_buckets(tensors: Iterable[Tensor], dtype: str, bucket_bytes: int) -> list[Bucket]:
     """Cut a sequence of (name, shape) into buckets of at most bucket_bytes; a larger tensor stands alone.
 
-    The order is kept, so that the sender never holds more than one bucket and one gathered parameter.
+    The order is kept, so that the sender never holds more than two buckets and one gathered parameter.
     """
     buckets: list[Bucket] = []
     current: list[Tensor] = []
@@ -214,23 +220,30 @@ def shard_numel(mapping: ParameterMapping, shape: ModelShape, tp_size: int) -> i
     return whole if mapping.kind == "whole" else whole // tp_size
 
 
-def _sender_peak(gathers: Sequence[Gather], buckets: Sequence[Bucket], dtype: str) -> int:
-    """When a bucket is full: its tensors, and of the parameter gathered last the shards and what comes into the next
-    bucket; then either the bucket's flat copy (and its tensors in the engines' type, where that is another), or, a
-    moment before, that parameter once more."""
-    item, peak, sent = ITEM_BYTES[dtype], 0, 0
-    places = [(gather, i) for gather in gathers for i in range(len(gather.tensors))]
+def _sender_peak(shape: ModelShape, gathers: Sequence[Gather], buckets: Sequence[Bucket], dtype: str) -> int:
+    """While a bucket is filled: it, the one before, which is under way, and of the parameter gathered last the shards
+    and what is made of them."""
+    peak, before = 0, 0
+    places = iter([(gather, i) for gather in gathers for i in range(len(gather.tensors))])
     for bucket in buckets:
-        sent += len(bucket.names)
-        gather, i = places[sent - 1]
-        each = len(gather.tensors) // len(gather.mappings)  # of one expert; the next one's are not made yet
-        begin = i // each * each
-        own = gather.tensors[begin : begin + each]
-        shards = gather.shard_bytes * gather.ranks if gather.ranks > 1 else 0
-        held = item * sum(map(prod, bucket.shapes)) + item * _numel(own[i - begin + 1 :]) + shards
-        copies = bucket.bytes * (1 if bucket.dtype == dtype else 2)
-        peak = max(peak, held + max(copies, item * _numel(own)))
+        for _ in bucket.names:
+            gather, i = next(places)
+            shards = gather.shard_bytes * gather.ranks if gather.ranks > 1 else 0
+            made = ITEM_BYTES[dtype] * _made(shape, gather, i)
+            peak = max(peak, before + bucket.bytes + shards + made)
+        before = bucket.bytes
     return peak
+
+
+def _made(shape: ModelShape, gather: Gather, i: int) -> int:
+    """Elements that weights.table.from_shards adds to the shards (a single one is taken as it is) when it makes, or
+    still holds, tensor i."""
+    kind, whole = gather.mappings[0].kind, gather.ranks == len(gather.mappings)
+    each = len(gather.tensors) // len(gather.mappings)  # of one expert; the next one's are not made yet
+    own = _numel(gather.tensors[i // each * each :][:each])
+    joined = 0 if whole or kind == "whole" else own
+    taken_apart = own if kind == "qkv" and shape.kv_heads > 1 else 0
+    return joined + taken_apart if i % each == 0 else max(joined, taken_apart)
 
 
 def _numel(tensors: Sequence[Tensor]) -> int:

@@ -2,7 +2,7 @@
 
     all engines      pause (retract) and open a session                          trainer rank 0
     each stage       gather over TP, EP -> bucket -> broadcast -> engines load it    its dp0/cp0/tp0 rank (the sender)
-                     the last bucket of all also flushes the KV cache
+                     a bucket is gathered while the one before is broadcast; the last of all also flushes the KV cache
     all engines      close the session, set the version, go on, report the version back
 
 Every phase ends in an exchange of verdicts among all ranks, so that a failure on one of them stops the step on all with
@@ -18,13 +18,13 @@ import torch
 import torch.distributed as dist
 
 from dapo_megatron.actor.actor import Actor
-from dapo_megatron.actor.model import DTYPES
 from dapo_megatron.config import RunConfig
 from dapo_megatron.distributed.agreement import all_agree, on_first_rank, sum_over_ranks
 from dapo_megatron.engines.control import EngineControl
 from dapo_megatron.engines.engine_set import EngineSet, Member
 from dapo_megatron.errors import DapoError, EngineError
 from dapo_megatron.observe import catalog as m
+from dapo_megatron.resharding.broadcast import Broadcast, fill
 from dapo_megatron.resharding.group import end_group, join_as_sender, open_store, sender_address
 from dapo_megatron.resharding.plan import Bucket, plan_buckets
 from dapo_megatron.weights.exporter import export_names, export_stage, is_sender
@@ -195,27 +195,24 @@ class Pusher:
             for _ in tensors:
                 pass
             return 0
+        under_way: Broadcast | None = None
         for bucket in buckets:
+            flat = fill(bucket, tensors, self.actor.device)  # while the one before is under way
+            if under_way is not None:
+                under_way.wait()
             last = self.layout.is_last_stage and bucket is buckets[-1]
-            self._send_bucket(bucket, [next(tensors) for _ in bucket.names], flush_cache=last)
+            under_way = self._send_bucket(bucket, flat, flush_cache=last)
         if next(tensors, None) is not None:
             raise DapoError("the push plan does not name every tensor of the stage")
+        if under_way is not None:
+            under_way.wait()
         return sum(b.bytes for b in buckets)
 
-    def _send_bucket(self, bucket: Bucket, tensors: list[tuple[str, torch.Tensor]], *, flush_cache: bool) -> None:
-        if tuple(name for name, _ in tensors) != bucket.names:
-            raise DapoError(f"the push plan expects {bucket.names[0]} ..., the model has {tensors[0][0]} ...")
-        flat = torch.cat([t.to(DTYPES[self.dtype]).contiguous().view(-1).view(torch.uint8) for _, t in tensors])
+    def _send_bucket(self, bucket: Bucket, flat: torch.Tensor, *, flush_cache: bool) -> Broadcast:
+        if self._group is None:
+            raise DapoError("a push needs the engines: connect comes first")
         loads = [(e, self._threads.submit(_receive, e, self._group_name, bucket, flush_cache)) for e in self.engines]
-        try:
-            dist.broadcast(flat, group=self._group, group_src=0)
-        except RuntimeError as e:
-            raise EngineError(f"broadcasting {_label(bucket)} to {self._urls()} failed: {str(e)[:200]}") from None
-        for engine, load in loads:
-            try:
-                load.result()
-            except DapoError as e:
-                raise EngineError(f"{_label(bucket)} did not arrive at {engine.url}: {e}") from None
+        return Broadcast(bucket, flat, self._group, loads, self.timeout_s)
 
     def _all_begin(self) -> None:
         given = {m.url: self._live[m] for m in self._set.members if m in self._live}
@@ -243,9 +240,6 @@ class Pusher:
         """Results of a call to every engine, made at once, in their order; on rank 0 and the senders only."""
         return [done.result() for done in [self._threads.submit(call, e) for e in self.engines]]
 
-    def _urls(self) -> str:
-        return ", ".join(e.url for e in self.engines)
-
 
 def _receive(engine: EngineControl, group: str, bucket: Bucket, flush_cache: bool) -> None:
     engine.receive_tensors(group, bucket.names, bucket.shapes, bucket.dtype, flush_cache=flush_cache)
@@ -257,7 +251,3 @@ def _answers(engine: EngineControl) -> bool:
     except EngineError:
         return False
     return True
-
-
-def _label(bucket: Bucket) -> str:
-    return f"bucket {bucket.names[0]} .. {bucket.names[-1]} ({bucket.bytes} bytes)"

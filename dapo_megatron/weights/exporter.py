@@ -44,6 +44,7 @@ def export_stage(modules: Sequence[GPTModel], shape: ModelShape) -> Iterator[tup
         slices = len(shards) // len(copies)
         for i, copy in enumerate(copies):
             yield from zip(copy.hf, from_shards(copy, shape, shards[i * slices : (i + 1) * slices]), strict=True)
+        del shards  # before the next ones come
 
 
 def export_names(modules: Sequence[GPTModel], shape: ModelShape) -> list[tuple[str, tuple[int, ...]]]:

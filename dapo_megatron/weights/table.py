@@ -198,20 +198,27 @@ def to_shard(
 
 
 def from_shards(mapping: ParameterMapping, shape: ModelShape, shards: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The whole Hugging Face tensors from the slices of all tensor-parallel ranks; inverse of to_shard."""
+    """The whole Hugging Face tensors from the slices of all tensor-parallel ranks; inverse of to_shard.
+
+    Of a single slice they may be views.
+    """
     if mapping.kind == "whole":
         return [shards[0]]
     if mapping.kind == "columns":
-        return [torch.cat(shards, dim=1)]
+        return [_joined(shards, dim=1)]
     if mapping.kind == "slice":
-        return [torch.cat(shards)]
+        return [_joined(shards)]
     if mapping.kind == "rows":
-        return [torch.cat(shards, dim=0)[: shape.vocab]]
+        return [_joined(shards)[: shape.vocab]]
     if mapping.kind == "gate_up":
         halves = [s.chunk(2, dim=0) for s in shards]
-        return [torch.cat([h[0] for h in halves]), torch.cat([h[1] for h in halves])]
+        return [_joined([h[0] for h in halves]), _joined([h[1] for h in halves])]
     tail = shards[0].shape[1:]
-    fused = torch.cat(shards).reshape(shape.kv_heads, -1, *tail)
+    fused = _joined(shards).reshape(shape.kv_heads, -1, *tail)
     q_rows = shape.heads // shape.kv_heads * shape.head_dim
     parts = fused.split([q_rows, shape.head_dim, shape.head_dim], dim=1)
-    return [p.reshape(-1, *tail).contiguous() for p in parts]
+    return [p.reshape(-1, *tail) for p in parts]
+
+
+def _joined(tensors: list[torch.Tensor], dim: int = 0) -> torch.Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=dim)

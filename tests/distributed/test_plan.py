@@ -13,8 +13,8 @@ from tests.tiny import UNLIKE, hf_folder, run_config
 
 from dapo_megatron.actor.layout_check import check_layout
 from dapo_megatron.engines.engine_set import of_urls
+from dapo_megatron.resharding import push
 from dapo_megatron.resharding.plan import plan_push
-from dapo_megatron.resharding.push import Pusher
 from dapo_megatron.weights.hf_config import read_model
 
 BUCKET_MIB = 1
@@ -38,7 +38,7 @@ CASES = {
 def settled(collective):
     """The same, which returns when gloo's thread has let go of the tensors: it does so whenever it is its turn."""
 
-    def call(tensor, others=(), **options):
+    def call(tensor, others=(), async_op=False, **options):
         tensors = [tensor, *(others or ())]
         before = [t._use_count() for t in tensors]
         collective(tensor, *([others] if others != () else []), **options)
@@ -46,27 +46,42 @@ def settled(collective):
         while any(t._use_count() > count for t, count in zip(tensors, before, strict=True)):
             assert time.monotonic() < end, "tensors are held for ever"
             time.sleep(0.001)
+        return Over() if async_op else None
 
     return call
+
+
+class Over:
+    """Of a collective that has ended."""
+
+    def is_completed(self):
+        return True
+
+    def wait(self):
+        return True
 
 
 def push_of_a_stage(config, trace):
     """(stage or None, buckets, bytes given to the sender, peak of memory) of this rank, when its stage is sent."""
     actor = actor_on_rank(config)
     groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]  # nobody listens to the senders
-    pusher = Pusher(config, actor, lambda: of_urls([]))
-    pusher._group, send, gather = groups[dist.get_rank()], pusher._send_bucket, settled(dist.gather)
+    pusher = push.Pusher(config, actor, lambda: of_urls([]))
+    pusher._group, fill, gather = groups[dist.get_rank()], push.fill, settled(dist.gather)
     buckets, given = [], []
 
-    def sent(bucket, tensors, **options):
-        buckets.append((bucket, [(name, tuple(t.shape)) for name, t in tensors]))
-        send(bucket, tensors, **options)
+    def filled(bucket, tensors, device):
+        buckets.append((bucket, []))
+        return fill(bucket, map(noted, tensors), device)
+
+    def noted(pair):
+        buckets[-1][1].append((pair[0], tuple(pair[1].shape)))
+        return pair
 
     def gave(tensor, shards, **options):
         given.append(tensor.numel() * tensor.element_size())
         gather(tensor, shards, **options)
 
-    pusher._send_bucket, dist.gather, dist.broadcast = sent, gave, settled(dist.broadcast)
+    push.fill, dist.gather, dist.broadcast = filled, gave, settled(dist.broadcast)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         pusher._send_stage()
     path = trace / f"{dist.get_rank()}.json"

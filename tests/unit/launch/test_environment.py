@@ -65,6 +65,7 @@ def test_on_cpu_nothing_is_said_of_devices():
     engines, controller, ranks = commands(0, {"CUDA_VISIBLE_DEVICES": "5"}, **EIGHT)
     for process in (*engines, controller, *ranks):
         assert process.environment["OMP_NUM_THREADS"] == "1" and process.environment["CUDA_VISIBLE_DEVICES"] == "5"
+        assert process.environment["THP_MEM_ALLOC_ENABLE"] == "1"
         assert "NCCL_CUMEM_ENABLE" not in process.environment and "PYTHONHASHSEED" not in process.environment
     assert engines[0].environment["SGLANG_USE_CPU_ENGINE"] == "1"
     assert [r.environment["LOCAL_RANK"] for r in ranks] == ["0", "1", "2", "3"]
