@@ -10,6 +10,7 @@
 # make bench-checkpoint   saves and their verification beside the machine's own limits
 # make bench-control-plane   a batch of the size of the paper through controller and link: time, bytes, memory
 # make bench-conversion   a model of 1.5 B parameters to a distributed checkpoint and back: memory and speed
+# make bench-rollout-schedule   the producer in virtual time at several lags: idle engines, steps, lengths, staleness
 # make bench-push   bytes per second of a weight push to real engines, beside a plain broadcast of the same bytes
 # ARGS adds overrides to the demo: make demo ARGS="actor.pipeline_model_parallel_size=2 actor.tensor_model_parallel_size=1"
 
@@ -25,7 +26,7 @@ TRL_READY := .venv-trl/.ready
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo test test-full test-slurm slurm-programs lint prove setup clean \
-  bench-trl bench-chaos bench-checkpoint bench-conversion bench-control-plane bench-push
+  bench-trl bench-chaos bench-checkpoint bench-conversion bench-control-plane bench-rollout-schedule bench-push
 
 help:
 	@sed -n "s/^# \(make .*\)/\1/p" Makefile
@@ -59,7 +60,7 @@ prove: $(READY)
 bench-trl: $(READY) $(TRL_READY)
 	$(BIN)/python -m benchmarks.vs_trl $(ARGS)
 
-bench-chaos bench-checkpoint bench-conversion bench-control-plane: bench-%: $(READY)
+bench-chaos bench-checkpoint bench-conversion bench-control-plane bench-rollout-schedule: bench-%: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m benchmarks.$(subst -,_,$*) $(ARGS)
 
 bench-push: $(READY)
