@@ -96,8 +96,8 @@ def fetched_batch(
     def receive(update: int) -> Shard:
         payloads: list[bytes] = [b""] * own[update]
         with all_agree(f"fetching update {update + 1} of step {step} from the controller", layout):
-            if coming:
-                payloads = coming[update].result()
+            if fetcher is not None:
+                payloads = coming.pop(0).result()  # the bytes go when they are unpacked
         shared = [share_in_replica(payload, layout) for payload in payloads]
         return [micro_batch for payload in shared for micro_batch in decode_part(payload)[1]]
 
