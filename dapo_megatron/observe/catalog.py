@@ -96,7 +96,7 @@ TRUNCATED = _metric("response/truncated_share", "of responses", "Responses cut o
 RESPONSE_TOKENS = _metric("rollout/response_tokens", "tokens", "Tokens generated for the step.")
 LAG_MAX = _metric("rollout/lag_max", "versions", "Age of the oldest token that is trained.")
 GENERATION_ROUNDS = _metric(
-    "rollout/generation_rounds", "rounds", "Time of a step, over that of the groups that began it."
+    "time/generation_rounds", "ratio", "Generation of a step, over that of the groups that began it."
 )
 GROUPS_KEPT = _metric("groups/kept", "groups", "Groups trained.")
 GROUPS_ALL_RIGHT = _metric("groups/all_right", "groups", "Groups filtered because every response is right.")

@@ -282,7 +282,7 @@ def test_a_filtered_group_is_replaced_at_once(tmp_path, lag):
         return found
 
     found = asyncio.run(run())
-    assert found.metrics["rollout/generation_rounds"] < 1.5
+    assert found.metrics["time/generation_rounds"] < 1.5
 
 
 def test_torn_ledger_line_is_left_out(tmp_path):
