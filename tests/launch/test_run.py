@@ -130,10 +130,10 @@ def test_a_run_is_stopped_dies_resumes_and_ends(job):
     code, output, _ = finish(start(recipe))
     assert code == 1 and "holds a run already" in output
 
-    deadlines = [f"launch.{name}_timeout_s={HEARTBEAT_S}" for name in ("heartbeat", "engine")]
     for role, number in STRIKES:
         seen = len(read_metrics(RunFolder(run_dir)))
-        process = start(recipe, "--resume", "trainer.steps=1000", *deadlines)
+        deadline = f"launch.{'engine' if role == 'engine' else 'heartbeat'}_timeout_s={HEARTBEAT_S}"
+        process = start(recipe, "--resume", "trainer.steps=1000", deadline)
         wait_for_steps(run_dir, seen + 1, process)
         everything = psutil.Process(process.pid).children(recursive=True)
         struck = descendants(process, role)[0].pid
