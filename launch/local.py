@@ -63,7 +63,7 @@ def run_local(config: RunConfig, *, resume: Resume | None = None, weights: Path 
         raise ConfigError("launch.container is of SLURM jobs: start this one in a container, or set it to null")
     if config.launch.interface is not None:
         require_interface(config.launch.interface)
-    raise_open_files_limit()
+    raise_open_files_limit(config.concurrency)
     with reserved_ports(ports_needed(config.engine.replicas, config.actor.pipeline_model_parallel_size)) as ports:
         placement = place(config, *split([this_machine()], config.launch.engine_nodes), ports)
         with attempt(config, folder, resume, weights) as job:

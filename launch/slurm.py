@@ -113,7 +113,7 @@ def run_slurm(config: RunConfig) -> None:
     first = place(config, trainers, engines, ports)
     slots = tuple(dict.fromkeys(p.node.name for p in (first.controller, *first.ranks, *first.engines)))
     spares = _spares(allocation, nodes, slots)
-    raise_open_files_limit()
+    raise_open_files_limit(config.concurrency)
     end: End | Requeue | None = None
     try:
         with attempt(config, folder, "latest" if folder.config.exists() else None, None, allocation.job_id) as job:

@@ -16,7 +16,8 @@ SESSIONS_SINCE = (0, 5, 21)
 """First SGLang release whose weight updates must stand between begin_weight_update and end_weight_update; what is asked
 of such servers only, all of them know."""
 
-
+UP_S = 2.0
+"""For an answer to whoever asks whether the server is up."""
 NO_SESSION = "no weight-update session is open"
 """What a server answers that is asked to close one."""
 
@@ -65,6 +66,13 @@ class EngineControl:
         release = tuple(int(n) for n in re.findall(r"\d+", info["version"])[:3])
         self.has_sessions = release >= SESSIONS_SINCE
         self.tensor_parallel_size = info["tp_size"]
+
+    def is_up(self) -> bool:
+        """Whether the server answers; asks once."""
+        try:
+            return self._http.get("/model_info", timeout=UP_S).status_code == httpx.codes.OK
+        except httpx.TransportError:
+            return False
 
     def freeze_gc(self) -> None:
         """Take what start-up left out of garbage collection, which would stop the server for 0.4 s now and then.

@@ -71,6 +71,17 @@ class Pusher:
         """Whether other engines serve now than those that are connected; for rank 0 alone."""
         return self._read_set().generation != self._set.generation
 
+    def can_follow(self) -> bool:
+        """Whether other engines serve now than those that are connected, and all of them are up; for rank 0 alone."""
+        if not self.is_outdated():
+            return False
+        engines = [EngineControl(m.url, self.timeout_s, self._api_key) for m in self._read_set().members]
+        try:
+            return all(engine.is_up() for engine in engines)
+        finally:
+            for engine in engines:
+                engine.close()
+
     def connect(self) -> None:
         """Wait for the engines that serve now, then open one group from each pipeline stage's sender to all of them.
 

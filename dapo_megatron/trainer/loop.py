@@ -70,7 +70,7 @@ def train(
     objective, checkpointer = PolicyObjective(config.algorithm), Checkpointer(config, actor)
 
     def follow_engines() -> None:
-        if on_first_rank("looking for other engines", actor.layout, pusher.is_outdated):
+        if on_first_rank("looking for other engines", actor.layout, pusher.can_follow):
             with recorder.detail(FOLLOWS_ENGINES):
                 go_live(config, pusher, verifier, state.version, is_start=False)
 
@@ -79,8 +79,8 @@ def train(
             raise StopAsked
         follow_engines()
 
-    evaluating = Meanwhile(pusher.is_outdated, follow_engines)
-    generating = Meanwhile(lambda: stop_request(config).exists() or pusher.is_outdated(), stop_or_follow_engines)
+    evaluating = Meanwhile(pusher.can_follow, follow_engines)
+    generating = Meanwhile(lambda: stop_request(config).exists() or pusher.can_follow(), stop_or_follow_engines)
 
     if start.resume is not None:
         manifest = read_manifest(start.resume)

@@ -5,6 +5,9 @@ import pytest
 
 from benchmarks.chaos import check
 from benchmarks.faults import Job
+from dapo_megatron.checkpoint.manifest import read_manifest
+from dapo_megatron.checkpoint.store import latest
+from dapo_megatron.observe.metrics import read_metrics
 from dapo_megatron.run_folder import RunFolder
 from tests.launch.conftest import recipe
 
@@ -30,7 +33,10 @@ def test_an_engine_then_a_rank_then_the_controller_die_and_the_run_goes_on(tmp_p
     assert job.left() == []
     check(folder)
     log = folder.journal.read_text()
-    assert log.count("-> start engine-0") == 1 and log.count("-> start controller and trainer") == 2
+    assert "the time for a stop is over" not in log
+    assert read_manifest(latest(folder)).step == read_metrics(folder)[-1]["step"]
+    assert read_manifest(latest(folder)).format == "fully_reshardable"
+    assert log.count("-> start engine-0") == 2 and log.count("-> start controller and trainer") == 2
 
 
 def killed_again_and_again(job):
@@ -50,3 +56,7 @@ def killed_again_and_again(job):
     job.wait(lambda: started(job, "controller") not in ([], [controller]), "another controller")
     job.wait_for_steps(5)
     assert started(job, "engine") == [second]
+
+    # While an engine is loaded, a stop is heard.
+    psutil.Process(second).kill()
+    job.wait(lambda: started(job, "engine") not in ([], [second]), "a third engine")
