@@ -49,11 +49,13 @@ class StepGroups(msgspec.Struct):
 class _Flight:
     """A group that is with the engines."""
 
-    task: asyncio.Task[ScoredGroup]
+    task: asyncio.Task[None]
     version: int
     """That was live when it was issued."""
     round: int
     """0 if an earlier batch left it; else one more than the lowest of those that it was issued beside."""
+    group: ScoredGroup | None = None
+    """Finished, and not yet graded."""
     is_first: bool = False
     """Whether it was there when `step` began."""
 
@@ -168,31 +170,28 @@ class Producer:
             count = min(count, max(0, room - in_flight))
         for _ in range(count):
             order, prompt = buffer.issue()
-            task = asyncio.create_task(self.make_group(prompt, order))
+            task = asyncio.create_task(self._fly(order, prompt))
             self._flights[order] = _Flight(task, self._version, round)
             self._round = round
-            task.add_done_callback(lambda _: self._finished())
+            task.add_done_callback(self._landed)
 
-    def _finished(self) -> None:
-        """Grade what is finished; what is exact goes by the order of the issue, whoever ends first."""
-        in_order = self.config.engine.deterministic
-        for order, flight in list(self._flights.items()):
-            if flight.task.done():
-                self._graded(order, flight)
-            elif in_order:
+    async def _fly(self, order: int, prompt: Prompt) -> None:
+        """One group, until it is graded and replaced if need be; what is exact goes by the order of the issue."""
+        self._flights[order].group = await self.make_group(prompt, order)
+        for other, flight in list(self._flights.items()):
+            if flight.group is not None:
+                self._graded(other, flight, flight.group)
+            elif self.config.engine.deterministic:
                 break
+
+    def _landed(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._error = self._error or error
         self._changed.set()
 
-    def _graded(self, order: int, flight: _Flight) -> None:
+    def _graded(self, order: int, flight: _Flight, group: ScoredGroup) -> None:
         del self._flights[order]
-        if flight.task.cancelled():  # the event loop ends
-            return
-        if (error := flight.task.exception()) is not None:
-            self._error = self._error or error
-            return
-        group = flight.task.result()
-        fate = fate_of(group, self.config)
-        self.buffer.graded(group, fate)
+        self.buffer.graded(group, fate_of(group, self.config))
         self._seen.append(group)
         if flight.is_first:
             self._first_s = asyncio.get_running_loop().time()

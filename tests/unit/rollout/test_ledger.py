@@ -26,7 +26,7 @@ def ledger(tmp_path_factory):
         world.version = at
         resume = {"state": states[at], "cut": at} if at else {}
         made = producer(folder, world, wanted=3, rollout={"max_policy_lag": 1}, **resume)
-        out, _ = asyncio.run(trained(made, world, at + 1, last))
+        out = asyncio.run(trained(made, world, at + 1, last))
         states |= {at + 1 + i: produced.state for i, produced in enumerate(out)}
         at = last if last == 30 else max(0, last - rng.randint(0, 2))  # of an older checkpoint
     return (folder / "ledger.jsonl").read_bytes()
