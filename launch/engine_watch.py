@@ -28,14 +28,15 @@ class _Seen:
 class EngineWatch:
     """Asks the engines that it was told last, until it is closed."""
 
-    def __init__(self, api_key: str, timeout_s: float, start_timeout_s: float):
+    def __init__(self, api_key: str, timeout_s: float, start_timeout_s: float, look_s: float = LOOK_S):
         """
         Args:
             api_key: of all engines.
             timeout_s: without an answer, of one that has answered before.
             start_timeout_s: the same of one that has not: it loads its model.
+            look_s: between two rounds of questions.
         """
-        self._timeout_s, self._start_timeout_s = timeout_s, start_timeout_s
+        self._timeout_s, self._start_timeout_s, self._look_s = timeout_s, start_timeout_s, look_s
         self._http = httpx.Client(headers={"Authorization": f"Bearer {api_key}"}, timeout=ASK_S)
         self._seen: dict[Member, _Seen] = {}
         self._closed = threading.Event()
@@ -62,7 +63,7 @@ class EngineWatch:
 
     def _look(self) -> None:
         with ThreadPoolExecutor(WORKERS) as threads, self._http:
-            while not self._closed.wait(LOOK_S):
+            while not self._closed.wait(self._look_s):
                 list(threads.map(self._ask, list(self._seen.items())))
 
     def _ask(self, watched: tuple[Member, _Seen]) -> None:

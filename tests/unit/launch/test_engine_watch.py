@@ -9,9 +9,11 @@ import time
 import pytest
 
 from dapo_megatron.engines.engine_set import Member
-from launch.engine_watch import LOOK_S, EngineWatch
+from launch.engine_watch import EngineWatch
+from launch.hosts import reaches
 from launch.ports import reserved_ports
 
+LOOK_S = 0.8
 SERVER = """
 import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -30,6 +32,9 @@ def server():
     with reserved_ports(1) as (port,):
         pass
     process = subprocess.Popen([sys.executable, "-c", SERVER, str(port), "401"])
+    end = time.monotonic() + 30
+    while not reaches("127.0.0.1", port):
+        assert time.monotonic() < end, "the server does not listen"
     yield process, f"http://127.0.0.1:{port}"
     process.kill()
     process.wait()
@@ -37,7 +42,7 @@ def server():
 
 @pytest.fixture
 def watch():
-    watch = EngineWatch("key", timeout_s=3 * LOOK_S, start_timeout_s=5 * LOOK_S)
+    watch = EngineWatch("key", timeout_s=3 * LOOK_S, start_timeout_s=5 * LOOK_S, look_s=LOOK_S / 4)
     yield watch
     watch.close()
 
@@ -72,7 +77,7 @@ def test_what_replaces_one_has_its_own_time(server, watch):
 
 
 def test_a_refusal_is_no_answer(server):
-    watch = EngineWatch("another key", timeout_s=1, start_timeout_s=1.5 * LOOK_S)
+    watch = EngineWatch("another key", timeout_s=1, start_timeout_s=1.5 * LOOK_S, look_s=LOOK_S / 4)
     watch.follow([Member("engine-0", server[1])])
     assert list(silent_after(watch, 2 * LOOK_S)) == ["engine-0"]
     watch.close()
