@@ -4,20 +4,19 @@ With --no-kill SLURM lets the job run on without a batch script until its time l
 """
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from dapo_megatron.errors import exit_code
+from dapo_megatron.errors import DapoError, exit_code
 from dapo_megatron.run_folder import RunFolder
-from launch.hosts import HostWatch
+from launch.hosts import nodes_of
 from launch.journal import Journal
 from launch.requeue import remember
 from launch.slurm_calls import slurm
 
-LOOK_S = 1.0
+LOOK_S = 5.0
 
 
 def deputy_command(folder: RunFolder, job: int, launcher_host: str) -> list[str]:
@@ -37,22 +36,28 @@ def main() -> None:
     parser.add_argument("job", type=int)
     parser.add_argument("launcher_host")
     args = parser.parse_args()
-    own_host = os.environ["SLURMD_NODENAME"]
-    raise SystemExit(exit_code(lambda: watch(RunFolder(args.run_dir), args.job, args.launcher_host, own_host)))
+    raise SystemExit(exit_code(lambda: watch(RunFolder(args.run_dir), args.job, args.launcher_host)))
 
 
-def watch(folder: RunFolder, job: int, launcher_host: str, own_host: str) -> None:
-    """Wait for the loss of a host.
+def watch(folder: RunFolder, job: int, launcher_host: str) -> None:
+    """Wait until SLURM calls a host down, and put the job back.
 
     Raises:
         DapoError: SLURM does not put the job back.
     """
-    hosts = HostWatch([own_host, launcher_host])
-    while launcher_host not in hosts.lost():
+    while not _is_down(launcher_host):
         time.sleep(LOOK_S)
     Journal(folder).note(f"{launcher_host} is lost, and the launcher with it -> back into the queue")
     remember(folder, [launcher_host])
     slurm("scontrol", "requeue", str(job))
+
+
+def _is_down(host: str) -> bool:
+    # SLURM's word alone: a deputy whose own network is cut must not take the launcher for lost.
+    try:
+        return nodes_of(slurm("scontrol", "--oneliner", "show", "node", host, tries=1))[host].is_down
+    except DapoError:  # slurmctld may be away for a while
+        return False
 
 
 if __name__ == "__main__":

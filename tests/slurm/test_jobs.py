@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 
 import psutil
 import pytest
@@ -188,6 +189,7 @@ def test_a_node_that_does_not_see_the_run_folder_is_named(cluster):
 def test_a_stopped_engine_is_replaced(cluster):
     run = Run(cluster, "stopped", steps=8, launch=LAUNCH | {"engine_timeout_s": 10})
     run.wait_for_steps(3)
+    time.sleep(8)  # one that has not answered yet has engine.start_timeout_s
     os.kill(min(run.pids("sglang.launch_server")), signal.SIGSTOP)
     run.finish()
     assert "hangs: it has not answered for 1" in run.decisions() and "-> start engine-0" in run.decisions()
