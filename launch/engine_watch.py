@@ -14,6 +14,8 @@ import httpx
 from dapo_megatron.engines.engine_set import Member
 
 LOOK_S = 2.0
+FIRST_LOOK_S = 0.25
+"""Between questions as long as an engine loads: from its first answer on, its silence is noticed sooner."""
 ASK_S = 5.0
 WORKERS = 16
 
@@ -63,8 +65,12 @@ class EngineWatch:
 
     def _look(self) -> None:
         with ThreadPoolExecutor(WORKERS) as threads, self._http:
-            while not self._closed.wait(self._look_s):
+            while not self._closed.wait(self._pause_s()):
                 list(threads.map(self._ask, list(self._seen.items())))
+
+    def _pause_s(self) -> float:
+        has_all_answered = all(seen.has_answered for seen in self._seen.values())
+        return self._look_s if has_all_answered else min(self._look_s, FIRST_LOOK_S)
 
     def _ask(self, watched: tuple[Member, _Seen]) -> None:
         member, seen = watched

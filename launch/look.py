@@ -122,7 +122,7 @@ def look(folder: RunFolder) -> Snapshot:
         step=int(records[-1][m.STEP]) if records else 0,
         total_steps=config.trainer.steps,
         ranks=config.world_size,
-        timeout_s=config.heartbeat_timeout_s,
+        timeout_s=config.deadlines.heartbeat,
         pace=pace(records, config.trainer.steps),
         saved=_saved(folder, now),
         push=_push(records, now),

@@ -105,10 +105,9 @@ class Supervisor:
         self._generation = 0
         self._controller: list[Child] = []
         self._trainer: list[Child] = []
-        self._heartbeats = Heartbeats(config.heartbeat_timeout_s)
-        self._engine_watch = EngineWatch(
-            read_keys(folder).engine_api_key, config.engine_timeout_s, config.engine.start_timeout_s
-        )
+        self._heartbeats = Heartbeats(config.deadlines.heartbeat)
+        api_key, deadlines = read_keys(folder).engine_api_key, config.deadlines
+        self._engine_watch = EngineWatch(api_key, deadlines.engine, deadlines.engine_start)
         self._looked = 0.0
         self._grace_ends: float | None = None
         self._lost: list[str] = []
@@ -218,6 +217,7 @@ class Supervisor:
         command = command_of_engine(self.config, self.folder, place, self._shared)
         # An SGLang server waits five seconds after SIGTERM, and has nothing to lose.
         (self._engines[name],) = self.backend.start(name, [command], [place.node.name], grace=False)
+        self.journal.note(f"{name} starts on {place.node.name} ({place.url})")
         self._starts[name] = self._starts.get(name, 0) + 1
         if self._starts.keys() == self._state.engines.keys():
             self._generation += 1
@@ -231,7 +231,9 @@ class Supervisor:
         controller = command_of_controller(self.job, placement, self._shared)
         self._controller = self.backend.start("controller", [controller], [head], grace=True)
         ranks = [command_of_rank(self.job, placement, place.rank, self._shared) for place in placement.ranks]
-        self._trainer = self.backend.start("trainer", ranks, [p.node.name for p in placement.ranks], grace=True)
+        hosts = [p.node.name for p in placement.ranks]
+        self._trainer = self.backend.start("trainer", ranks, hosts, grace=True)
+        self.journal.note(f"controller starts on {head}, trainer ranks on {', '.join(dict.fromkeys(hosts))}")
 
     def _ask_to_stop(self) -> None:
         if not any(s.process == "trainer-0" and s.phase in PHASES for s in read_statuses(self.folder)):

@@ -12,6 +12,7 @@ from dapo_megatron.config.algorithm import AlgorithmConfig
 from dapo_megatron.config.base import Section
 from dapo_megatron.config.checkpoint import CheckpointConfig
 from dapo_megatron.config.data import DataConfig
+from dapo_megatron.config.deadlines import Deadlines
 from dapo_megatron.config.engines import EngineConfig
 from dapo_megatron.config.grading import GradingConfig
 from dapo_megatron.config.launch import LaunchConfig
@@ -69,19 +70,9 @@ class RunConfig(Section):
         return self.engine.dtype or self.model.dtype
 
     @property
-    def engine_call_timeout_s(self) -> float:
-        """Seconds for one control call to an engine: it ends before the ranks that wait for its outcome give up."""
-        return self.engine.call_timeout_s or self.trainer.collective_timeout_s / 2
-
-    @property
-    def heartbeat_timeout_s(self) -> float:
-        """Seconds without a heartbeat after which a process is taken for hung."""
-        return self.launch.heartbeat_timeout_s or min(60.0, self.trainer.collective_timeout_s)
-
-    @property
-    def engine_timeout_s(self) -> float:
-        """Seconds without an answer after which an engine is taken for hung."""
-        return self.launch.engine_timeout_s or max(self.heartbeat_timeout_s, self.engine_call_timeout_s)
+    def deadlines(self) -> Deadlines:
+        """Who waits how long."""
+        return Deadlines.of(self.engine, self.trainer, self.checkpoint, self.launch)
 
     def derived(self) -> dict[str, int | str]:
         """Values that follow from the options, for `config --explain`."""
@@ -125,11 +116,7 @@ class RunConfig(Section):
             )
         if algo.importance_cap is not None and algo.old_logprobs == "rollout":
             raise ValueError("algorithm.importance_cap needs algorithm.old_logprobs=actor")
-        if self.engine_call_timeout_s >= t.collective_timeout_s:
-            raise ValueError(
-                f"engine.call_timeout_s={self.engine_call_timeout_s:g} must be less than "
-                f"trainer.collective_timeout_s={t.collective_timeout_s:g}: the ranks wait for each other's calls"
-            )
+        _ = self.deadlines  # they are checked
         goals = {"trainer.stop_at": list(t.stop_at)} if t.stop_at else {}
         if self.checkpoint.keep_best:
             goals["checkpoint.keep_best"] = [self.checkpoint.best_metric]

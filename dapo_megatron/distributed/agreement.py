@@ -1,7 +1,7 @@
 """All ranks agree on an outcome: a failure on one of them is the same error on all, instead of a hang.
 
 The error names the rank that failed and its host. A rank that never comes to the agreement is noticed by the
-deadline of the group, and then named by the launcher, which misses its heartbeat.
+deadline of the group, and named by trainer/roll_call.py.
 """
 
 import socket
@@ -18,6 +18,10 @@ from dapo_megatron.distributed.layout import Layout
 from dapo_megatron.errors import DapoError, Kind, error_of_kind, told
 
 T = TypeVar("T")
+
+
+class RanksMissing(DapoError):
+    """Not every rank came to an agreement."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,7 @@ def share_in_replica(data: bytes, layout: Layout) -> bytes | memoryview:
         return data
     first = layout.replica_ranks[0]
     size = torch.tensor(len(data))
-    with _deadline("sharing the batch", layout.collective_timeout_s):
+    with _deadline("sharing the batch", layout.deadlines.collective):
         dist.broadcast(size, src=first, group=layout.replica)
         flat = torch.empty(int(size), dtype=torch.uint8)
         if layout.is_first_of_replica:
@@ -115,17 +119,17 @@ def gather_on_first_rank(
 
 def sum_over_ranks(what: str, values: torch.Tensor, layout: Layout) -> None:
     """Add up a CPU tensor over all ranks, in place."""
-    with _deadline(what, layout.collective_timeout_s):
+    with _deadline(what, layout.deadlines.collective):
         dist.all_reduce(values, group=layout.control)
 
 
 def _group(layout: Layout, may_take_long: bool, in_background: bool = False) -> tuple[dist.ProcessGroup, float]:
     """(group, its deadline in seconds)."""
     if in_background:
-        return layout.saving, layout.saving_timeout_s
+        return layout.saving, layout.deadlines.saving
     if may_take_long:
-        return layout.waiting, layout.waiting_timeout_s
-    return layout.control, layout.collective_timeout_s
+        return layout.waiting, layout.deadlines.waiting
+    return layout.control, layout.deadlines.collective
 
 
 def _failure(error: Exception, layout: Layout) -> Failure:
@@ -144,7 +148,6 @@ def _deadline(what: str, limit_s: float) -> Iterator[None]:
         yield
     except RuntimeError as e:  # what gloo raises at its deadline and for a lost peer
         reason = " ".join(str(e).split())[:200]
-        raise DapoError(
-            f"{what}: not every trainer rank came to the agreement within {limit_s:.0f} s, one of them hangs or is "
-            f"gone ({reason})"
+        raise RanksMissing(
+            f"{what}: not every trainer rank came to the agreement within {limit_s:.0f} s ({reason})"
         ) from None

@@ -4,7 +4,6 @@ The three differ in their deadline: an agreement takes a minute at most, a batch
 allowed to.
 """
 
-import math
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -14,6 +13,7 @@ from megatron.core import parallel_state as mpu
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from dapo_megatron.config import RunConfig
+from dapo_megatron.config.deadlines import Deadlines
 from dapo_megatron.distributed.sizes import expert_tensor_parallel_size
 from dapo_megatron.errors import ConfigError
 
@@ -44,9 +44,7 @@ class Layout:
     """All ranks, gloo: only for what waits as long as for a batch, engines that start, or a slow disk."""
     saving: dist.ProcessGroup
     """All ranks, gloo: only for the threads that write checkpoints, beside whatever the ranks do meanwhile."""
-    collective_timeout_s: float
-    waiting_timeout_s: float
-    saving_timeout_s: float
+    deadlines: Deadlines
 
     @property
     def world_size(self) -> int:
@@ -87,11 +85,8 @@ def init_parallel(config: RunConfig) -> Layout:
     Raises:
         ConfigError: the number of launched ranks is not what the layout needs.
     """
-    trainer = config.trainer
-    deadline = timedelta(seconds=trainer.collective_timeout_s)
-    # Whoever waits for others gives up first, with a message that says what it waited for.
-    waiting_s = max(trainer.batch_timeout_s, config.engine.start_timeout_s) + trainer.collective_timeout_s
-    saving_s = config.checkpoint.timeout_s
+    deadlines = config.deadlines
+    deadline = timedelta(seconds=deadlines.collective)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=deadline)
     if dist.get_world_size() != config.world_size:
@@ -108,7 +103,7 @@ def init_parallel(config: RunConfig) -> Layout:
         context_parallel_size=actor.context_parallel_size,
         expert_model_parallel_size=actor.expert_model_parallel_size,
         expert_tensor_parallel_size=expert_tensor_parallel_size(actor),
-        distributed_timeout_minutes=max(1, math.ceil(trainer.collective_timeout_s / 60)),
+        distributed_timeout_minutes=deadlines.collective / 60,  # it makes a timedelta of it, whole or not
     )
     torch.manual_seed(config.seed)
     model_parallel_cuda_manual_seed(config.seed)
@@ -129,11 +124,9 @@ def init_parallel(config: RunConfig) -> Layout:
         replica_ranks=replica_ranks,
         replica=replica,
         control=control,
-        waiting=dist.new_group(backend="gloo", timeout=timedelta(seconds=waiting_s)),
-        saving=dist.new_group(backend="gloo", timeout=timedelta(seconds=saving_s)),
-        collective_timeout_s=trainer.collective_timeout_s,
-        waiting_timeout_s=waiting_s,
-        saving_timeout_s=saving_s,
+        waiting=dist.new_group(backend="gloo", timeout=timedelta(seconds=deadlines.waiting)),
+        saving=dist.new_group(backend="gloo", timeout=timedelta(seconds=deadlines.saving)),
+        deadlines=deadlines,
     )
 
 

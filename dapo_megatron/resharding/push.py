@@ -55,7 +55,7 @@ class Pusher:
         self.actor, self.layout, self.config = actor, actor.layout, config
         self.dtype = config.engine_dtype
         self.is_sender = is_sender()
-        self.timeout_s = config.engine_call_timeout_s
+        self.timeout_s = config.deadlines.engine_call
         self.engines: list[EngineControl] = []
         """On rank 0 and the senders, which talk to them."""
         self._read_set, self._api_key = read_set, api_key
@@ -141,7 +141,7 @@ class Pusher:
 
         def wait() -> None:
             began = time.monotonic()
-            limit = self.config.engine_timeout_s + SETTLE_S
+            limit = self.config.deadlines.engine + SETTLE_S
             while not self.is_outdated():
                 waited = time.monotonic() - began
                 if waited > limit or (waited > SETTLE_S and all(self.on_all(_answers))):

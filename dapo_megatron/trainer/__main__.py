@@ -26,6 +26,7 @@ from dapo_megatron.run_folder import RunFolder
 from dapo_megatron.trainer.controller_client import ControllerClient
 from dapo_megatron.trainer.loop import Start, train
 from dapo_megatron.trainer.recorder import Recorder
+from dapo_megatron.trainer.roll_call import missing_ranks_named
 from dapo_megatron.weights.hf_config import read_model
 
 
@@ -59,7 +60,8 @@ def _train(args: argparse.Namespace, reporter: Reporter) -> None:
     recorder = Recorder(config, layout, reporter)
     try:
         gc.freeze()  # a collection of what start-up left takes 0.3 s, on one rank while the others wait for it
-        train(config, actor, controller, pusher, recorder, Start(args.resume, args.weights))
+        with missing_ranks_named(folder):
+            train(config, actor, controller, pusher, recorder, Start(args.resume, args.weights))
     finally:
         recorder.close()
         pusher.close()

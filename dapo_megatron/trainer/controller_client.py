@@ -41,7 +41,7 @@ class ControllerClient:
         self._fetcher: PartFetcher | None = None
         if layout.is_first_of_replica:
             # Sooner than the other ranks give up the wait for it.
-            self._fetcher = PartFetcher(RpcClient(address, keys), config.trainer.collective_timeout_s / 2)
+            self._fetcher = PartFetcher(RpcClient(address, keys), config.deadlines.batch_part)
 
     def hello(self, state: TrainState, snapshot: bytes | None) -> list[list[int]]:
         """Start the controller, or resume it from its snapshot; returns the fixed prompts for verification."""

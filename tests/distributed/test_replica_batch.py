@@ -65,7 +65,7 @@ def bits(micro_batches):
 def received(config, address, keys, parts):
     """(replica, the bits of both updates' micro-batches), the second update asked for first."""
     layout = init_parallel(config)
-    deadline_s = config.trainer.collective_timeout_s / 2
+    deadline_s = config.deadlines.batch_part
     fetcher = PartFetcher(RpcClient(address, keys), deadline_s) if layout.is_first_of_replica else None
     try:
         batch = fetched_batch(fetcher, layout, packing_rules(config), 1, 0, parts)

@@ -2,8 +2,6 @@
 
 import os
 import signal
-import time
-
 import psutil
 import pytest
 
@@ -142,7 +140,7 @@ def test_a_spare_node_takes_over_from_a_lost_one(cluster, accident, node, role):
     run.finish()
     assert ("start engine-0" if role == "engine" else "start controller and trainer") in run.decisions()
     assert ("http://10.77.0.3:" in run.folder.engine_set.read_text()) == (role == "engine")
-    assert any('"host":"node3"' in p.read_text() for p in run.folder.statuses.glob("trainer-*")) == (role == "trainer")
+    assert ("trainer ranks on node1, node3" in run.decisions()) == (role == "trainer")
 
 
 @by_make_test_slurm
@@ -189,7 +187,6 @@ def test_a_node_that_does_not_see_the_run_folder_is_named(cluster):
 def test_a_stopped_engine_is_replaced(cluster):
     run = Run(cluster, "stopped", steps=8, launch=LAUNCH | {"engine_timeout_s": 10})
     run.wait_for_steps(3)
-    time.sleep(8)  # one that has not answered yet has engine.start_timeout_s
     os.kill(min(run.pids("sglang.launch_server")), signal.SIGSTOP)
     run.finish()
     assert "hangs: it has not answered for 1" in run.decisions() and "-> start engine-0" in run.decisions()

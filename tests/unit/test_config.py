@@ -93,6 +93,8 @@ def test_every_option_is_documented_and_readable():
         ("trainer.steps=1:30", "trainer.steps"),
         ("trainer.steps=0x10", "trainer.steps"),
         ("launch.heartbeat_timeout_s=0.1", "heartbeat_timeout_s"),
+        ("launch.heartbeat_timeout_s=600.5", "must not exceed trainer.collective_timeout_s=600: the launcher names"),
+        ("engine.call_timeout_s=600", "must be less than trainer.collective_timeout_s=600: the ranks wait"),
         ("trainer.steps=" + "[" * 3000, "nested too deeply"),
         ("engine.extra_args=[5]", "engine.extra_args.0"),
         ("trainer=", "option 'trainer'"),
