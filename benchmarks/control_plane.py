@@ -217,7 +217,7 @@ def memory(name: str) -> int:
 def fetch(config: RunConfig, address: str, keys: Keys) -> dict[str, float]:
     """The trainer's side: what it takes to fetch the batch, and to hold, decode and pack an eighth of it."""
     rpc = RpcClient(address, keys)
-    rpc.ask(Hello(None, 0), deadline_s=DEADLINE_S)
+    rpc.ask(Hello(0), deadline_s=DEADLINE_S)
     found: dict[str, float] = {}
 
     began = time.monotonic()

@@ -8,12 +8,19 @@ import msgspec
 from dapo_megatron.errors import Kind
 
 
-class Hello(msgspec.Struct, tag=True):
-    """The trainer is up. `snapshot` is the controller's state out of the checkpoint that is resumed, or None."""
+class RestoreState(msgspec.Struct, tag=True):
+    """A part of the controller's state out of the checkpoint that is resumed; Hello follows the last one."""
 
-    snapshot: bytes | None
+    payload: bytes
+
+
+class Hello(msgspec.Struct, tag=True):
+    """The trainer is up."""
+
     step: int
     """The last finished step; 0 at the start."""
+    resumes: bool = False
+    """Whether it goes on from a checkpoint, whose state the controller has been given."""
 
 
 class NextBatch(msgspec.Struct, tag=True):
@@ -29,6 +36,13 @@ class FetchPart(msgspec.Struct, tag=True):
     step: int
     update: int
     replica: int
+    part: int
+
+
+class FetchState(msgspec.Struct, tag=True):
+    """Send a part, from 0, of the controller's state that belongs to the batch of `step`."""
+
+    step: int
     part: int
 
 
@@ -51,16 +65,18 @@ class Welcome(msgspec.Struct, tag=True):
 
 
 class Batch(msgspec.Struct, tag=True):
-    """A step's batch can be fetched; the rollout's metrics and the controller's state to put into the checkpoint."""
+    """A step's batch can be fetched, and the controller's state that a checkpoint of the step keeps."""
 
     parts: list[list[int]]
     """[update][replica]: parts to fetch."""
     metrics: dict[str, float]
-    snapshot: bytes
+    """Of the rollout."""
+    state_parts: int
+    """Of the state."""
 
 
-class BatchPart(msgspec.Struct, tag=True):
-    """A part of a batch (batching.wire)."""
+class Part(msgspec.Struct, tag=True):
+    """Of a batch (batching.wire), or of the controller's state (data.snapshot)."""
 
     payload: bytes
 
@@ -82,5 +98,5 @@ class Failed(msgspec.Struct, tag=True):
     reason: str
 
 
-Request = Hello | NextBatch | FetchPart | Evaluate | Goodbye
-Reply = Welcome | Batch | BatchPart | Evaluation | Done | Failed
+Request = RestoreState | Hello | NextBatch | FetchPart | FetchState | Evaluate | Goodbye
+Reply = Welcome | Batch | Part | Evaluation | Done | Failed

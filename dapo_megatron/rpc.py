@@ -24,7 +24,7 @@ _replies = msgspec.msgpack.Decoder(Reply)
 LOOK_S = 0.5
 """Between two looks for what interrupts a wait."""
 MESSAGE_BYTES = 2 << 30
-"""No message is as long; a batch travels in parts, only the controller's state could come near it."""
+"""No message is as long: what is large travels in parts."""
 
 
 class RpcClient:
@@ -123,10 +123,7 @@ class RpcServer:
 def _encoded(message: Request | Reply) -> bytes:
     data = msgspec.msgpack.encode(message)
     if len(data) >= MESSAGE_BYTES:
-        raise DapoError(
-            f"the controller's state takes {len(data) / 2**30:.1f} GiB and {type(message).__name__} can carry 2: fewer "
-            "groups must be carried from step to step (a smaller rollout.prompts_per_step)"
-        )
+        raise DapoError(f"{type(message).__name__} takes {len(data) / 2**30:.1f} GiB, and a message can carry 2")
     return data
 
 

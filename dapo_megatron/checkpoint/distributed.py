@@ -30,7 +30,7 @@ from dapo_megatron.checkpoint.writer import Copy, copy_state, write_copy, write_
 from dapo_megatron.config import RunConfig
 from dapo_megatron.config.changes import config_digest
 from dapo_megatron.data.snapshot import cursor_of
-from dapo_megatron.distributed.agreement import all_agree, gather_on_first_rank, sum_over_ranks
+from dapo_megatron.distributed.agreement import all_agree, gather_on_first_rank, on_first_rank, sum_over_ranks
 from dapo_megatron.distributed.layout import Layout
 from dapo_megatron.observe import catalog as m
 from dapo_megatron.run_folder import RunFolder
@@ -50,7 +50,7 @@ class Checkpointer:
         """Begin the checkpoint of a finished step, after the one before it is published.
 
         Args:
-            controller: the state that came with the step's batch.
+            controller: its state that belongs to the step's batch, on rank 0.
             metrics: the evaluation after the step, if there was one.
 
         Returns:
@@ -63,7 +63,9 @@ class Checkpointer:
         audit = Audit(
             optimizer=optimizer_sums(self.actor.optimizer, self.layout),
             rng=random_sum(random_states(), self.layout),
-            cursor=cursor_of(controller, state.step),
+            cursor=on_first_rank(
+                "reading the controller's state", self.layout, lambda: cursor_of(controller, state.step)
+            ),
         )
         manifest = manifest_of(self.config, self.actor, format, state, audit, metrics or {})
         copy = copy_state(state_of(self.actor, format, is_loading=False), self.layout)

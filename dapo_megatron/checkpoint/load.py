@@ -27,7 +27,7 @@ def load_checkpoint(actor: Actor, path: Path) -> tuple[TrainState, bytes]:
     """Restore weights, optimizer, schedule and random states; collective over all ranks.
 
     Returns:
-        Where training stood, and the controller's state.
+        Where training stood, and on rank 0 the controller's state (elsewhere it is empty).
 
     Raises:
         StorageError: a file is damaged; names it, and the newest intact checkpoint.
@@ -38,9 +38,8 @@ def load_checkpoint(actor: Actor, path: Path) -> tuple[TrainState, bytes]:
     if manifest.format == "weights" or manifest.audit is None:
         raise ConfigError(f"{path} holds weights alone: start a run from them with --resume-weights-only={path}")
     require_loadable(manifest, path, actor)
-    controller = store.controller_state(path)
-    if (cursor := cursor_of(controller, manifest.step)) != manifest.audit.cursor:
-        raise DapoError(f"{path}: {store.CONTROLLER} holds {cursor}, {manifest.audit.cursor} was saved; {FRESH}")
+    with all_agree("reading the controller's state", actor.layout, may_take_long=True):
+        controller = checked_controller(path, manifest) if actor.layout.rank == 0 else b""
     world = prod(manifest.layout[name] for name in ("tp", "pp", "cp", "dp"))
     loaded = read_state(actor, path / MODEL, manifest.format, world)
     for i, module in enumerate(actor.modules):
@@ -87,6 +86,14 @@ def checked_manifest(layout: Layout, path: Path) -> Manifest:
         )
         raise StorageError(hinted) from None
     return manifest
+
+
+def checked_controller(path: Path, manifest: Manifest) -> bytes:
+    """The controller's state, which stands where the manifest says."""
+    controller, saved = store.controller_state(path), manifest.audit and manifest.audit.cursor
+    if (cursor := cursor_of(controller, manifest.step)) != saved:
+        raise DapoError(f"{path}: {store.CONTROLLER} holds {cursor}, {saved} was saved; {FRESH}")
+    return controller
 
 
 def require_loadable(manifest: Manifest, path: Path, actor: Actor) -> None:

@@ -16,6 +16,7 @@ from dapo_megatron.errors import ConfigError
 from dapo_megatron.records import Prompt, ScoredGroup
 
 SCHEMA = 4
+PART_BYTES = 64 << 20
 
 
 class Snapshot(msgspec.Struct):
@@ -66,6 +67,12 @@ def data_digest(prompts: Sequence[Prompt]) -> str:
 def encode_snapshot(snapshot: Snapshot) -> bytes:
     """As JSON; every number comes back bit for bit."""
     return msgspec.json.encode(snapshot, enc_hook=encode_array)
+
+
+def snapshot_parts(data: bytes) -> list[memoryview]:
+    """An encoded snapshot in pieces that can be sent; joined, they are it again."""
+    view = memoryview(data)
+    return [view[start : start + PART_BYTES] for start in range(0, len(data), PART_BYTES)]
 
 
 def decode_snapshot(data: bytes, step: int) -> Snapshot:

@@ -1,9 +1,11 @@
 """The controller process: prompts -> engines -> verdicts -> groups -> batches, on the trainer's request.
 
     trainer asks       the controller answers when
+    RestoreState       at once: keeps a part of its state out of a checkpoint
     Hello              data are read, graders run; its state is the checkpoint's
     NextBatch(k, v)    step k is full; with max_policy_lag its groups are generated while others are trained
     FetchPart(k, ...)  at once: every replica fetches its own part of batch k
+    FetchState(k, p)   at once: a part of the state that belongs to batch k, for the checkpoint
     Evaluate(k, v)     every held-out prompt has its responses
     Goodbye            at once, and ends
 
@@ -23,6 +25,7 @@ from dapo_megatron.batching.build import build_step_batch
 from dapo_megatron.batching.wire import write_parts
 from dapo_megatron.config import RunConfig
 from dapo_megatron.data.prompts import LoadedPrompts, load_prompts
+from dapo_megatron.data.snapshot import snapshot_parts
 from dapo_megatron.data.tokenizer import check_tags, load_tokenizer
 from dapo_megatron.engines.seeds import sampling_seed
 from dapo_megatron.engines.stop_tokens import stop_token_ids
@@ -31,17 +34,19 @@ from dapo_megatron.errors import DapoError, EngineError
 from dapo_megatron.grading.pool import GradingPool
 from dapo_megatron.messages import (
     Batch,
-    BatchPart,
     Done,
     Evaluate,
     Evaluation,
     Failed,
     FetchPart,
+    FetchState,
     Goodbye,
     Hello,
     NextBatch,
+    Part,
     Reply,
     Request,
+    RestoreState,
     Welcome,
 )
 from dapo_megatron.observe import catalog as m
@@ -84,6 +89,8 @@ class Controller:
         self.prompts = self._load(config.data.train, None)
         self.held_out = self._load(config.data.eval, config.data.eval_limit) if config.data.eval else None
         self._session: _Session | None = None
+        self._restored: list[bytes] = []
+        """What has come of the state that the run goes on from."""
         self._version = 0
         """That is live, by what the trainer has said."""
 
@@ -107,16 +114,20 @@ class Controller:
 
     async def _answer(self, request: Request) -> Reply:
         match request:
-            case Hello(snapshot, step):
-                return self._begin(snapshot, step)
+            case RestoreState(payload):
+                self._restored.append(payload)
+                return Done()
+            case Hello(step, resumes):
+                snapshot, self._restored = b"".join(self._restored), []
+                return self._begin(snapshot if resumes else None, step)
             case NextBatch(step, version):
                 self._version = version
                 return await self._batch(self._begun(), step, version)
             case FetchPart(step, update, replica, part):
-                served = self._begun().served
-                if served is None or served.step != step:
-                    raise DapoError(f"a trainer rank asked for batch {step}, which is not the one that is trained")
-                return BatchPart(await asyncio.to_thread(served.encoded, update, replica, part))
+                served = self._served(step)
+                return Part(await asyncio.to_thread(served.encoded, update, replica, part))
+            case FetchState(step, part):
+                return Part(self._served(step).state_part(part))
             case Evaluate(step, version):
                 self._version = version
                 self.reporter.phase("evaluate", f"step {step}")
@@ -142,6 +153,12 @@ class Controller:
         longer = (p.input_ids for p in prompts if len(p.input_ids) > 1)
         return Welcome(list(itertools.islice(longer, config.resharding.verify_prompts)))
 
+    def _served(self, step: int) -> ServedBatch:
+        served = self._begun().served
+        if served is None or served.step != step:
+            raise DapoError(f"a trainer rank asked for batch {step}, which is not the one that is trained")
+        return served
+
     def _begun(self) -> "_Session":
         if self._session is None:
             raise DapoError("the trainer asked for a batch before it said hello: start the run anew")
@@ -163,7 +180,7 @@ class Controller:
             session.producer.run_ahead()
         served, metrics = await asyncio.to_thread(self._build, session, produced, step, version)
         session.served = served
-        return Batch(served.counts, metrics, produced.state)
+        return Batch(served.counts, metrics, served.state_parts)
 
     def _build(
         self, session: "_Session", produced: StepGroups, step: int, version: int
@@ -179,7 +196,7 @@ class Controller:
             aggregation=config.algorithm.aggregation,
             rules=packing_rules(config),
         )
-        served = ServedBatch(batch)
+        served = ServedBatch(batch, snapshot_parts(produced.state))
         if config.observe.dump_batches:
             write_parts(self.folder.batch(step), served.all_encoded())
         session.samples.write(step, produced.seen[: config.observe.groups_per_step])

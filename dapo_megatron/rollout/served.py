@@ -1,9 +1,9 @@
-"""The batch of the step that is trained, as the controller hands it out: in parts, each encoded when it is asked for.
+"""The batch of the step that is trained, and the state that belongs to it, as the controller hands them out: in parts.
 
-So a step is held once, as arrays, and what travels is never in memory as a whole.
+A part of the batch is encoded when it is asked for: a step is held once, as arrays.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from dapo_megatron.batching.batch import Shard, StepBatch
 from dapo_megatron.batching.wire import PART_TOKENS, Place, cut, encode_part
@@ -13,8 +13,9 @@ from dapo_megatron.errors import DapoError
 class ServedBatch:
     """A step's batch, cut into parts."""
 
-    def __init__(self, batch: StepBatch, part_tokens: int = PART_TOKENS):
-        self.step, self._version = batch.step, batch.version
+    def __init__(self, batch: StepBatch, state: Sequence[memoryview] = (), part_tokens: int = PART_TOKENS):
+        """`state` is the controller's, in parts."""
+        self.step, self._version, self._state = batch.step, batch.version, state
         self._parts: list[list[list[Shard]]] = [
             [cut(shard, part_tokens) for shard in mini_batch.shards] for mini_batch in batch.mini_batches
         ]
@@ -39,6 +40,21 @@ class ServedBatch:
         replicas, parts = len(self.counts[update]), self.counts[update][replica]
         place = Place(self.step, self._version, update, len(self.counts), replica, replicas, part, parts)
         return encode_part(place, self._parts[update][replica][part])
+
+    @property
+    def state_parts(self) -> int:
+        """Of the controller's state."""
+        return len(self._state)
+
+    def state_part(self, part: int) -> bytes:
+        """One part of the controller's state.
+
+        Raises:
+            DapoError: there is no such part.
+        """
+        if not 0 <= part < len(self._state):
+            raise DapoError(f"the controller's state at step {self.step} has no part {part}")
+        return bytes(self._state[part])
 
     def all_encoded(self) -> Iterator[bytes]:
         """Every part, in order."""

@@ -97,7 +97,7 @@ def train(
         while not is_over:
             with recorder.phase("step"):
                 with recorder.phase("generate"):
-                    batch, metrics, snapshot = controller.next_batch(state.step + 1, state.version, generating)
+                    batch, metrics = controller.next_batch(state.step + 1, state.version, generating)
                 state, trained = train_step(config, actor, pusher, verifier, recorder, objective, state, batch)
             evaluation = {}
             is_over = state.step == config.trainer.steps
@@ -116,11 +116,11 @@ def train(
             if is_wanted or state.step % config.checkpoint.every == 0:
                 with recorder.phase("checkpoint"):
                     format = format_of(state.step, config.checkpoint, is_wanted=is_wanted)
-                    published = checkpointer.save(state, snapshot, format=format, metrics=evaluation)
+                    published = checkpointer.save(state, controller.state(), format=format, metrics=evaluation)
                     saved = (state.step, format)
     except StopAsked:
-        if snapshot is not None and saved != (state.step, "fully_reshardable"):
-            checkpointer.save(state, snapshot, format="fully_reshardable", metrics=evaluation)
+        if state.step and saved != (state.step, "fully_reshardable"):
+            checkpointer.save(state, controller.state(), format="fully_reshardable", metrics=evaluation)
         checkpointer.finish()
         return
     checkpointer.finish()

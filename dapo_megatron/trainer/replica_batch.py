@@ -19,7 +19,7 @@ from dapo_megatron.batching.wire import decode_part
 from dapo_megatron.distributed.agreement import all_agree, share_in_replica
 from dapo_megatron.distributed.layout import Layout
 from dapo_megatron.errors import DapoError
-from dapo_megatron.messages import BatchPart, FetchPart
+from dapo_megatron.messages import FetchPart, FetchState, Part
 from dapo_megatron.rpc import RpcClient
 
 
@@ -64,6 +64,10 @@ class PartFetcher:
         """Fetch all parts of a step; what is given are those of each update."""
         return [self._pool.submit(self._fetch, step, update, replica, count) for update, count in enumerate(parts)]
 
+    def begin_state(self, step: int, parts: int) -> Future[bytes]:
+        """Fetch the controller's state that belongs to the batch of a step."""
+        return self._pool.submit(lambda: b"".join(self._part(FetchState(step, part)) for part in range(parts)))
+
     def close(self) -> None:
         """End the thread; what is not fetched yet is given up."""
         self._closed.set()
@@ -73,11 +77,11 @@ class PartFetcher:
     def _fetch(self, step: int, update: int, replica: int, count: int) -> list[bytes]:
         return [self._part(FetchPart(step, update, replica, part)) for part in range(count)]
 
-    def _part(self, request: FetchPart) -> bytes:
+    def _part(self, request: FetchPart | FetchState) -> bytes:
         self._rpc.send(request, deadline_s=self._deadline_s)
         reply = self._rpc.receive(self._closed.is_set)
-        if not isinstance(reply, BatchPart):
-            raise DapoError(f"the controller answered FetchPart with {type(reply).__name__}")
+        if not isinstance(reply, Part):
+            raise DapoError(f"the controller answered {type(request).__name__} with {type(reply).__name__}")
         return reply.payload
 
 

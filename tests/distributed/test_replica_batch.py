@@ -15,7 +15,7 @@ from dapo_megatron.batching.build import build_step_batch
 from dapo_megatron.distributed.layout import init_parallel
 from dapo_megatron.errors import DapoError
 from dapo_megatron.keys import make_keys
-from dapo_megatron.messages import BatchPart, Done, FetchPart
+from dapo_megatron.messages import Part, Done, FetchPart
 from dapo_megatron.rollout.served import ServedBatch
 from dapo_megatron.rpc import RpcClient, RpcServer
 from dapo_megatron.trainer.replica_batch import PartFetcher, fetched_batch
@@ -83,13 +83,13 @@ def received(config, address, keys, parts):
 def test_every_rank_gets_what_its_replica_trains(tmp_path, layout, part_tokens):
     config = config_of(tmp_path, layout)
     rules = packing_rules(config)
-    served = ServedBatch(build_step_batch(groups(), rules=rules, **BUILD), part_tokens)
+    served = ServedBatch(build_step_batch(groups(), rules=rules, **BUILD), part_tokens=part_tokens)
     assert (max(map(max, served.counts)) > 1) == (part_tokens == 1)
     expected = packed_batch(groups(), rules=rules, **BUILD).mini_batches
 
     def answer(request):
         assert isinstance(request, FetchPart) and request.step == 1
-        return BatchPart(served.encoded(request.update, request.replica, request.part))
+        return Part(served.encoded(request.update, request.replica, request.part))
 
     with controller(answer) as (address, keys, asked):
         found = run_ranks(config.world_size, received, config, address, keys, served.counts)
@@ -108,7 +108,7 @@ def test_what_one_replica_cannot_fetch_is_one_error_on_all(tmp_path):
     def answer(request):
         if request.replica == 1 and request.update == 1:
             return Done()
-        return BatchPart(served.encoded(request.update, request.replica, request.part))
+        return Part(served.encoded(request.update, request.replica, request.part))
 
     with controller(answer) as (address, keys, _):
         found = run_ranks(4, received, config, address, keys, served.counts)

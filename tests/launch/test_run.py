@@ -83,7 +83,7 @@ def nobody_else_is_answered(process):
     with zmq.Context() as context, context.socket(zmq.REQ) as s:
         s.setsockopt(zmq.LINGER, 0)
         s.connect(f"tcp://127.0.0.1:{port}")
-        s.send(msgspec.msgpack.encode(Hello(None, 0)))
+        s.send(msgspec.msgpack.encode(Hello(0)))
         assert not s.poll(1000)
     key = read_keys(RunFolder(Path(option(process, "controller", "--config")).parent)).engine_api_key
     assert not any(key in part for p in psutil.process_iter() for part in command(p))

@@ -13,7 +13,7 @@ import zmq
 
 from dapo_megatron.errors import ConfigError, DataError, DapoError
 from dapo_megatron.keys import make_keys, read_keys, write_keys
-from dapo_megatron.messages import BatchPart, Done, Failed, FetchPart, Goodbye, Hello, NextBatch
+from dapo_megatron.messages import Done, Failed, FetchPart, Goodbye, Hello, NextBatch, Part, RestoreState
 from dapo_megatron.rpc import RpcClient, RpcServer
 from dapo_megatron.run_folder import RunFolder
 from launch.ports import reserved_ports
@@ -47,12 +47,12 @@ def test_the_trainer_is_answered_and_hears_of_errors_by_their_kind(port):
     keys, received = make_keys(), []
     thread = serve(keys, port, [Done(), Failed("data", "no prompts are left")], received)
     client = RpcClient(f"tcp://127.0.0.1:{port}", keys)
-    assert client.ask(Hello(None, 0), deadline_s=10) == Done()
+    assert client.ask(Hello(0), deadline_s=10) == Done()
     with pytest.raises(DataError, match="the controller stopped: no prompts are left"):
         client.ask(NextBatch(1, 0), deadline_s=10)
     client.close()
     thread.join(10)
-    assert received == [Hello(None, 0), NextBatch(1, 0)]
+    assert received == [Hello(0), NextBatch(1, 0)]
 
 
 def ask_raw(port, request, configure=lambda _: None):
@@ -78,7 +78,7 @@ def test_strangers_are_not_heard(port):
 
     with socket.create_connection(("127.0.0.1", port), timeout=10) as s:
         s.sendall(b"GET / HTTP/1.1\r\n\r\n" + bytes(range(256)) * 100)
-    assert not ask_raw(port, Hello(None, 0))  # without a key
+    assert not ask_raw(port, Hello(0))  # without a key
     assert not ask_raw(port, Goodbye(), with_a_key_of_its_own)
     assert received == []
     client = RpcClient(f"tcp://127.0.0.1:{port}", keys)
@@ -132,15 +132,15 @@ def test_a_wait_is_interrupted_and_taken_up_again(port):
 def test_a_message_that_is_too_long_is_one_line_and_not_sent(port, monkeypatch):
     monkeypatch.setattr("dapo_megatron.rpc.MESSAGE_BYTES", 1000)
     client = RpcClient(f"tcp://127.0.0.1:{port}", make_keys())
-    with pytest.raises(DapoError, match="Hello can carry 2: fewer groups must be carried"):
-        client.send(Hello(bytes(1000), 1), deadline_s=1)
-    client.send(Hello(bytes(900), 1), deadline_s=1)
+    with pytest.raises(DapoError, match="RestoreState takes 0.0 GiB, and a message can carry 2"):
+        client.send(RestoreState(bytes(1000)), deadline_s=1)
+    client.send(RestoreState(bytes(900)), deadline_s=1)
     client.close()
 
 
 def test_several_ranks_get_their_own_answers(port):
     keys, received, found = make_keys(), [], {}
-    thread = serve(keys, port, [BatchPart(bytes([i]) * 3_000_000) for i in range(6)], received)
+    thread = serve(keys, port, [Part(bytes([i]) * 3_000_000) for i in range(6)], received)
 
     def ask(rank):
         client = RpcClient(f"tcp://127.0.0.1:{port}", keys)

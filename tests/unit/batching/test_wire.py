@@ -77,7 +77,7 @@ def test_parts_hold_whole_micro_batches_in_order_within_the_limit(shard, limit):
 @given(step_batches(), st.integers(1, 60))
 def test_a_file_of_parts_is_the_batch(tmp_path_factory, batch, limit):
     path = tmp_path_factory.mktemp("batch") / "batches" / "step.msgpack"
-    served = ServedBatch(batch, limit)
+    served = ServedBatch(batch, part_tokens=limit)
     write_parts(path, [b"of an earlier run"])
     write_parts(path, served.all_encoded())
     back = read_step_batch(path)

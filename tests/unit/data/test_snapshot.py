@@ -7,7 +7,14 @@ import msgspec
 import pytest
 
 from dapo_megatron.data.sampler import PromptSampler
-from dapo_megatron.data.snapshot import DataCursor, Snapshot, cursor_of, decode_snapshot, encode_snapshot
+from dapo_megatron.data.snapshot import (
+    DataCursor,
+    Snapshot,
+    cursor_of,
+    decode_snapshot,
+    encode_snapshot,
+    snapshot_parts,
+)
 from dapo_megatron.errors import DapoError
 from dapo_megatron.records import Prompt, ScoredGroup, VersionSpan
 from tests.tiny import response, same
@@ -36,6 +43,14 @@ def test_it_comes_back_bit_for_bit():
         step=12, epoch=2, position=3, next_order=17, carried=1, again=1
     )
     assert msgspec.json.decode(encode_snapshot(before))["next_order"] == 17  # JSON, for whoever looks
+
+
+def test_it_travels_in_parts(monkeypatch):
+    monkeypatch.setattr("dapo_megatron.data.snapshot.PART_BYTES", 100)
+    whole = encode_snapshot(snapshot())
+    parts = snapshot_parts(whole)
+    assert b"".join(parts) == whole and {len(p) for p in parts[:-1]} == {100} and 0 < len(parts[-1]) <= 100
+    assert snapshot_parts(b"") == []
 
 
 def test_cut_anywhere_it_is_refused_in_a_line():

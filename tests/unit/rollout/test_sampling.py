@@ -23,7 +23,7 @@ from dapo_megatron.engines.wire import SamplingParams, generate_request
 from dapo_megatron.data.snapshot import decode_snapshot, encode_snapshot
 from dapo_megatron.data.tokenizer import check_tags
 from dapo_megatron.errors import ConfigError, DapoError, EngineError
-from dapo_megatron.messages import Evaluate, FetchPart, Goodbye, Hello, NextBatch
+from dapo_megatron.messages import Evaluate, FetchPart, FetchState, Goodbye, Hello, NextBatch, RestoreState
 from dapo_megatron.observe.samples import read_samples
 from dapo_megatron.process import Reporter
 from dapo_megatron.records import Response, VersionSpan
@@ -150,7 +150,7 @@ async def serve(config, folder, link, engine):
 
 
 def test_the_engine_is_asked_for_what_the_recipe_says(tmp_path, recipe):
-    engine, link = Engine(), Link(Hello(None, 0), Evaluate(0, 0), NextBatch(1, 0), FetchPart(1, 0, 0, 0), Goodbye())
+    engine, link = Engine(), Link(Hello(0), Evaluate(0, 0), NextBatch(1, 0), FetchPart(1, 0, 0, 0), Goodbye())
     asyncio.run(serve(recipe, tmp_path, link, engine))
 
     encode = transformers.AutoTokenizer.from_pretrained(recipe.model.path)
@@ -196,7 +196,7 @@ def test_every_request_of_a_deterministic_run_has_a_seed_of_its_own(tmp_path, re
     )
 
     def asked(name, seed=0):
-        engine, link = Engine(), Link(Hello(None, 0), Evaluate(0, 0), NextBatch(1, 0), Evaluate(1, 0), Goodbye())
+        engine, link = Engine(), Link(Hello(0), Evaluate(0, 0), NextBatch(1, 0), Evaluate(1, 0), Goodbye())
         run = config.model_copy(update={"seed": seed, "data": config.data.model_copy(update={"shuffle": False})})
         asyncio.run(serve(run, tmp_path / name, link, engine))
         return engine.asked
@@ -221,7 +221,7 @@ def test_a_seed_is_what_it_was_and_no_two_names_read_alike():
     ("lag", "version", "refused"), [(0, 3, False), (0, 4, True), (0, 2, True), (1, 4, False), (1, 5, True)]
 )
 def test_a_version_that_the_trainer_did_not_push_ends_the_run(tmp_path, recipe, lag, version, refused):
-    engine, link = Engine(str(version)), Link(Hello(None, 0), NextBatch(1, 3), Goodbye())
+    engine, link = Engine(str(version)), Link(Hello(0), NextBatch(1, 3), Goodbye())
     config = recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update={"max_policy_lag": lag})})
     if not refused:
         return asyncio.run(serve(config, tmp_path, link, engine))
@@ -231,7 +231,7 @@ def test_a_version_that_the_trainer_did_not_push_ends_the_run(tmp_path, recipe, 
 
 
 def test_a_second_hello_does_not_empty_the_ledger(tmp_path, recipe):
-    link = Link(Hello(None, 0), NextBatch(1, 0), Hello(None, 0))
+    link = Link(Hello(0), NextBatch(1, 0), Hello(0))
     with pytest.raises(DapoError, match="a controller that serves another one"):
         asyncio.run(serve(recipe, tmp_path, link, Engine()))
     assert len(read_ledger(RunFolder(tmp_path).ledger)) == 2
@@ -250,14 +250,15 @@ class Patient(Link):
 def test_what_was_generated_ahead_is_taken_back_by_a_resume_that_may_train_it(tmp_path, recipe, version):
     lag = {"max_policy_lag": 1}
     config = recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update=lag)})
-    first = Patient(Hello(None, 0), NextBatch(1, 0), Goodbye())
+    first = Patient(Hello(0), NextBatch(1, 0), FetchState(1, 0), Goodbye())
     asyncio.run(serve(config, tmp_path, first, Engine("0")))
-    batch = first.replies[1]
+    _, batch, state, _ = first.replies
     assert batch.metrics["groups/from_bank"] == 0
 
-    engine, second = Engine(str(version)), Link(Hello(batch.snapshot, 1), NextBatch(2, version), Goodbye())
+    halves = [RestoreState(state.payload[:100]), RestoreState(state.payload[100:])]
+    engine, second = Engine(str(version)), Link(*halves, Hello(1, True), NextBatch(2, version), Goodbye())
     asyncio.run(serve(config, tmp_path, second, engine))
-    _, resumed, _ = second.replies
+    *_, resumed, _ = second.replies
     may = version == 1
     assert resumed.metrics["groups/from_bank"] == (2 if may else 0) and resumed.metrics["groups/not_banked"] == 0
     assert resumed.metrics["rollout/lag_max"] == (1 if may else 0)
@@ -266,14 +267,15 @@ def test_what_was_generated_ahead_is_taken_back_by_a_resume_that_may_train_it(tm
 
 
 def test_a_snapshot_of_other_prompts_is_refused(tmp_path, recipe):
-    first = Link(Hello(None, 0), NextBatch(1, 0), Goodbye())
+    first = Link(Hello(0), NextBatch(1, 0), FetchState(1, 0), Goodbye())
     asyncio.run(serve(recipe, tmp_path, first, Engine()))
-    snapshot = decode_snapshot(first.replies[1].snapshot, 1)
+    state = RestoreState(first.replies[2].payload)
+    snapshot = decode_snapshot(state.payload, 1)
     snapshot.again.append((0, "train.jsonl:99"))
     with pytest.raises(DapoError, match=r"prompt 'train.jsonl:99' \(number 0\) of the checkpoint is not in data.train"):
-        asyncio.run(serve(recipe, tmp_path, Link(Hello(encode_snapshot(snapshot), 1)), Engine()))
+        asyncio.run(serve(recipe, tmp_path, Link(RestoreState(encode_snapshot(snapshot)), Hello(1, True)), Engine()))
     with pytest.raises(DapoError, match="it is of step 1, the checkpoint is of step 2"):
-        asyncio.run(serve(recipe, tmp_path, Link(Hello(first.replies[1].snapshot, 2)), Engine()))
+        asyncio.run(serve(recipe, tmp_path, Link(state, Hello(2, True)), Engine()))
 
 
 async def knows_its_verdict(prompt, engine):
@@ -299,7 +301,7 @@ async def knows_its_verdict(prompt, engine):
 def test_a_verdict_or_reward_of_the_rollouts_own_is_kept(tmp_path, recipe):
     function = {"function": "tests.unit.rollout.test_sampling:knows_its_verdict"}
     config = recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update=function)})
-    link = Link(Hello(None, 0), NextBatch(1, 0), Goodbye())
+    link = Link(Hello(0), NextBatch(1, 0), Goodbye())
     asyncio.run(serve(config, tmp_path, link, Engine()))  # whoever is graded is right
     for group in read_samples(RunFolder(tmp_path)):
         verdicts = [(r["verdict"], r["accuracy_reward"]) for r in group["responses"]]
@@ -317,10 +319,15 @@ def test_tags_that_the_text_does_not_hold_are_refused(tmp_path, recipe):
 
 
 @pytest.mark.parametrize(
-    "request_", [(2, 0, 0, 0), (0, 0, 0, 0), (1, 1, 0, 0), (1, 0, 1, 0), (1, 0, 0, 1), (1, 0, 0, -1)]
+    "request_",
+    [
+        FetchPart(*place)
+        for place in [(2, 0, 0, 0), (0, 0, 0, 0), (1, 1, 0, 0), (1, 0, 1, 0), (1, 0, 0, 1), (1, 0, 0, -1)]
+    ]
+    + [FetchState(*place) for place in [(2, 0), (1, 1), (1, -1)]],
 )
 def test_a_part_that_is_not_of_the_batch_ends_the_run(tmp_path, recipe, request_):
-    link = Link(Hello(None, 0), NextBatch(1, 0), FetchPart(*request_), Goodbye())
+    link = Link(Hello(0), NextBatch(1, 0), request_, Goodbye())
     with pytest.raises(DapoError, match="is not the one that is trained|has no part"):
         asyncio.run(serve(recipe, tmp_path, link, Engine()))
 
@@ -332,7 +339,7 @@ def test_a_dumped_batch_is_what_the_replicas_fetch(tmp_path, recipe):
         "trainer": recipe.trainer.model_copy(update={"mini_batch_prompts": 1}),
     }
     fetches = [FetchPart(1, update, replica, 0) for update in range(2) for replica in range(3)]
-    link = Link(Hello(None, 0), NextBatch(1, 0), *fetches, Goodbye())
+    link = Link(Hello(0), NextBatch(1, 0), *fetches, Goodbye())
     asyncio.run(serve(recipe.model_copy(update=options), tmp_path, link, Engine()))
     _, batch, *parts, _ = link.replies
     assert batch.parts == [[1, 1, 1], [1, 1, 1]]
