@@ -23,7 +23,7 @@ from pathlib import Path
 import psutil
 
 from tests.slurm.folders import free_folder, record_init, remove_abandoned
-from tests.slurm.slurm_conf import LOGIN, address, gres_conf, hosts, slurm_conf
+from tests.slurm.slurm_conf import LOGIN, MESSAGE_TIMEOUT_S, address, gres_conf, hosts, slurm_conf
 
 REPOSITORY = Path(__file__).parents[2]
 NODE = Path(__file__).with_name("node.sh")
@@ -80,7 +80,7 @@ class Cluster:
             AssertionError: a process was left on a node after its job.
         """
         self.run("scancel", "--user=root")
-        leave_s = BOOT_S if self._cut else LEAVE_S
+        was_cut = set(self._cut)
         for node in self.nodes:
             if node not in self._pids:
                 self.power_on(node)
@@ -88,7 +88,11 @@ class Cluster:
                 self.heal(node)
         self.wait_until_empty()
         self.wait_until(self.all_idle, BOOT_S, "all nodes to be idle")
-        if left := self._left_after(leave_s):
+        if was_cut:
+            # What runs on a node that comes back is ended when the node registers, but not so soon after its job's end.
+            time.sleep(MESSAGE_TIMEOUT_S + 1)
+            self.run("scontrol", "reconfigure")
+        if left := self._left_after(BOOT_S if was_cut else LEAVE_S):
             for process, _ in list(self.running()):
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()

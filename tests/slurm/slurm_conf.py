@@ -5,6 +5,7 @@ from pathlib import Path
 NETWORK = "10.77.0"
 LOGIN = "login"
 """Name of the node that runs slurmctld, and that users are on."""
+MESSAGE_TIMEOUT_S = 5
 
 
 def address(node: str) -> str:
@@ -53,7 +54,7 @@ GresTypes=gpu
 # Everything that takes minutes on a cluster takes seconds.
 SlurmdTimeout=10
 SlurmctldTimeout=10
-MessageTimeout=5
+MessageTimeout={MESSAGE_TIMEOUT_S}
 KillWait=5
 SchedulerParameters=batch_sched_delay=0,sched_min_interval=0,sched_interval=2,bf_interval=2
 PreemptType=preempt/partition_prio
