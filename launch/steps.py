@@ -121,7 +121,9 @@ class Steps:
         host = next_host([node.name for node in self._allocation.nodes], self._unfit)
         if host is None:
             return
-        command = deputy_command(self._folder, self._allocation.job_id, self._allocation.nodes[0].name)
+        command = deputy_command(
+            self._folder, self._allocation.job_id, self._allocation.restarts, self._allocation.nodes[0].name
+        )
         self._deputy_host = host
         (self._deputy,) = self._start(
             "deputy", [Command("deputy", command, dict(self._base), None)], [host], grace=False, container=None
