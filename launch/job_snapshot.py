@@ -2,14 +2,16 @@
 
 The launcher goes on from there, and so does everything it starts: whoever changes the code while a job waits or runs
 changes nothing of it. A requeued job keeps its number, and finds what it began with; who submits the script again gets
-the code and the recipe as they are then.
+the code and the recipe as they are then. Of a user's own code, the modules and packages that the config names come too.
 
     snapshots/job_<number>/   code/   config.yaml   script.sh
 """
 
+import importlib.util
 import os
 import shutil
 import sys
+import sysconfig
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
@@ -39,11 +41,33 @@ def take_snapshot(config: RunConfig, snapshot: Path, job: int) -> None:
     aside = snapshot.with_name(f".{snapshot.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    for package in PACKAGES:
-        shutil.copytree(HOME / package, aside / "code" / package, ignore=shutil.ignore_patterns("__pycache__"))
+    for source in [*(HOME / package for package in PACKAGES), *user_code(config)]:
+        _copy(source, aside / "code" / source.name)
     (aside / "config.yaml").write_text(yaml.safe_dump(config.model_dump(), sort_keys=False))
     slurm("scontrol", "write", "batch_script", str(job), str(aside / "script.sh"))
     os.replace(aside, snapshot)
+
+
+def user_code(config: RunConfig) -> list[Path]:
+    """The modules (files) and packages (folders) that a config names and that are neither ours nor installed."""
+    named = [config.rollout.function, *filter(None, [config.grading.grader])]
+    found = []
+    for name in sorted({reference.partition(":")[0].partition(".")[0] for reference in named} - set(PACKAGES)):
+        spec = importlib.util.find_spec(name) if name else None
+        if spec is None or spec.origin is None or not Path(spec.origin).is_file():
+            continue  # a name that cannot be imported is told of by whoever needs it
+        source = Path(spec.origin)
+        if not any(source.is_relative_to(sysconfig.get_path(kind)) for kind in ("stdlib", "purelib", "platlib")):
+            found.append(source.parent if spec.submodule_search_locations else source)
+    return found
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(exist_ok=True)
+    if source.is_dir():
+        shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+    else:
+        shutil.copy(source, target)
 
 
 def environment_in(snapshot: Path, base: Mapping[str, str], working: Path) -> dict[str, str]:
