@@ -122,17 +122,36 @@ def check(model: Annotated[Path, typer.Argument(help="Hugging Face checkpoint fo
     _run_module("dapo_megatron.trainer.check_model", [str(model)], os.environ | {"CUDA_VISIBLE_DEVICES": ""})
 
 
-@app.command(epilog="Example:  dapo-megatron replay runs/demo/dumps/step_000012")
+@app.command(
+    epilog="Examples:  dapo-megatron replay runs/demo/dumps/step_000012   |   dapo-megatron replay runs/demo   |   "
+    "dapo-megatron replay runs/demo/batches/step_000011.msgpack actor.tensor_model_parallel_size=1"
+)
 def replay(
-    dump: Annotated[Path, typer.Argument(help="Folder that a run left after too many skipped updates.")],
+    target: Annotated[
+        Path,
+        typer.Argument(help="A dump that a run left after too many skipped updates, a dumped batch, or a run folder."),
+    ],
     overrides: Overrides = None,
+    begin: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="CHECKPOINT", help="What batches begin with; default: the run's checkpoint of the step before."
+        ),
+    ] = None,
 ) -> None:
-    """Run the skipped updates of a dump again, one micro-batch at a time, and show which gradients are not finite."""
-    from launch.replay import replay as run_replay
+    """Train what a run has kept again, without engines: the skipped updates of a dump, one micro-batch at a time, to
+    find the one without a finite gradient; or the batches of a run with observe.dump_batches=true, step after step."""
+    from launch.replay import DUMP, beginning, find_batches, line_of, replay_batches, replay_dump, step_of_batch
 
-    config = load_config(dump / "config.yaml", overrides or [])
     with _stopped_by_hand("nothing was changed"):
-        print(run_replay(config, dump))
+        if (target / DUMP).exists():
+            print(replay_dump(load_config(target / "config.yaml", overrides or []), target))
+            return
+        folder, batches = find_batches(target)
+        config = load_config(folder.config, overrides or [])
+        begin = begin or beginning(folder, step_of_batch(batches[0]))
+        print(f"begins with {begin or config.model.path}", flush=True)
+        replay_batches(config, batches, begin, lambda step: print(line_of(step), flush=True))
 
 
 @app.command(epilog="Example:  dapo-megatron report runs/demo")

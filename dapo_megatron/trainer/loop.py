@@ -10,6 +10,8 @@ While the controller is waited for, an engine that the launcher has replaced get
 ends the run at once, with the checkpoint of the step before.
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -202,24 +204,40 @@ def train_step(
     batch: ReplicaBatch,
 ) -> tuple[TrainState, dict[str, float]]:
     """What follows the batch of a rollout step: where training stands after it, and its metrics."""
-    metrics: dict[str, float] = {}
-    with recorder.phase("old_logprobs"):
-        old = old_logprobs(config, actor, batch)
-    with recorder.phase("update"):
-        updates, skipped = [], state.skipped
-        for update, own in enumerate(old):
-            updates.append(actor.update(batch[update], objective, own))
-            skipped = count_skipped(skipped, updates[-1])
-            if skipped > config.trainer.max_skipped_updates:
-                raise dump_skipped(config, actor, batch, updates, replace(state, skipped=skipped))
-    metrics |= m.reduce_updates([u | {m.GRAD_NORM_MIN: u[m.GRAD_NORM]} for u in updates])
+    state, metrics = train_batch(config, actor, recorder.phase, objective, state, batch)
     step, version = state.step + 1, state.version + 1
     with recorder.phase("push"):
         metrics |= pusher.push(version)
     if config.resharding.verify_every and step % config.resharding.verify_every == 0:
         with recorder.phase("verify"):
             metrics[m.SYNC_DIFFERENCE] = verified(config, pusher, verifier, version)
-    return replace(state, step=step, version=version, skipped=skipped), metrics
+    return replace(state, step=step, version=version), metrics
+
+
+def train_batch(
+    config: RunConfig,
+    actor: Actor,
+    phase: Callable[[str], AbstractContextManager[None]],
+    objective: PolicyObjective,
+    state: TrainState,
+    batch: ReplicaBatch,
+) -> tuple[TrainState, dict[str, float]]:
+    """Old log-probs and updates: the state with its skipped updates counted, and the updates' metrics.
+
+    Args:
+        phase: what goes on inside "old_logprobs" and "update".
+    """
+    with phase("old_logprobs"):
+        old = old_logprobs(config, actor, batch)
+    with phase("update"):
+        updates, skipped = [], state.skipped
+        for update, own in enumerate(old):
+            updates.append(actor.update(batch[update], objective, own))
+            skipped = count_skipped(skipped, updates[-1])
+            if skipped > config.trainer.max_skipped_updates:
+                raise dump_skipped(config, actor, batch, updates, replace(state, skipped=skipped))
+    metrics = m.reduce_updates([u | {m.GRAD_NORM_MIN: u[m.GRAD_NORM]} for u in updates])
+    return replace(state, skipped=skipped), metrics
 
 
 def verified(config: RunConfig, pusher: Pusher, verifier: Verifier, version: int) -> float:

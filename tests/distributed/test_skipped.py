@@ -113,7 +113,7 @@ def test_what_is_no_dump_is_one_line(tmp_path):
         [sys.executable, "-W", "ignore", "-m", "dapo_megatron.cli", "replay", str(tmp_path)],
         capture_output=True, text=True, timeout=180,
     )  # fmt: skip
-    assert found.returncode == 1 and "is no dump of skipped updates" in found.stderr
+    assert found.returncode == 1 and "is no dump, no dumped batch and no run that holds batches" in found.stderr
 
 
 def test_the_count_starts_anew_after_a_finite_update():

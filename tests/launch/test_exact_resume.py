@@ -12,9 +12,12 @@ import torch
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
 
 from dapo_megatron.checkpoint.store import controller_state, published
+from dapo_megatron.config import load_config
+from dapo_megatron.errors import ConfigError
 from dapo_megatron.observe.metrics import read_metrics
 from dapo_megatron.rollout.ledger import check_exactly_once, read_ledger
 from dapo_megatron.run_folder import RunFolder
+from launch.replay import beginning, find_batches, replay_batches
 from tests.launch.conftest import finish, recipe, start
 from tests.launch.exact import GENERATED
 from tools.check_ledger import check
@@ -116,9 +119,28 @@ def assert_equal(a, b, where=""):
         assert a == b, where
 
 
+def assert_replayed(folder):
+    """The dumped batches, trained without engines, give the run's metrics: from the start, and from a checkpoint."""
+    config, records = load_config(folder.config), read_metrics(folder)
+    for first in (1, 5):
+        replayed = []
+        begin = beginning(folder, first)
+        assert (begin is None) == (first == 1)
+        batches = [folder.batch(step) for step in range(first, STEPS + 1)]
+        assert find_batches(folder.path)[1][first - 1 :] == batches
+        replay_batches(config, batches, begin, replayed.append)
+        assert [step["step"] for step in replayed] == list(range(first, STEPS + 1))
+        for step in replayed:
+            record = records[step["step"]]
+            assert len(step["metrics"]) > 8 and step["metrics"] == {name: record[name] for name in step["metrics"]}
+            assert step["tokens"] == record["batch/tokens"]
+    with pytest.raises(ConfigError, match="no checkpoint of step 3, after which batch 4 was trained: say with --begin"):
+        beginning(folder, 4)
+
+
 @pytest.mark.parametrize("actor", ACTORS, ids=lambda actor: ",".join(actor) or "tp")
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, actor):
-    path = job(tmp_path, engine={"deterministic": True}, actor=actor)
+    path = job(tmp_path, engine={"deterministic": True}, actor=actor, observe={"dump_batches": True})
     whole, killed = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "killed")
     code, output, _ = finish(begin(path, whole), 400)
     assert code == 0, output
@@ -141,6 +163,8 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, actor):
     assert read_ledger(whole.ledger) == read_ledger(killed.ledger)
     assert whole.samples.read_bytes() == killed.samples.read_bytes()
     assert controller_state(published(whole)[-1]) == controller_state(published(killed)[-1])
+
+    assert_replayed(whole)
 
     fates = Counter(e.fate for e in read_ledger(whole.ledger))
     assert fates["kept"] == 6 * STEPS and fates["carried"] and fates["all_wrong"], fates  # all of it was exercised

@@ -23,6 +23,7 @@ KNOW_COMPAT = {
     "trainer/warm_up.py",
     "trainer/check_model.py",
     "trainer/replay.py",
+    "trainer/replay_batches.py",
     "engines/command.py",
 }
 FILES = [p for folder in ("dapo_megatron", "launch", "tools") for p in sorted((ROOT / folder).rglob("*.py"))]
