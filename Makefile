@@ -7,6 +7,7 @@
 # make prove REV=HEAD~1   that this tree computes what another revision does, bit for bit: every layout and a short run
 # make bench-trl   set up, TRL too in an environment of its own, then compare speed with it; ARGS=--quick for a few steps
 # make bench-chaos   the demo run killed at random moments and resumed, again and again; ARGS="--minutes 60" for an hour
+# make bench-engine-deaths   the demo at lag 2 while an engine is killed every 20 seconds
 # make bench-checkpoint   saves and their verification beside the machine's own limits
 # make bench-control-plane   a batch of the size of the paper through controller and link: time, bytes, memory
 # make bench-conversion   a model of 1.5 B parameters to a distributed checkpoint and back: memory and speed
@@ -26,7 +27,7 @@ TRL_READY := .venv-trl/.ready
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo test test-full test-slurm slurm-programs lint prove setup clean \
-  bench-trl bench-chaos bench-checkpoint bench-conversion bench-control-plane bench-rollout-schedule bench-push
+  bench-trl bench-chaos bench-engine-deaths bench-checkpoint bench-conversion bench-control-plane bench-rollout-schedule bench-push
 
 help:
 	@sed -n "s/^# \(make .*\)/\1/p" Makefile
@@ -60,7 +61,7 @@ prove: $(READY)
 bench-trl: $(READY) $(TRL_READY)
 	$(BIN)/python -m benchmarks.vs_trl $(ARGS)
 
-bench-chaos bench-checkpoint bench-conversion bench-control-plane bench-rollout-schedule: bench-%: $(READY)
+bench-chaos bench-engine-deaths bench-checkpoint bench-conversion bench-control-plane bench-rollout-schedule: bench-%: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m benchmarks.$(subst -,_,$*) $(ARGS)
 
 bench-push: $(READY)
