@@ -17,7 +17,7 @@ import signal
 import stat
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -141,11 +141,13 @@ class Cluster:
             text=True,
         )
 
-    def sbatch(self, script: str, *options: str) -> int:
-        """Submit a script's text; returns the job's id. Its output goes to shared/<job id>.out."""
+    def sbatch(self, script: str, *options: str, arguments: Sequence[str] = ()) -> int:
+        """Submit a script's text, to run with `arguments`; returns the job's id. It prints to shared/<job id>.out."""
         path = self.shared / f"job-{time.monotonic_ns()}.sh"
         path.write_text(f"#!/bin/bash\n{script.lstrip()}")
-        return int(self.run("sbatch", "--parsable", f"--output={self.shared}/%j.out", *options, str(path)).strip())
+        return int(
+            self.run("sbatch", "--parsable", f"--output={self.shared}/%j.out", *options, str(path), *arguments).strip()
+        )
 
     def output(self, job: int) -> str:
         """What a job has printed so far."""

@@ -23,14 +23,16 @@ by_make_test_slurm = pytest.mark.skipif(os.environ.get("SLURM") != "all", reason
 class Run:
     """A job of a run on the cluster."""
 
-    def __init__(self, cluster, name, *options, steps=5, script=None, **sections):
-        self.cluster = cluster
-        home = cluster.shared / name
+    def __init__(self, cluster, name, *options, steps=5, **sections):
         sections = {"actor": ACTOR, "launch": LAUNCH, "evaluation": {"every": 1000}} | sections
-        path = recipe(home, **sections)
-        self.folder = RunFolder(home / "run")
-        script = script or f"exec .venv/bin/python -m launch.slurm --recipe {path} trainer.steps={steps}"
-        self.job = cluster.sbatch(script, f"--chdir={REPOSITORY}", *(options or PLAIN))
+        self.cluster, self.recipe = cluster, recipe(cluster.shared / name, **sections)
+        self.folder = RunFolder(self.recipe.parent / "run")
+        self.submit(steps, options or PLAIN)
+
+    def submit(self, steps, options):
+        """Put it into the queue."""
+        script = f"exec .venv/bin/python -m launch.slurm --recipe {self.recipe} trainer.steps={steps}"
+        self.job = self.cluster.sbatch(script, f"--chdir={REPOSITORY}", *options)
 
     def steps(self):
         """Steps that are recorded."""
@@ -71,8 +73,31 @@ class Run:
         return found
 
 
-def test_a_job_over_three_nodes_ends_well(cluster):
-    run = Run(cluster, "plain", steps=3)
+class Smoke(Run):
+    """slurm/dapo_smoke.sh, with a smaller model and fewer responses."""
+
+    def submit(self, steps, options):
+        home = self.recipe.parent
+        arguments = [
+            f"run_dir={self.folder.path}",
+            f"trainer.steps={steps}",
+            f"model.path={home}/model",
+            f"data.train={home}/train.jsonl",
+            f"data.eval={home}/eval.jsonl",
+            "data.eval_limit=4",
+            "rollout.prompts_per_step=4",
+            "rollout.group_size=4",
+            "trainer.mini_batch_prompts=2",
+            "algorithm.dynamic_sampling=false",  # an untrained model gets nothing right
+        ]
+        if ":" in options:
+            arguments.append("launch.engine_nodes=null")
+        script = (REPOSITORY / "slurm" / "dapo_smoke.sh").read_text()
+        self.job = self.cluster.sbatch(script, f"--chdir={REPOSITORY}", *options, arguments=arguments)
+
+
+def test_the_smoke_script_ends_well(cluster):
+    run = Smoke(cluster, "plain", "--nodes=3", steps=3)
     said = run.finish()
     assert "step 3/3" in said and "report: " in said
     hosts = {p.stem: p.read_text() for p in run.folder.statuses.glob("*.json")}
@@ -82,11 +107,12 @@ def test_a_job_over_three_nodes_ends_well(cluster):
 
 
 @by_make_test_slurm
-def test_a_heterogeneous_job(cluster):
-    launch = LAUNCH | {"engine_nodes": None}
-    run = Run(cluster, "het", "--nodes=2", "--requeue", ":", "--nodes=1", steps=3, launch=launch)
+@pytest.mark.parametrize("options", [("--nodes=4",), ("--nodes=2", ":", "--nodes=1"), ("--nodes=2", ":", "--nodes=2")])
+def test_the_smoke_script_on_other_nodes(cluster, options):
+    run = Smoke(cluster, f"smoke{len(options)}{options[-1][-1]}", *options, steps=3)
     run.finish()
-    assert "http://10.77.0.3:" in run.folder.engine_set.read_text()
+    engine = 4 if options == ("--nodes=4",) else 3
+    assert f"http://10.77.0.{engine}:" in run.folder.engine_set.read_text()
 
 
 @by_make_test_slurm
