@@ -122,7 +122,7 @@ class Controller:
                 self.reporter.phase("evaluate", f"step {step}")
                 held_out = self.held_out.prompts if self.held_out else []
                 sample_group = partial(self.sample_group, purpose=f"evaluation {step}")
-                return Evaluation(await evaluate(self.config.evaluation, held_out, self.params, sample_group))
+                return Evaluation(await evaluate(self.config, held_out, self.params, sample_group))
             case Goodbye():
                 return Done()
 
