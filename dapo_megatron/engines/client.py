@@ -64,6 +64,10 @@ class EngineClient:
         await self._serving.stop()
         await self._session.close()
 
+    async def until_one_serves(self) -> None:
+        """Wait until there is an engine to ask; without a deadline: whoever starts the engines has one."""
+        await self._serving.least_busy()
+
     async def generate(self, input_ids: list[int], params: SamplingParams, count: int = 1) -> list[Sampled]:
         """`count` samples after one input, in one request.
 
