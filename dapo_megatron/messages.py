@@ -32,8 +32,15 @@ class FetchPart(msgspec.Struct, tag=True):
     part: int
 
 
+class BeginEvaluation(msgspec.Struct, tag=True):
+    """Evaluate version `version`, which is live, on the held-out prompts, beside what is asked next."""
+
+    step: int
+    version: int
+
+
 class Evaluate(msgspec.Struct, tag=True):
-    """Evaluate version `version`, which is live, on the held-out prompts."""
+    """Evaluate version `version`, which is live, on the held-out prompts; or send what was begun for this step."""
 
     step: int
     version: int
@@ -82,5 +89,5 @@ class Failed(msgspec.Struct, tag=True):
     reason: str
 
 
-Request = Hello | NextBatch | FetchPart | Evaluate | Goodbye
+Request = Hello | NextBatch | FetchPart | BeginEvaluation | Evaluate | Goodbye
 Reply = Welcome | Batch | BatchPart | Evaluation | Done | Failed

@@ -43,7 +43,8 @@ class RolloutConfig(Section):
 
 class EvaluationConfig(Section):
     every: int = Field(10, ge=1)
-    """Rollout steps between evaluations (one more at the start and at the end)."""
+    """Rollout steps between evaluations (one more at the start and at the end). With rollout.max_policy_lag, each goes
+    on beside the next step."""
     samples: int = Field(32, ge=1)
     """k of avg@k: sampled responses a held-out prompt."""
     temperature: float = Field(1.0, ge=0)

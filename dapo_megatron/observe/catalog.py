@@ -116,6 +116,12 @@ ROLLOUT_ERRORS = _metric(
 
 EVAL_ACCURACY = _metric("eval/accuracy", "of responses", "avg@k on the held-out prompts.")
 EVAL_GREEDY_ACCURACY = _metric("eval/greedy_accuracy", "of prompts", "Greedy accuracy on the held-out prompts.")
+EVAL_OTHER_VERSION = _metric(
+    "eval/other_version_share",
+    "of tokens",
+    "With a lag: tokens of the evaluation that were sampled by another version than the one that it measures.",
+)
+EVAL_SECONDS = _metric("eval/seconds", "s", "With a lag: duration of the evaluation, most of it beside training.")
 
 SYNC_SECONDS = _metric("sync/seconds", "s", "Duration of the push.")
 SYNC_BYTES = _metric("sync/bytes", "bytes", "Bytes that the push sent to each engine.")
@@ -136,7 +142,7 @@ _PHASE_DOCS = {
     "push": "Sending the weights to the engines.",
     "verify": "Comparing trainer and engines.",
     "checkpoint": "What training waited for checkpoints, up to the step before: the copy of its state.",
-    "evaluate": "Sampling and grading the held-out prompts.",
+    "evaluate": "Sampling and grading the held-out prompts; with a lag, what training waited for it.",
 }
 
 

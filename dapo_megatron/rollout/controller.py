@@ -4,6 +4,7 @@
     Hello              data are read, graders run; its state is the checkpoint's
     NextBatch(k, v)    step k is full; with max_policy_lag its groups are generated while others are trained
     FetchPart(k, ...)  at once: every replica fetches its own part of batch k
+    BeginEvaluation    at once; with max_policy_lag, held-out prompts are sampled beside the training's
     Evaluate(k, v)     every held-out prompt has its responses
     Goodbye            at once, and ends
 
@@ -32,6 +33,7 @@ from dapo_megatron.grading.pool import GradingPool
 from dapo_megatron.messages import (
     Batch,
     BatchPart,
+    BeginEvaluation,
     Done,
     Evaluate,
     Evaluation,
@@ -86,6 +88,8 @@ class Controller:
         self._session: _Session | None = None
         self._version = 0
         """That is live, by what the trainer has said."""
+        self._evaluation: tuple[int, asyncio.Task[dict[str, float]]] | None = None
+        """Step, and the evaluation that goes on beside its successor."""
 
     async def serve(self, link: RpcServer) -> None:
         """Answer the trainer until it says goodbye. Every DapoError is sent to it, and then raised here."""
@@ -101,6 +105,9 @@ class Controller:
 
     async def close(self) -> None:
         """Stop generating."""
+        if self._evaluation is not None:
+            self._evaluation[1].cancel()
+            await asyncio.gather(self._evaluation[1], return_exceptions=True)  # nobody asks for it any more
         if self._session is not None:
             await self._session.producer.close()
             self._session.bank.end()
@@ -117,14 +124,23 @@ class Controller:
                 if served is None or served.step != step:
                     raise DapoError(f"a trainer rank asked for batch {step}, which is not the one that is trained")
                 return BatchPart(await asyncio.to_thread(served.encoded, update, replica, part))
-            case Evaluate(step, version):
+            case BeginEvaluation(step, version):
                 self._version = version
+                self._evaluation = step, asyncio.create_task(self._evaluate(step, version))
+                return Done()
+            case Evaluate(step, version):
                 self.reporter.phase("evaluate", f"step {step}")
-                held_out = self.held_out.prompts if self.held_out else []
-                sample_group = partial(self.sample_group, purpose=f"evaluation {step}")
-                return Evaluation(await evaluate(self.config, held_out, self.params, sample_group))
+                if self._evaluation is not None and self._evaluation[0] == step:
+                    return Evaluation(await self._evaluation[1])
+                self._version = version
+                return Evaluation(await self._evaluate(step, version))
             case Goodbye():
                 return Done()
+
+    async def _evaluate(self, step: int, version: int) -> dict[str, float]:
+        held_out = self.held_out.prompts if self.held_out else []
+        sample_group = partial(self.sample_group, purpose=f"evaluation {step}")
+        return await evaluate(self.config, held_out, self.params, sample_group, version)
 
     def _begin(self, snapshot: bytes | None, step: int) -> Welcome:
         if self._session is not None:

@@ -1,7 +1,8 @@
 """avg@k on the held-out prompts: the mean accuracy of k sampled responses a prompt."""
 
 import time
-from collections.abc import Callable, Coroutine
+from collections import Counter
+from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,29 +19,48 @@ SampleGroup = Callable[[Prompt, int, SamplingParams, int], Coroutine[Any, Any, G
 
 
 async def evaluate(
-    config: RunConfig, prompts: list[Prompt], training: SamplingParams, sample_group: SampleGroup
+    config: RunConfig, prompts: list[Prompt], training: SamplingParams, sample_group: SampleGroup, version: int
 ) -> dict[str, float]:
     """Accuracy on the held-out prompts, sampled and, if asked for, greedy.
 
     Args:
         training: how training samples; temperature and top_p are replaced by the evaluation's.
         sample_group: `sample_group(prompt, order, params, size)` generates and grades one group.
+        version: the policy version that is measured. With a lag the next one may go live meanwhile: a push waits for
+            no answer, and how much it has sampled is told.
     """
     began, evaluation = time.monotonic(), config.evaluation
 
-    async def finished(prompt: Prompt, order: int, params: SamplingParams, size: int) -> Group:
-        make = partial(sample_group, prompt, order, params, size)
-        return await until_finished(make, f"evaluation of prompt '{prompt.id}'", config.rollout.max_reissues)
+    async def groups(params: SamplingParams, size: int) -> list[Group]:
+        def finished(prompt: Prompt, order: int) -> Coroutine[Any, Any, Group]:
+            make = partial(sample_group, prompt, order, params, size)
+            return until_finished(make, f"evaluation of prompt '{prompt.id}'", config.rollout.max_reissues)
 
-    sampled = msgspec.structs.replace(training, temperature=evaluation.temperature, top_p=evaluation.top_p)
-    metrics = {m.EVAL_ACCURACY: await _accuracy(prompts, sampled, evaluation.samples, finished)}
+        return await all_or_first_error(finished(p, i) for i, p in enumerate(prompts))
+
+    sampled = await groups(
+        msgspec.structs.replace(training, temperature=evaluation.temperature, top_p=evaluation.top_p),
+        evaluation.samples,
+    )
+    metrics, greedy = {m.EVAL_ACCURACY: accuracy(sampled)}, list[Group]()
     if evaluation.greedy:
-        greedy = msgspec.structs.replace(training, temperature=0.0)
-        metrics[m.EVAL_GREEDY_ACCURACY] = await _accuracy(prompts, greedy, 1, finished)
-    return metrics | {m.EVALUATE_SECONDS: time.monotonic() - began}
+        greedy = await groups(msgspec.structs.replace(training, temperature=0.0), 1)
+        metrics[m.EVAL_GREEDY_ACCURACY] = accuracy(greedy)
+    seconds = time.monotonic() - began
+    if config.rollout.max_policy_lag == 0:
+        return metrics | {m.EVALUATE_SECONDS: seconds}
+    return metrics | {m.EVAL_OTHER_VERSION: other_version_share(sampled + greedy, version), m.EVAL_SECONDS: seconds}
 
 
-async def _accuracy(prompts: list[Prompt], params: SamplingParams, samples: int, sample_group: SampleGroup) -> float:
-    groups = await all_or_first_error(sample_group(p, i, params, samples) for i, p in enumerate(prompts))
+def accuracy(groups: Sequence[Group]) -> float:
+    """Share of the responses that are right."""
     verdicts = [r.verdict for g in groups for r in g.responses]
     return sum(v == "right" for v in verdicts) / len(verdicts)
+
+
+def other_version_share(groups: Sequence[Group], version: int) -> float:
+    """Share of the sampled tokens that are of another policy version."""
+    tokens = Counter[bool]()
+    for span in (s for g in groups for r in g.responses for s in r.version_spans):
+        tokens[span.version != version] += span.end - span.start
+    return tokens[True] / tokens.total()

@@ -11,7 +11,18 @@ from dapo_megatron.distributed.agreement import on_first_rank
 from dapo_megatron.distributed.layout import Layout
 from dapo_megatron.errors import DapoError
 from dapo_megatron.keys import Keys
-from dapo_megatron.messages import Batch, Done, Evaluate, Evaluation, Goodbye, Hello, NextBatch, Request, Welcome
+from dapo_megatron.messages import (
+    Batch,
+    BeginEvaluation,
+    Done,
+    Evaluate,
+    Evaluation,
+    Goodbye,
+    Hello,
+    NextBatch,
+    Request,
+    Welcome,
+)
 from dapo_megatron.rpc import RpcClient
 from dapo_megatron.trainer.replica_batch import PartFetcher, ReplicaBatch, fetched_batch
 
@@ -54,8 +65,13 @@ class ControllerClient:
         mine = fetched_batch(self._fetcher, self.layout, rules, step, version, batch.parts)
         return mine, batch.metrics, batch.snapshot
 
+    def begin_evaluation(self, state: TrainState) -> None:
+        """Have the live version evaluated beside what is asked next; `evaluate` of the same state gives its metrics."""
+        self._ask(BeginEvaluation(state.step, state.version), Done)
+
     def evaluate(self, state: TrainState, meanwhile: Meanwhile) -> dict[str, float]:
-        """Evaluation metrics of the live version; empty without held-out prompts."""
+        """Evaluation metrics of the live version, or of the one whose evaluation was begun; empty without held-out
+        prompts."""
         if self.config.data.eval is None:
             return {}
         return self._ask(Evaluate(state.step, state.version), Evaluation, meanwhile).metrics
