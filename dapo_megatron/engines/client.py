@@ -16,6 +16,9 @@ from dapo_megatron.errors import EngineError
 REFUSED_FOR_NOW = (408, 429)
 """HTTP statuses of a server that may take the request later; one with 500 or above has failed."""
 
+BLAMES = 2
+"""How often one request may have an engine put aside that answers HTTP 500 or above: then it is the request."""
+
 
 class Unanswered(EngineError):
     """No engine has finished a request before its deadline: the group it belongs to is issued again."""
@@ -47,6 +50,8 @@ class EngineClient:
         """
         self.concurrency, self.timeout_s = concurrency, timeout_s
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self.asked_again = 0
+        """Requests that an engine left unanswered or aborted, each time counted."""
         self._slots, self._turn = asyncio.Semaphore(concurrency), asyncio.Lock()
         self._serving = ServingEngines(read_set, silence_s)
         self._open: aiohttp.ClientSession | None = None
@@ -97,29 +102,37 @@ class EngineClient:
 
     async def _until_answered(self, input_ids: list[int], params: SamplingParams, count: int) -> list[Sampled]:
         loop = asyncio.get_running_loop()
-        pause, last, deadline = 0.1, "", loop.time() + self.timeout_s
+        pause, last, tries, deadline = 0.1, "", 0, loop.time() + self.timeout_s
         found: list[Sampled] = []
         while (missing := count - len(found)) > 0:
             try:
                 async with asyncio.timeout_at(deadline):
-                    some, last = await self._ask(input_ids, params, missing)
+                    some, last = await self._ask(input_ids, params, missing, blames=tries < BLAMES)
             except TimeoutError:
                 raise Unanswered(
                     f"no response from the engines within {self.timeout_s:.0f} s (last: "
                     f"{last or self._serving.why_none()}): see logs/latest/engine-*.log"
                 ) from None
             found += some
+            tries += 1
             if len(some) < missing:
+                self.asked_again += 1
                 await asyncio.sleep(min(pause * random.uniform(0.5, 1.5), max(0.0, deadline - loop.time())))
                 pause = min(pause * 2, 5.0)
         return found
 
-    async def _ask(self, input_ids: list[int], params: SamplingParams, count: int) -> tuple[list[Sampled], str]:
-        """What one engine gives: at most `count` completions, and what became of the rest."""
+    async def _ask(
+        self, input_ids: list[int], params: SamplingParams, count: int, *, blames: bool
+    ) -> tuple[list[Sampled], str]:
+        """What one engine gives: at most `count` completions, and what became of the rest.
+
+        Args:
+            blames: whether HTTP 500 or above is the engine's fault.
+        """
         server = await self._serving.least_busy()
         tokens = count * self._serving.expected_tokens(len(input_ids), params.max_new_tokens)
         server.tokens_in_flight += tokens
-        attempt = asyncio.ensure_future(self._attempt(server, input_ids, params, count))
+        attempt = asyncio.ensure_future(self._attempt(server, input_ids, params, count, blames))
         server.attempts.add(attempt)
         try:
             await asyncio.wait([attempt])
@@ -138,7 +151,7 @@ class EngineClient:
             server.tokens_in_flight -= tokens
 
     async def _attempt(
-        self, server: Server, input_ids: list[int], params: SamplingParams, count: int
+        self, server: Server, input_ids: list[int], params: SamplingParams, count: int, blames: bool
     ) -> tuple[list[Sampled], str]:
         """At most `count` completions, and what became of the rest."""
         url = server.url
@@ -150,8 +163,8 @@ class EngineClient:
                 self._serving.answered(server, [len(c.token_ids) for c in found])
                 return found, f"{url}: aborted"
             why = f"HTTP {reply.status} {' '.join(data[:500].decode(errors='replace').split())}"
-            if reply.status >= 500:
+            if reply.status >= 500 and blames:
                 self._serving.failed(server, why)
-            elif reply.status not in REFUSED_FOR_NOW:
+            elif reply.status < 500 and reply.status not in REFUSED_FOR_NOW:
                 raise EngineError(f"engine {url} refused /generate of {len(input_ids)} tokens: {why}")
             return [], f"{url}: {why}"

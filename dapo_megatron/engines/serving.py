@@ -154,7 +154,8 @@ class ServingEngines:
                 version = "" if trouble else str((await reply.json())["weight_version"])
         except (aiohttp.ClientError, TimeoutError, KeyError, ValueError) as e:
             trouble = f"{type(e).__name__} {e}".strip()
-        trouble = trouble or await _trouble(server, session)
+        if version.isdigit():
+            trouble = await _trouble(server, session)
         server.serves = trouble is None and version.isdigit()
         server.why_not = trouble or f"it serves version {version}, which nobody pushed"
         if why := self._silence(server, trouble, began):

@@ -113,6 +113,11 @@ NO_VERDICT = _metric("grading/unknown", "responses", "Responses of the step with
 ROLLOUT_ERRORS = _metric(
     "rollout/errors", "calls", "Calls of the rollout function that raised, since the controller's start."
 )
+ASKED_AGAIN = _metric(
+    "rollout/requests_asked_again",
+    "requests",
+    "Requests that an engine aborted or left unanswered and that were asked again, since the controller's start.",
+)
 
 EVAL_ACCURACY = _metric("eval/accuracy", "of responses", "avg@k on the held-out prompts.")
 EVAL_GREEDY_ACCURACY = _metric("eval/greedy_accuracy", "of prompts", "Greedy accuracy on the held-out prompts.")

@@ -171,6 +171,7 @@ class Controller:
         produced.metrics |= {
             m.GENERATE_SECONDS: time.monotonic() - began,
             m.ROLLOUT_ERRORS: float(self.rollout.errors),
+            m.ASKED_AGAIN: float(self.sampler.asked_again),
             m.GROUPS_FROM_BANK: float(session.bank.taken),
             m.GROUPS_NOT_BANKED: float(session.bank.missed),
         }

@@ -38,18 +38,18 @@ async def evaluate(
 
         return await all_or_first_error(finished(p, i) for i, p in enumerate(prompts))
 
-    sampled = await groups(
-        msgspec.structs.replace(training, temperature=evaluation.temperature, top_p=evaluation.top_p),
-        evaluation.samples,
-    )
-    metrics, greedy = {m.EVAL_ACCURACY: accuracy(sampled)}, list[Group]()
+    sampled = msgspec.structs.replace(training, temperature=evaluation.temperature, top_p=evaluation.top_p)
+    wanted = {m.EVAL_ACCURACY: partial(groups, sampled, evaluation.samples)}
     if evaluation.greedy:
-        greedy = await groups(msgspec.structs.replace(training, temperature=0.0), 1)
-        metrics[m.EVAL_GREEDY_ACCURACY] = accuracy(greedy)
-    seconds = time.monotonic() - began
+        wanted[m.EVAL_GREEDY_ACCURACY] = partial(groups, msgspec.structs.replace(training, temperature=0.0), 1)
     if config.rollout.max_policy_lag == 0:
-        return metrics | {m.EVALUATE_SECONDS: seconds}
-    return metrics | {m.EVAL_OTHER_VERSION: other_version_share(sampled + greedy, version), m.EVAL_SECONDS: seconds}
+        metrics = {name: accuracy(await make()) for name, make in wanted.items()}
+        return metrics | {m.EVALUATE_SECONDS: time.monotonic() - began}
+    # At once: training would wait for the longest answer of each in turn.
+    found = await all_or_first_error(make() for make in wanted.values())
+    metrics = {name: accuracy(made) for name, made in zip(wanted, found, strict=True)}
+    other = other_version_share([group for made in found for group in made], version)
+    return metrics | {m.EVAL_OTHER_VERSION: other, m.EVAL_SECONDS: time.monotonic() - began}
 
 
 def accuracy(groups: Sequence[Group]) -> float:
