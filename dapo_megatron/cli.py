@@ -87,7 +87,7 @@ def run(
 
 @app.command(
     epilog="Examples:  dapo-megatron rollout my.yaml --prompts 256 --output responses.jsonl   |   "
-    "dapo-megatron rollout my.yaml rollout.group_size=8 grading.grader=my_grader:is_right"
+    "dapo-megatron rollout my.yaml --engine http://node1:30000 rollout.group_size=8 grading.grader=my_grader:is_right"
 )
 def rollout(
     recipe: Recipe,
@@ -97,6 +97,10 @@ def rollout(
     ] = 64,
     output: Annotated[
         Path | None, typer.Option(help="New jsonl file: a line for each group, with its responses and their verdicts.")
+    ] = None,
+    engine: Annotated[
+        list[str] | None,
+        typer.Option(metavar="URL", help="SGLang server that serves the model already; again for each further one."),
     ] = None,
 ) -> None:
     """Generate and grade without a trainer; print accuracy, mixed groups, lengths, truncation and tokens/s.
@@ -111,7 +115,7 @@ def rollout(
     check_model_files(config)
     kept = "nothing is kept" if output is None else f"finished groups are in {output}"
     with _stopped_by_hand(kept):
-        code = run_rollout(config, prompts, output)
+        code = run_rollout(config, prompts, output, engine or ())
     if code:
         raise typer.Exit(code)
 

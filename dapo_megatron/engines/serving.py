@@ -5,7 +5,7 @@
     it rests: 1 s, twice as long each time it fails   -> probed; serves again, if its scheduler answers
 
 waits                 for
-the follower          nothing: it looks at the set, and asks every engine for a sign of life, again and again
+the follower          nothing: it looks at the set, and asks every engine that owes an answer for a sign of life
 `least_busy`          an engine that serves: the follower finds one, after a start or a failure
 
 A sign of life is an answer to /server_info: its scheduler has a part in it. SGLang's /health generates a token, which
@@ -138,7 +138,10 @@ class ServingEngines:
             known[member].give_up("it was replaced")
 
     async def _watch(self, server: Server, session: aiohttp.ClientSession) -> None:
-        """One that serves."""
+        """One that serves; while it owes nothing, nobody waits for it."""
+        if not server.attempts:
+            server.silent_since = None
+            return
         began = asyncio.get_running_loop().time()
         trouble = await _trouble(server, session)
         if why := self._silence(server, trouble, began):

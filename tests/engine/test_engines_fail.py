@@ -5,8 +5,9 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 from collections import Counter
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 
 import aiohttp
 import psutil
@@ -18,6 +19,7 @@ from aiohttp.test_utils import TestServer
 from dapo_megatron.engines import serving
 from dapo_megatron.engines.client import EngineClient
 from dapo_megatron.engines.coalescing import CoalescingClient
+from dapo_megatron.engines.command import engine_command, engine_environment
 from dapo_megatron.engines.control import EngineControl
 from dapo_megatron.engines.engine_set import EngineSet, Member
 from dapo_megatron.grading.pool import grading_pool
@@ -27,7 +29,8 @@ from dapo_megatron.rollout.controller import Controller
 from dapo_megatron.rollout.ledger import SETTLED, check_exactly_once, read_ledger
 from dapo_megatron.run_folder import RunFolder
 from launch.demo import write_data, write_model
-from tests.engine.conftest import serve
+from launch.ports import reserved_ports
+from tests.engine.conftest import ENGINE
 from tests.tiny import run_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -99,11 +102,31 @@ async def proxied(url):
         yield proxy, str(server.make_url("")).rstrip("/")
 
 
-def strike(pid, number):
-    """A signal to a server and all of its processes."""
-    server = psutil.Process(pid)
-    for process in [server, *server.children(recursive=True)]:
-        os.kill(process.pid, number)
+@contextmanager
+def serve_beside(model_path, log):
+    """(URL, its processes) of a server. A ProcessGroup would end the session's server with it."""
+    config = run_config(model_path, engine=ENGINE)
+    with reserved_ports(1) as (port,), log.open("wb") as out:
+        command = engine_command(config, "127.0.0.1", port, cpu=True)
+        environment = engine_environment(os.environ, cpu=True)
+        process = subprocess.Popen(command, env=environment, stdout=out, stderr=out)
+        try:
+            control = EngineControl(f"http://127.0.0.1:{port}", 60)
+            control.wait_ready(120)
+            control.close()
+            yield control.url, [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        finally:
+            if process.poll() is None:
+                server = psutil.Process(process.pid)
+                strike([*server.children(recursive=True), server], signal.SIGKILL)
+            process.wait()
+
+
+def strike(processes, number):
+    """A signal to those that are there."""
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.send_signal(number)
 
 
 async def until(is_so):
@@ -111,7 +134,7 @@ async def until(is_so):
         await asyncio.sleep(0.02)
 
 
-async def failing_steps(config, folder, client, engines, first, second, pid):
+async def failing_steps(config, folder, client, engines, first, second, processes):
     """Steps in whose middle the second engine fails in one way after another; engines[0] is who serves."""
     link = Link()
 
@@ -150,26 +173,26 @@ async def failing_steps(config, folder, client, engines, first, second, pid):
             await serves(first, second)
 
             async def stops():
-                strike(pid, signal.SIGSTOP)
+                strike(processes, signal.SIGSTOP)
 
             replies.append(await step(2, second, stops))
             assert not of(second).serves
-            strike(pid, signal.SIGCONT)
+            strike(processes, signal.SIGCONT)
             await until(lambda: of(second).serves)
 
             await serves(second)
 
             async def stops_for_too_long():
-                strike(pid, signal.SIGSTOP)
+                strike(processes, signal.SIGSTOP)
                 await asyncio.sleep(DEADLINE_S + 2)
-                strike(pid, signal.SIGCONT)
+                strike(processes, signal.SIGCONT)
 
             replies.append(await step(3, second, stops_for_too_long))
 
             await serves(first, second)
 
             async def dies():
-                strike(pid, signal.SIGKILL)
+                strike(processes, signal.SIGKILL)
 
             replies.append(await step(4, second, dies))
             await link.ask(Goodbye())
@@ -182,7 +205,7 @@ def test_a_step_is_completed_by_the_other_engine_and_every_prompt_is_settled_onc
     config, engine_url, model_path, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(serving, "PROBE_TIMEOUT", aiohttp.ClientTimeout(total=1.0))
-    with serve(model_path, tmp_path / "logs") as (second, pid):
+    with serve_beside(model_path, tmp_path / "second.log") as (second, processes):
         for url in (engine_url, second):
             control = EngineControl(url, 60)
             control.set_version(0)
@@ -193,13 +216,9 @@ def test_a_step_is_completed_by_the_other_engine_and_every_prompt_is_settled_onc
             async with EngineClient(
                 lambda: engines[0], concurrency=4 * SIZE, timeout_s=DEADLINE_S, silence_s=2.0
             ) as client:
-                return await failing_steps(config, tmp_path / "run", client, engines, engine_url, second, pid)
+                return await failing_steps(config, tmp_path / "run", client, engines, engine_url, second, processes)
 
-        try:
-            replies = asyncio.run(run())
-        finally:
-            if psutil.pid_exists(pid):
-                strike(pid, signal.SIGCONT)
+        replies = asyncio.run(run())
 
     entries = read_ledger(RunFolder(tmp_path / "run").ledger)
     audit = check_exactly_once(entries)

@@ -8,6 +8,8 @@ import sys
 import psutil
 import pytest
 
+from dapo_megatron.engines.control import EngineControl
+from tests.engine.conftest import serve
 from tests.launch.conftest import finish, recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -53,6 +55,22 @@ def test_responses_are_graded_written_and_told(tmp_path):
 
     code, output, _ = finish(start(path, "--prompts", "1", "--output", str(responses)))
     assert code == 1 and "is there already" in output
+
+
+def test_an_engine_that_serves_already_is_asked_unless_a_run_uses_it(tmp_path):
+    path, responses = recipe(tmp_path / "job"), tmp_path / "responses.jsonl"
+    with serve(tmp_path / "job" / "model", tmp_path / "logs", context_length=64) as (url, _):
+        arguments = ("--engine", url, "--prompts", "3", "--output", str(responses))
+        code, output, _ = finish(start(path, *arguments))
+        assert code == 0 and row(output, "prompts") == "3, 4 responses each", output
+        assert len(responses.read_text().splitlines()) == 3
+        control = EngineControl(url, 30)
+        assert control.is_up() and control.version() == "0"
+        control.set_version(7)
+        control.close()
+        responses.unlink()
+        code, output, _ = finish(start(path, *arguments))
+        assert code == 1 and f"error: --engine {url} serves version 7 of a run's policy" in output
 
 
 def test_engines_that_do_not_come_up_are_told_and_nothing_is_left(tmp_path):
