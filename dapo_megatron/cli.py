@@ -1,4 +1,4 @@
-"""The command line: dapo-megatron run | config | check | metrics | report | replay | demo."""
+"""The command line: dapo-megatron run | rollout | config | check | metrics | report | replay | demo."""
 
 import os
 import subprocess
@@ -83,6 +83,41 @@ def run(
 
     with _stopped_by_hand("go on with --resume"):
         print(f"report: {run_local(config, resume=resume, weights=resume_weights_only)}")
+
+
+@app.command(
+    epilog="Examples:  dapo-megatron rollout my.yaml --prompts 256 --output responses.jsonl   |   "
+    "dapo-megatron rollout my.yaml --engine http://node1:30000 rollout.group_size=8 grading.grader=my_grader:is_right"
+)
+def rollout(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    prompts: Annotated[
+        int, typer.Option(min=1, help="Groups to generate: the first that a training would, at most one a prompt.")
+    ] = 64,
+    output: Annotated[
+        Path | None, typer.Option(help="New jsonl file: a line for each group, with its responses and their verdicts.")
+    ] = None,
+    engine: Annotated[
+        list[str] | None,
+        typer.Option(metavar="URL", help="SGLang server that serves the model already; again for each further one."),
+    ] = None,
+) -> None:
+    """Generate and grade without a trainer; print accuracy, mixed groups, lengths, truncation and tokens/s.
+
+    What a training's first step would see, on this machine's engines alone: no GPU is kept for trainer ranks.
+    """
+    config = load_config(recipe, overrides or [])
+    from launch.inputs import check_data, check_model_files
+    from launch.rollout import run_rollout
+
+    check_data(config)
+    check_model_files(config)
+    kept = "nothing is kept" if output is None else f"finished groups are in {output}"
+    with _stopped_by_hand(kept):
+        code = run_rollout(config, prompts, output, engine or ())
+    if code:
+        raise typer.Exit(code)
 
 
 @app.command(

@@ -46,8 +46,15 @@ class FetchState(msgspec.Struct, tag=True):
     part: int
 
 
+class BeginEvaluation(msgspec.Struct, tag=True):
+    """Evaluate version `version`, which is live, on the held-out prompts, beside what is asked next."""
+
+    step: int
+    version: int
+
+
 class Evaluate(msgspec.Struct, tag=True):
-    """Evaluate version `version`, which is live, on the held-out prompts."""
+    """Evaluate version `version`, which is live, on the held-out prompts; or send what was begun for this step."""
 
     step: int
     version: int
@@ -98,5 +105,5 @@ class Failed(msgspec.Struct, tag=True):
     reason: str
 
 
-Request = RestoreState | Hello | NextBatch | FetchPart | FetchState | Evaluate | Goodbye
+Request = RestoreState | Hello | NextBatch | FetchPart | FetchState | BeginEvaluation | Evaluate | Goodbye
 Reply = Welcome | Batch | Part | Evaluation | Done | Failed

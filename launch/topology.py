@@ -181,6 +181,17 @@ def place_ranks(actor: ActorConfig, nodes: Sequence[Node]) -> tuple[RankPlace, .
     return _ranks(_take(demand, _free(nodes)), demand.size, None)
 
 
+def place_engines(engine: EngineConfig, nodes: Sequence[Node], ports: Sequence[int]) -> tuple[EnginePlace, ...]:
+    """Engines alone, without trainer and controller.
+
+    Raises:
+        ConfigError: too few nodes, GPUs or ports.
+    """
+    blocks, port_map = _take(_engine_demand(engine, nodes), _free(nodes)), PortMap(ports)
+    port_map.require(max(Counter(node.name for node, _ in blocks).values()), 0)
+    return _engines(blocks, port_map, nodes[0])
+
+
 _Block = tuple[Node, tuple[int, ...]]
 """A node, and some of its devices."""
 _Free = dict[str, list[int]]

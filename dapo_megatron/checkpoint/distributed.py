@@ -43,6 +43,8 @@ class Checkpointer:
         self.config, self.actor, self.layout = config, actor, actor.layout
         self.folder = RunFolder(Path(config.run_dir))
         self._saving: BackgroundCall[dict[str, float]] | None = None
+        self._late: list[tuple[int, dict[str, float]]] = []
+        """(step, metrics) of evaluations that came after their checkpoint was begun."""
 
     def save(
         self, state: TrainState, controller: bytes, *, format: Format, metrics: dict[str, float] | None = None
@@ -85,7 +87,27 @@ class Checkpointer:
         if self._saving is None:
             return {}
         saving, self._saving = self._saving, None
-        return saving.result(self.config.checkpoint.timeout_s)
+        published = saving.result(self.config.checkpoint.timeout_s)
+        self._add_late()
+        return published
+
+    def evaluated(self, step: int, metrics: dict[str, float]) -> None:
+        """The evaluation after a step has come, which may have been saved without it: it is added to the checkpoint,
+        once that is published.
+
+        Raises:
+            StorageError: the disk is full or lost, or the checkpoint is damaged.
+        """
+        self._late.append((step, metrics))
+        if self._saving is None:
+            self._add_late()
+
+    def _add_late(self) -> None:
+        late, self._late = self._late, []
+        for step, metrics in late:
+            with all_agree("adding an evaluation to its checkpoint", self.layout):
+                if self.layout.rank == 0:
+                    store.add_metrics(self.folder, step, finite(metrics))
 
     def _save(self, manifest: Manifest, copy: Copy, controller: bytes, began: float) -> dict[str, float]:
         folder, partial = self.folder, self.folder.partial_checkpoint(manifest.step)
@@ -161,10 +183,15 @@ def manifest_of(
         dtype=config.model.dtype,
         layout=actor.layout.sizes,
         config_digest=config_digest(config),
-        metrics={name: value for name, value in metrics.items() if math.isfinite(value)},
+        metrics=finite(metrics),
         audit=audit,
         libraries=libraries(),
     )
+
+
+def finite(metrics: dict[str, float]) -> dict[str, float]:
+    """Those that JSON has a number for."""
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
 
 def state_of(actor: Actor, format: Format, *, is_loading: bool, world: int | None = None) -> dict[str, Any]:

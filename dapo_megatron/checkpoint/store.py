@@ -7,7 +7,8 @@ checkpoints/step_000010/
     manifest.json      what the others are, with their hashes; written last
 
 Names that begin with a dot are no checkpoints: .step_000010.partial is being written (or was when somebody pulled the
-plug), .step_000010.replaced makes way for a step that was done again, .step_000010.damaged was set aside by a resume.
+plug), .step_000010.replaced makes way for a step that was done again, .step_000010.damaged was set aside by a resume,
+.step_000010.manifest is about to replace the checkpoint's own.
 """
 
 import os
@@ -124,6 +125,22 @@ def publish(folder: RunFolder, step: int) -> Path:
     return final
 
 
+def add_metrics(folder: RunFolder, step: int, metrics: dict[str, float]) -> None:
+    """Add an evaluation to the manifest of a step's checkpoint, in one rename; nothing where there is none.
+
+    Raises:
+        StorageError: the manifest is damaged.
+    """
+    path = folder.checkpoint(step)
+    if not path.exists():
+        return
+    manifest = read_manifest(path)
+    aside = path.with_name(f".{path.name}.manifest")
+    write_synced(aside, encode_manifest(msgspec.structs.replace(manifest, metrics=manifest.metrics | metrics)))
+    aside.replace(path / MANIFEST)
+    sync_folder(path)
+
+
 def retain(folder: RunFolder, config: CheckpointConfig) -> None:
     """Remove the checkpoints that need not be kept; a damaged one stays, to be looked at."""
     manifests = {}
@@ -149,6 +166,8 @@ def clean(folder: RunFolder) -> None:
         shutil.rmtree(path) if final.exists() else path.rename(final)
     for path in folder.checkpoints.glob(".step_*.partial"):
         shutil.rmtree(path)
+    for path in folder.checkpoints.glob(".step_*.manifest"):
+        path.unlink()
 
 
 def set_aside_after(folder: RunFolder, step: int) -> list[Path]:

@@ -29,19 +29,22 @@ class RolloutConfig(Section):
     on_error: Literal["reissue", "stop"] = "reissue"
     """When rollout.function raises: call it again for the same sample, or end the run."""
     max_reissues: int = Field(3, ge=0)
-    """Most times that one sample is issued again; then the run ends."""
+    """Most times that a sample whose function raised, or a group that the engines did not finish, is issued again;
+    then the run ends."""
     bank_bytes: int = Field(8 << 30, ge=0)
     """Bytes in the run folder for finished groups of the step in progress, which a resume takes back; 0: none are
     kept."""
     concurrency: int | None = Field(None, ge=1)
     """Most responses in flight on all engines together; null is engine.replicas x engine.max_running_requests."""
     request_timeout_s: float = Field(1800.0, gt=0)
-    """Seconds for one request from the moment it is sent, retries included."""
+    """Seconds for one request from the moment it has a slot, retries on other engines included; then its group is
+    issued again."""
 
 
 class EvaluationConfig(Section):
     every: int = Field(10, ge=1)
-    """Rollout steps between evaluations (one more at the start and at the end)."""
+    """Rollout steps between evaluations (one more at the start and at the end). With rollout.max_policy_lag, each goes
+    on beside the next step."""
     samples: int = Field(32, ge=1)
     """k of avg@k: sampled responses a held-out prompt."""
     temperature: float = Field(1.0, ge=0)

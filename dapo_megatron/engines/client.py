@@ -9,19 +9,26 @@ from typing import Self
 import aiohttp
 
 from dapo_megatron.engines.engine_set import EngineSet
-from dapo_megatron.engines.serving import ServingEngines
+from dapo_megatron.engines.serving import Server, ServingEngines
 from dapo_megatron.engines.wire import Sampled, SamplingParams, decode_sampled, generate_request
 from dapo_megatron.errors import EngineError
 
 REFUSED_FOR_NOW = (408, 429)
-"""HTTP statuses of a server that may take the request later; those of 500 and above are too."""
+"""HTTP statuses of a server that may take the request later; one with 500 or above has failed."""
+
+BLAMES = 2
+"""How often one request may have an engine put aside that answers HTTP 500 or above: then it is the request."""
+
+
+class Unanswered(EngineError):
+    """No engine has finished a request before its deadline: the group it belongs to is issued again."""
 
 
 class EngineClient:
     """One HTTP session to all engines; use as an async context manager.
 
-    A request goes to the engine with the fewest responses in flight, of those that serve. One that gave no answer is
-    put aside until it says that it serves again; what it was asked for is asked of another.
+    A request goes to the engine with the fewest tokens in flight, of those that serve. One that gave no answer, or
+    fails, is put aside (engines.serving); what it was asked for is asked of another.
     """
 
     def __init__(
@@ -30,19 +37,23 @@ class EngineClient:
         *,
         concurrency: int,
         timeout_s: float,
+        silence_s: float = 60.0,
         api_key: str | None = None,
     ):
         """
         Args:
             read_set: who serves now.
             concurrency: most responses in flight on all engines together.
-            timeout_s: seconds for one request from the moment it is sent, retries included.
+            timeout_s: seconds for one request from the moment it has its slots, retries included.
+            silence_s: seconds without a sign of life after which an engine's requests are asked of others.
             api_key: what the servers were started with.
         """
         self.concurrency, self.timeout_s = concurrency, timeout_s
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self.asked_again = 0
+        """Requests that an engine left unanswered or aborted, each time counted."""
         self._slots, self._turn = asyncio.Semaphore(concurrency), asyncio.Lock()
-        self._serving = ServingEngines(read_set)
+        self._serving = ServingEngines(read_set, silence_s)
         self._open: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
@@ -58,13 +69,18 @@ class EngineClient:
         await self._serving.stop()
         await self._session.close()
 
+    async def until_one_serves(self) -> None:
+        """Wait until there is an engine to ask; without a deadline: whoever starts the engines has one."""
+        await self._serving.least_busy()
+
     async def generate(self, input_ids: list[int], params: SamplingParams, count: int = 1) -> list[Sampled]:
         """`count` samples after one input, in one request.
 
         Aborted ones are asked for again: they are never mistaken for truncated responses.
 
         Raises:
-            EngineError: the server refused the request, or no engine answered before the deadline.
+            Unanswered: no engine answered before the deadline.
+            EngineError: the server refused the request.
             ValueError: more samples than may be in flight.
         """
         if count > self.concurrency:
@@ -86,28 +102,37 @@ class EngineClient:
 
     async def _until_answered(self, input_ids: list[int], params: SamplingParams, count: int) -> list[Sampled]:
         loop = asyncio.get_running_loop()
-        pause, last, deadline = 0.1, "", loop.time() + self.timeout_s
+        pause, last, tries, deadline = 0.1, "", 0, loop.time() + self.timeout_s
         found: list[Sampled] = []
         while (missing := count - len(found)) > 0:
             try:
                 async with asyncio.timeout_at(deadline):
-                    some, last = await self._ask(input_ids, params, missing)
+                    some, last = await self._ask(input_ids, params, missing, blames=tries < BLAMES)
             except TimeoutError:
-                raise EngineError(
+                raise Unanswered(
                     f"no response from the engines within {self.timeout_s:.0f} s (last: "
                     f"{last or self._serving.why_none()}): see logs/latest/engine-*.log"
                 ) from None
             found += some
+            tries += 1
             if len(some) < missing:
+                self.asked_again += 1
                 await asyncio.sleep(min(pause * random.uniform(0.5, 1.5), max(0.0, deadline - loop.time())))
                 pause = min(pause * 2, 5.0)
         return found
 
-    async def _ask(self, input_ids: list[int], params: SamplingParams, count: int) -> tuple[list[Sampled], str]:
-        """What one engine gives: at most `count` completions, and what became of the rest."""
-        server = await self._serving.fewest_in_flight()
-        server.in_flight += count
-        attempt = asyncio.ensure_future(self._attempt(server.url, input_ids, params, count))
+    async def _ask(
+        self, input_ids: list[int], params: SamplingParams, count: int, *, blames: bool
+    ) -> tuple[list[Sampled], str]:
+        """What one engine gives: at most `count` completions, and what became of the rest.
+
+        Args:
+            blames: whether HTTP 500 or above is the engine's fault.
+        """
+        server = await self._serving.least_busy()
+        tokens = count * self._serving.expected_tokens(len(input_ids), params.max_new_tokens)
+        server.tokens_in_flight += tokens
+        attempt = asyncio.ensure_future(self._attempt(server, input_ids, params, count, blames))
         server.attempts.add(attempt)
         try:
             await asyncio.wait([attempt])
@@ -115,7 +140,7 @@ class EngineClient:
         except asyncio.CancelledError:
             if not attempt.cancelled():  # it is this call that is cancelled
                 raise
-            return [], f"{server.url}: it was replaced"
+            return [], f"{server.url}: {server.why_not}"
         except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, TimeoutError) as e:
             last = f"{server.url}: {type(e).__name__} {e}".strip()
             self._serving.failed(server, last)
@@ -123,18 +148,23 @@ class EngineClient:
         finally:
             attempt.cancel()
             server.attempts.discard(attempt)
-            server.in_flight -= count
+            server.tokens_in_flight -= tokens
 
     async def _attempt(
-        self, url: str, input_ids: list[int], params: SamplingParams, count: int
+        self, server: Server, input_ids: list[int], params: SamplingParams, count: int, blames: bool
     ) -> tuple[list[Sampled], str]:
         """At most `count` completions, and what became of the rest."""
+        url = server.url
         async with self._session.post(url + "/generate", json=generate_request(input_ids, params, count)) as reply:
             data = await reply.read()
             if reply.status == 200:
                 completions = await asyncio.to_thread(decode_sampled, data, url)
-                return [c for c in completions if c is not None][:count], f"{url}: aborted"
-            text = " ".join(data[:500].decode(errors="replace").split())
-            if reply.status in REFUSED_FOR_NOW or reply.status >= 500:
-                return [], f"{url}: HTTP {reply.status} {text}"
-            raise EngineError(f"engine {url} refused /generate of {len(input_ids)} tokens: HTTP {reply.status} {text}")
+                found = [c for c in completions if c is not None][:count]
+                self._serving.answered(server, [len(c.token_ids) for c in found])
+                return found, f"{url}: aborted"
+            why = f"HTTP {reply.status} {' '.join(data[:500].decode(errors='replace').split())}"
+            if reply.status >= 500 and blames:
+                self._serving.failed(server, why)
+            elif reply.status < 500 and reply.status not in REFUSED_FOR_NOW:
+                raise EngineError(f"engine {url} refused /generate of {len(input_ids)} tokens: {why}")
+            return [], f"{url}: {why}"

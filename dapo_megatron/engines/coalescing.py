@@ -27,6 +27,11 @@ class CoalescingClient:
         self._waiting: dict[Key, list[Future]] = {}
         self._sends: set[asyncio.Task[list[Sampled]]] = set()
 
+    @property
+    def asked_again(self) -> int:
+        """Requests that an engine left unanswered or aborted, each time counted."""
+        return self._client.asked_again
+
     async def generate(self, input_ids: list[int], params: SamplingParams) -> Sampled:
         """Sample one response.
 

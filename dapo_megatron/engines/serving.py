@@ -1,22 +1,34 @@
 """Which engines may be asked now: those of the engine set that say that they serve a version the trainer has pushed.
 
+    it gives no answer, or HTTP 500 and above         -> put aside; what it owes is asked of others
+    it is silent: its scheduler answers nothing       -> the same, and its requests are taken from it
+    it rests: 1 s, twice as long each time it fails   -> probed; serves again, if its scheduler answers
+
 waits                 for
-the follower          nothing: it looks at the set, and asks those that do not serve, again and again
-`fewest_in_flight`    an engine that serves: the follower finds one, after a start or a failure
+the follower          nothing: it looks at the set, and asks every engine that owes an answer for a sign of life
+`least_busy`          an engine that serves: the follower finds one, after a start or a failure
+
+A sign of life is an answer to /server_info: its scheduler has a part in it. SGLang's /health generates a token, which
+would disturb exact runs and fails while an engine is paused.
 """
 
 import asyncio
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 
 import aiohttp
 
 from dapo_megatron.engines.engine_set import EngineSet, Member
+
+log = logging.getLogger(__name__)
 
 LOOK_S = 1.0
 """Between two looks at the set while all serve."""
 PROBE_S = 0.2
 """Between two questions to one that does not."""
 PROBE_TIMEOUT = aiohttp.ClientTimeout(total=5.0)
+FIRST_REST_S, LONGEST_REST_S = 1.0, 30.0
+"""Of one that failed, before it is probed."""
 
 
 class Server:
@@ -26,20 +38,39 @@ class Server:
         self.member, self.url = member, member.url
         self.serves = False
         self.why_not = "it has not answered yet"
-        self.in_flight = 0
+        self.tokens_in_flight = 0
+        """Prompts, and as much of the responses as is expected."""
         self.attempts: set[asyncio.Task[object]] = set()
-        """Requests that are lost when the engine is replaced."""
+        """Requests that are lost when the engine is replaced or silent."""
+        self.failures = 0
+        """Since it last answered a request."""
+        self.rests_until = 0.0
+        """By the event loop's clock."""
+        self.silent_since: float | None = None
+
+    def rest(self, now: float) -> None:
+        """It is not probed for a while."""
+        if self.failures:
+            self.rests_until = now + min(FIRST_REST_S * 2 ** min(self.failures - 1, 10), LONGEST_REST_S)
+
+    def give_up(self, why: str) -> None:
+        """Take its requests from it."""
+        self.serves, self.why_not = False, why
+        for attempt in self.attempts:
+            attempt.cancel()
 
 
 class ServingEngines:
     """Follows the engine set for one client."""
 
-    def __init__(self, read_set: Callable[[], EngineSet]):
-        self._read_set = read_set
+    def __init__(self, read_set: Callable[[], EngineSet], silence_s: float):
+        """`silence_s`: seconds without a sign of life after which an engine loses its requests."""
+        self._read_set, self._silence_s = read_set, silence_s
         self._generation: int | None = None
         self._servers: list[Server] = []
         self._changed = asyncio.Event()
         self._follower: asyncio.Task[None] | None = None
+        self._responses, self._tokens = 0, 0
 
     def start(self, session: aiohttp.ClientSession) -> None:
         """Begin to follow the set."""
@@ -52,8 +83,8 @@ class ServingEngines:
             self._follower.cancel()
             await asyncio.gather(self._follower, return_exceptions=True)  # what failed was told to those who waited
 
-    async def fewest_in_flight(self) -> Server:
-        """The engine to ask next; waits until one serves.
+    async def least_busy(self) -> Server:
+        """The engine to ask next, that with the fewest tokens in flight; waits until one serves.
 
         Raises:
             ConfigError: the set cannot be read.
@@ -63,22 +94,38 @@ class ServingEngines:
                 self._follower.result()
             self._changed.clear()
             await self._changed.wait()
-        return min(serving, key=lambda s: s.in_flight)
+        return min(serving, key=lambda s: s.tokens_in_flight)
+
+    def expected_tokens(self, prompt: int, limit: int) -> int:
+        """Of a prompt and its response: as long as responses were on the average, `limit` before there were any."""
+        mean = self._tokens // self._responses if self._responses else limit
+        return prompt + min(limit, mean)
+
+    def answered(self, server: Server, lengths: Sequence[int]) -> None:
+        """It has answered a request, with responses of these lengths."""
+        server.failures, server.silent_since = 0, None
+        self._responses += len(lengths)
+        self._tokens += sum(lengths)
 
     def failed(self, server: Server, why: str) -> None:
-        """It gave no answer: it is asked for nothing until it says again that it serves."""
-        server.serves, server.why_not = False, why
+        """It is asked for nothing until it has rested, and says again that it serves."""
+        if server.serves:  # others of its requests may have told
+            server.serves, server.why_not = False, why
+            server.failures += 1
+            server.rest(asyncio.get_running_loop().time())
+            log.warning("%s is put aside: %s", server.member.name, why)
 
     def why_none(self) -> str:
         """Why an engine is waited for."""
         return "; ".join(f"{s.url}: {s.why_not}" for s in self._servers if not s.serves) or "the engines are busy"
 
     async def _follow(self, session: aiohttp.ClientSession) -> None:
+        clock = asyncio.get_running_loop().time
         while True:
             self._look()
-            idle = [s for s in self._servers if not s.serves]
-            await asyncio.gather(*(self._probe(s, session) for s in idle))
-            await asyncio.sleep(PROBE_S if idle else LOOK_S)
+            due = [s for s in self._servers if s.rests_until <= clock()]
+            await asyncio.gather(*((self._watch if s.serves else self._probe)(s, session) for s in due))
+            await asyncio.sleep(LOOK_S if all(s.serves for s in self._servers) else PROBE_S)
 
     def _look(self) -> None:
         engines = self._read_set()
@@ -88,20 +135,61 @@ class ServingEngines:
         known = {s.member: s for s in self._servers}
         self._servers = [known[m] if m in known else Server(m) for m in engines.members]
         for member in known.keys() - set(engines.members):
-            for attempt in known[member].attempts:
-                attempt.cancel()
+            known[member].give_up("it was replaced")
+
+    async def _watch(self, server: Server, session: aiohttp.ClientSession) -> None:
+        """One that serves; while it owes nothing, nobody waits for it."""
+        if not server.attempts:
+            server.silent_since = None
+            return
+        began = asyncio.get_running_loop().time()
+        trouble = await _trouble(server, session)
+        if why := self._silence(server, trouble, began):
+            self.failed(server, why)
+            server.give_up(why)
 
     async def _probe(self, server: Server, session: aiohttp.ClientSession) -> None:
+        """One that does not: whether it serves now."""
+        began, version = asyncio.get_running_loop().time(), ""
         try:
             async with session.get(server.url + "/model_info", timeout=PROBE_TIMEOUT) as reply:
-                if reply.status != 200:
-                    server.why_not = f"HTTP {reply.status}"
-                    return
-                version = str((await reply.json())["weight_version"])
+                trouble = None if reply.status == 200 else f"HTTP {reply.status}"
+                version = "" if trouble else str((await reply.json())["weight_version"])
         except (aiohttp.ClientError, TimeoutError, KeyError, ValueError) as e:
-            server.why_not = f"{type(e).__name__} {e}".strip()
-            return
-        server.serves = version.isdigit()
-        server.why_not = f"it serves version {version}, which nobody pushed"
+            trouble = f"{type(e).__name__} {e}".strip()
+        if version.isdigit():
+            trouble = await _trouble(server, session)
+        server.serves = trouble is None and version.isdigit()
+        server.why_not = trouble or f"it serves version {version}, which nobody pushed"
+        if why := self._silence(server, trouble, began):
+            server.give_up(why)
         if server.serves:
+            if server.failures:
+                log.info("%s serves again", server.member.name)
             self._changed.set()
+        else:
+            server.rest(asyncio.get_running_loop().time())
+
+    def _silence(self, server: Server, trouble: str | None, began: float) -> str | None:
+        """Why an engine without a sign of life at two questions has been silent for too long; None: it has not.
+
+        Args:
+            began: when it was asked the second time.
+        """
+        if trouble is None:
+            server.silent_since = None
+        elif server.silent_since is None:
+            server.silent_since = began
+        elif (silence := asyncio.get_running_loop().time() - server.silent_since) >= self._silence_s:
+            return f"no sign of life for {silence:.0f} s ({trouble})"
+        return None
+
+
+async def _trouble(server: Server, session: aiohttp.ClientSession) -> str | None:
+    """Why it gives no sign of life; None: it does."""
+    try:
+        async with session.get(server.url + "/server_info", timeout=PROBE_TIMEOUT) as reply:
+            await reply.read()
+            return f"/server_info: HTTP {reply.status}" if reply.status >= 500 else None
+    except (aiohttp.ClientError, TimeoutError) as e:
+        return f"/server_info: {type(e).__name__} {e}".strip()

@@ -102,6 +102,7 @@ GROUPS_KEPT = _metric("groups/kept", "groups", "Groups trained.")
 GROUPS_ALL_RIGHT = _metric("groups/all_right", "groups", "Groups filtered because every response is right.")
 GROUPS_ALL_WRONG = _metric("groups/all_wrong", "groups", "Groups filtered because no response is right.")
 GROUPS_STALE = _metric("groups/stale", "groups", "Carried groups that became too old and are issued again.")
+GROUPS_UNFINISHED = _metric("groups/unfinished", "groups", "Groups issued again because engines left them unfinished.")
 GROUPS_CARRIED_IN = _metric("groups/carried_in", "groups", "Groups carried over from the step before.")
 GROUPS_SURPLUS = _metric("groups/surplus", "groups", "Groups kept for the next step.")
 GROUPS_FROM_BANK = _metric("groups/from_bank", "groups", "Finished groups that a resume took back from the bank.")
@@ -112,9 +113,20 @@ NO_VERDICT = _metric("grading/unknown", "responses", "Responses of the step with
 ROLLOUT_ERRORS = _metric(
     "rollout/errors", "calls", "Calls of the rollout function that raised, since the controller's start."
 )
+ASKED_AGAIN = _metric(
+    "rollout/requests_asked_again",
+    "requests",
+    "Requests that an engine aborted or left unanswered and that were asked again, since the controller's start.",
+)
 
 EVAL_ACCURACY = _metric("eval/accuracy", "of responses", "avg@k on the held-out prompts.")
 EVAL_GREEDY_ACCURACY = _metric("eval/greedy_accuracy", "of prompts", "Greedy accuracy on the held-out prompts.")
+EVAL_OTHER_VERSION = _metric(
+    "eval/other_version_share",
+    "of tokens",
+    "With a lag: tokens of the evaluation that were sampled by another version than the one that it measures.",
+)
+EVAL_SECONDS = _metric("eval/seconds", "s", "With a lag: duration of the evaluation, most of it beside training.")
 
 SYNC_SECONDS = _metric("sync/seconds", "s", "Duration of the push.")
 SYNC_BYTES = _metric("sync/bytes", "bytes", "Bytes that the push sent to each engine.")
@@ -135,7 +147,7 @@ _PHASE_DOCS = {
     "push": "Sending the weights to the engines.",
     "verify": "Comparing trainer and engines.",
     "checkpoint": "What training waited for checkpoints, up to the step before: the copy of its state.",
-    "evaluate": "Sampling and grading the held-out prompts.",
+    "evaluate": "Sampling and grading the held-out prompts; with a lag, what training waited for it.",
 }
 
 

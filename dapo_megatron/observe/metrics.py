@@ -2,7 +2,8 @@
 
 A record is {"step": int, "time": unix seconds, "version": int, "section/name": float, ...} (see catalog): the
 report draws those it knows by topic and the rest one by one. A record without training metrics (an evaluation
-before the first step) is as good as any other.
+before the first step) is as good as any other. What becomes known of a step after its record is a record of the same
+step, before the next one's: readers see one record.
 """
 
 import importlib
@@ -60,9 +61,14 @@ class MetricsWriter:
 
 
 def read_metrics(folder: RunFolder) -> list[Record]:
-    """All records of a run, in order; NaN where a value was not finite. Empty for a run without metrics."""
-    rows = read_lines(folder.metrics)
-    return [{name: math.nan if value is None else value for name, value in row.items()} for row in rows]
+    """One record a step, in order; NaN where a value was not finite. Empty for a run without metrics."""
+    records: list[Record] = []
+    for row in read_lines(folder.metrics):
+        record = {name: math.nan if value is None else value for name, value in row.items()}
+        if records and records[-1]["step"] == record["step"]:
+            record = records.pop() | record
+        records.append(record)
+    return records
 
 
 def _plain(value: Any) -> float:

@@ -27,17 +27,19 @@ class SampleWriter:
     def write(self, step: int, groups: Sequence[Group]) -> None:
         """Append the groups of one step; their verdicts, rewards and advantages are as they are now."""
         for group in groups:
-            append_line(
-                self._path,
-                {
-                    "step": step,
-                    "prompt_id": group.prompt.id,
-                    "prompt": group.prompt.text,
-                    "ground_truth": group.prompt.ground_truth,
-                    "outcome": group_outcome([response.verdict for response in group.responses]),
-                    "responses": [_row(response) for response in group.responses],
-                },
-            )
+            append_line(self._path, group_row(step, group))
+
+
+def group_row(step: int, group: Group) -> dict[str, Any]:
+    """The line of one group."""
+    return {
+        "step": step,
+        "prompt_id": group.prompt.id,
+        "prompt": group.prompt.text,
+        "ground_truth": group.prompt.ground_truth,
+        "outcome": group_outcome([response.verdict for response in group.responses]),
+        "responses": [_row(response) for response in group.responses],
+    }
 
 
 def read_samples(folder: RunFolder) -> Iterator[dict[str, Any]]:

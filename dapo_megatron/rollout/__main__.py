@@ -47,6 +47,7 @@ async def _serve(reporter: "Reporter", config_path: Path, address: str) -> None:
             lambda: read_engine_set(reporter.folder),
             concurrency=config.concurrency,
             timeout_s=r.request_timeout_s,
+            silence_s=config.deadlines.engine,
             api_key=keys.engine_api_key,
         ) as client,
     ):

@@ -1,13 +1,14 @@
 """Every group that was issued, by its state, and the snapshot that a checkpoint keeps.
 
-    ISSUED    the prompt is with the engines           -> KEPT, or FILTERED (all right, all wrong), when it is graded
+    ISSUED    the prompt is with the engines           -> KEPT, or FILTERED (all right, all wrong), when it is graded;
+                                                          UNFINISHED by the engines, and at once ISSUED again
     KEPT      mixed, and not yet in a batch            -> trained in the next batch, or CARRIED over it
     CARRIED   mixed, and left by a batch that was full -> trained in the next batch, CARRIED over it, or STALE before it
     STALE     too old: its prompt waits                -> ISSUED, under its old number
 
-Every transition out of KEPT and CARRIED, a filtered group, and one that is with the engines while a batch leaves, is a
-line of the ledger, which belongs to that batch. The snapshot goes with a batch; of what is with the engines then it
-keeps number and prompt, to be issued again.
+Every transition out of KEPT and CARRIED, a filtered or an unfinished group, and one that is with the engines while a
+batch leaves, is a line of the ledger, which belongs to that batch. The snapshot goes with a batch; of what is with the
+engines then it keeps number and prompt, to be issued again.
 """
 
 from collections.abc import Sequence
@@ -89,6 +90,10 @@ class GroupBuffer:
             self.kept.append(group)
         else:
             self._end([group], fate)
+
+    def unfinished(self, order: int) -> None:
+        """The engines did not finish a group: it is issued again, under its number."""
+        self._entries.append(Entry(0, order, self.issued[order].id, "unfinished", -1))
 
     def end_step(self, wanted: int, step: int, oldest_version: int) -> tuple[list[ScoredGroup], list[Entry]]:
         """(the step's groups in issue order, the ledger's entries); the rest is carried.

@@ -6,6 +6,7 @@
     NextBatch(k, v)    step k is full; with max_policy_lag its groups are generated while others are trained
     FetchPart(k, ...)  at once: every replica fetches its own part of batch k
     FetchState(k, p)   at once: a part of the state that belongs to batch k, for the checkpoint
+    BeginEvaluation    at once; with max_policy_lag, held-out prompts are sampled beside the training's
     Evaluate(k, v)     every held-out prompt has its responses
     Goodbye            at once, and ends
 
@@ -34,6 +35,7 @@ from dapo_megatron.errors import DapoError, EngineError
 from dapo_megatron.grading.pool import GradingPool
 from dapo_megatron.messages import (
     Batch,
+    BeginEvaluation,
     Done,
     Evaluate,
     Evaluation,
@@ -93,6 +95,8 @@ class Controller:
         """What has come of the state that the run goes on from."""
         self._version = 0
         """That is live, by what the trainer has said."""
+        self._evaluation: tuple[int, asyncio.Task[dict[str, float]]] | None = None
+        """Step, and the evaluation that goes on beside its successor."""
 
     async def serve(self, link: RpcServer) -> None:
         """Answer the trainer until it says goodbye. Every DapoError is sent to it, and then raised here."""
@@ -108,6 +112,9 @@ class Controller:
 
     async def close(self) -> None:
         """Stop generating."""
+        if self._evaluation is not None:
+            self._evaluation[1].cancel()
+            await asyncio.gather(self._evaluation[1], return_exceptions=True)  # nobody asks for it any more
         if self._session is not None:
             await self._session.producer.close()
             self._session.bank.end()
@@ -128,14 +135,23 @@ class Controller:
                 return Part(await asyncio.to_thread(served.encoded, update, replica, part))
             case FetchState(step, part):
                 return Part(self._served(step).state_part(part))
-            case Evaluate(step, version):
+            case BeginEvaluation(step, version):
                 self._version = version
+                self._evaluation = step, asyncio.create_task(self._evaluate(step, version))
+                return Done()
+            case Evaluate(step, version):
                 self.reporter.phase("evaluate", f"step {step}")
-                held_out = self.held_out.prompts if self.held_out else []
-                sample_group = partial(self.sample_group, purpose=f"evaluation {step}")
-                return Evaluation(await evaluate(self.config.evaluation, held_out, self.params, sample_group))
+                if self._evaluation is not None and self._evaluation[0] == step:
+                    return Evaluation(await self._evaluation[1])
+                self._version = version
+                return Evaluation(await self._evaluate(step, version))
             case Goodbye():
                 return Done()
+
+    async def _evaluate(self, step: int, version: int) -> dict[str, float]:
+        held_out = self.held_out.prompts if self.held_out else []
+        sample_group = partial(self.sample_group, purpose=f"evaluation {step}")
+        return await evaluate(self.config, held_out, self.params, sample_group, version)
 
     def _begin(self, snapshot: bytes | None, step: int) -> Welcome:
         if self._session is not None:
@@ -172,6 +188,7 @@ class Controller:
         produced.metrics |= {
             m.GENERATE_SECONDS: time.monotonic() - began,
             m.ROLLOUT_ERRORS: float(self.rollout.errors),
+            m.ASKED_AGAIN: float(self.sampler.asked_again),
             m.GROUPS_FROM_BANK: float(session.bank.taken),
             m.GROUPS_NOT_BANKED: float(session.bank.missed),
         }

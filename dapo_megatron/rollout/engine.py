@@ -15,6 +15,11 @@ TokenIds = Sequence[int] | np.ndarray
 class Sampler(Protocol):
     """Whatever samples one response (engines.coalescing, engines.client)."""
 
+    @property
+    def asked_again(self) -> int:
+        """Requests that were asked again, because an engine gave no answer."""
+        ...
+
     async def generate(self, input_ids: list[int], params: SamplingParams) -> Sampled:
         """Sample one response."""
         ...

@@ -7,7 +7,8 @@ is left proves that no prompt was skipped or used twice (`check_exactly_once`):
     17       carried, kept           settled by the last
     18       carried, stale          waits to be issued again, under its number
     19       all_wrong               settled
-    20       issued                  is with the engines while a batch leaves; a resume from there issues it again
+    20       unfinished, all_right   was issued again within the step, because the engines left it unfinished; settled
+    21       issued                  is with the engines while a batch leaves; a resume from there issues it again
 """
 
 from collections import Counter
@@ -21,7 +22,7 @@ import msgspec
 from dapo_megatron.errors import DataError
 from dapo_megatron.observe.jsonl import append_lines, cut_after, read_lines
 
-Fate = Literal["kept", "carried", "all_right", "all_wrong", "stale", "issued"]
+Fate = Literal["kept", "carried", "all_right", "all_wrong", "stale", "issued", "unfinished"]
 SETTLED: tuple[Fate, ...] = ("kept", "all_right", "all_wrong")
 """Nothing comes after these."""
 SHOWN = 5

@@ -17,6 +17,7 @@ def group_metrics(
         m.GROUPS_ALL_RIGHT: float(fates["all_right"]),
         m.GROUPS_ALL_WRONG: float(fates["all_wrong"]),
         m.GROUPS_STALE: float(fates["stale"]),
+        m.GROUPS_UNFINISHED: float(fates["unfinished"]),
         m.GROUPS_CARRIED_IN: float(carried_in),
         m.GROUPS_SURPLUS: float(fates["carried"]),
         m.GROUPS_KEPT_SHARE: fresh_kept / generated if generated else 1.0,

@@ -9,13 +9,15 @@ max_policy_lag N    groups are issued all the time, as many as the next N batche
                     groups are finished, but waits for every group that would be older than N in the next one.
 
 `step` waits for groups, and is woken by every one that is finished; a group waits for engines and graders alone. No
-group is dropped: each is trained, filtered or issued again.
+group is dropped: each is trained, filtered or issued again, as is one that the engines did not finish
+(rollout.max_reissues).
 """
 
 import asyncio
 import math
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -27,6 +29,7 @@ from dapo_megatron.records import Prompt, ScoredGroup
 from dapo_megatron.rollout.buffer import GroupBuffer
 from dapo_megatron.rollout.ledger import Ledger
 from dapo_megatron.rollout.metrics import group_metrics
+from dapo_megatron.rollout.reissue import until_finished
 from dapo_megatron.rollout.selection import fate_of, groups_to_issue
 
 MakeGroup = Callable[[Prompt, int], Coroutine[Any, Any, ScoredGroup]]
@@ -51,7 +54,7 @@ class _Flight:
 
     task: asyncio.Task[None]
     version: int
-    """That was live when it was issued."""
+    """That was live when it was issued last."""
     round: int
     """0 if an earlier batch left it; else one more than the lowest of those that it was issued beside."""
     group: ScoredGroup | None = None
@@ -177,7 +180,14 @@ class Producer:
 
     async def _fly(self, order: int, prompt: Prompt) -> None:
         """One group, until it is graded and replaced if need be; what is exact goes by the order of the issue."""
-        self._flights[order].group = await self.make_group(prompt, order)
+
+        def again() -> None:
+            self.buffer.unfinished(order)
+            self._flights[order].version = self._version
+
+        what, reissues = f"group {order} (prompt '{prompt.id}')", self.config.rollout.max_reissues
+        group = await until_finished(partial(self.make_group, prompt, order), what, reissues, again)
+        self._flights[order].group = group
         for other, flight in list(self._flights.items()):
             if flight.group is not None:
                 self._graded(other, flight, flight.group)

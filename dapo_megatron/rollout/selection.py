@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from dapo_megatron.algorithm.dynamic_sampling import group_outcome
+from dapo_megatron.algorithm.dynamic_sampling import GroupOutcome, group_outcome
 from dapo_megatron.config import RunConfig
 from dapo_megatron.records import Group, ScoredGroup
 
@@ -23,16 +23,21 @@ MAX_OVERSAMPLE = 4.0
 
 
 def fate_of(group: Group, config: RunConfig) -> Verdicted:
-    """Whether a graded group is trained, or why not.
+    """Whether a graded group is trained, or why not."""
+    if not config.algorithm.dynamic_sampling:
+        return "kept"
+    outcome = outcome_of(group, config)
+    return "kept" if outcome == "mixed" else outcome
+
+
+def outcome_of(group: Group, config: RunConfig) -> GroupOutcome:
+    """What a graded group amounts to.
 
     With grading.unknown=mask, responses without a verdict do not count: right ones alone do not make a group mixed.
     """
-    if not config.algorithm.dynamic_sampling:
-        return "kept"
     masked = config.grading.unknown == "mask"
     verdicts = [r.verdict for r in group.responses if not (masked and r.verdict == "unknown")]
-    outcome = group_outcome(verdicts) if verdicts else "all_wrong"
-    return "kept" if outcome == "mixed" else outcome
+    return group_outcome(verdicts) if verdicts else "all_wrong"
 
 
 def take(kept: Sequence[ScoredGroup], wanted: int, oldest: int) -> tuple[list[ScoredGroup], list[ScoredGroup]]:

@@ -15,6 +15,7 @@ from dapo_megatron.errors import DapoError
 from dapo_megatron.keys import Keys
 from dapo_megatron.messages import (
     Batch,
+    BeginEvaluation,
     Done,
     Evaluate,
     Evaluation,
@@ -85,8 +86,13 @@ class ControllerClient:
         with all_agree("fetching the controller's state", self.layout):
             return b"" if self._state is None else self._state.result()
 
+    def begin_evaluation(self, state: TrainState) -> None:
+        """Have the live version evaluated beside what is asked next; `evaluate` of the same state gives its metrics."""
+        self._ask(BeginEvaluation(state.step, state.version), Done)
+
     def evaluate(self, state: TrainState, meanwhile: Meanwhile) -> dict[str, float]:
-        """Evaluation metrics of the live version; empty without held-out prompts."""
+        """Evaluation metrics of the live version, or of the one whose evaluation was begun; empty without held-out
+        prompts."""
         if self.config.data.eval is None:
             return {}
         return self._ask(Evaluate(state.step, state.version), Evaluation, meanwhile).metrics

@@ -4,6 +4,7 @@ controller.next_batch   groups of step k, sampled by the live version (older wit
 old log-probs           of all mini-batches but the first, before its update, on the updates' own micro-batches
 update                  one for each mini-batch
 push                    the next version goes live on the engines, and its log-probs are compared
+evaluation              after some steps; with max_policy_lag, beside the next one (trainer.evaluations)
 checkpoint              after some steps; written while the next ones run, published by a later one
 
 While the controller is waited for, an engine that the launcher has replaced gets the live version; a request to stop
@@ -33,6 +34,7 @@ from dapo_megatron.resharding.push import Pusher
 from dapo_megatron.resharding.verify import Verifier
 from dapo_megatron.run_folder import RunFolder
 from dapo_megatron.trainer.controller_client import ControllerClient, Meanwhile, StopAsked
+from dapo_megatron.trainer.evaluations import Evaluations
 from dapo_megatron.trainer.recorder import Recorder
 from dapo_megatron.trainer.replica_batch import ReplicaBatch
 from dapo_megatron.trainer.skipped import count_skipped, dump_skipped
@@ -82,16 +84,14 @@ def train(
         follow_engines()
 
     evaluating = Meanwhile(pusher.can_follow, follow_engines)
+    evaluations = Evaluations(config, controller, recorder, checkpointer, evaluating)
     generating = Meanwhile(lambda: stop_request(config).exists() or pusher.can_follow(), stop_or_follow_engines)
 
     if start.resume is not None:
         manifest = read_manifest(start.resume)
-        evaluation, saved = manifest.metrics, (state.step, manifest.format)
+        evaluation, saved = evaluations.resumed(state, manifest.metrics), (state.step, manifest.format)
     else:
-        with recorder.phase("evaluate"):
-            evaluation = controller.evaluate(state, evaluating)
-        recorder.record({m.STEP: 0, m.VERSION: state.version} | evaluation)
-        saved = (0, "weights")
+        evaluation, saved = evaluations.first(state), (0, "weights")
 
     published: dict[str, float] = {}
     is_over = state.step >= config.trainer.steps or config.trainer.goals_reached(evaluation)
@@ -101,13 +101,10 @@ def train(
                 with recorder.phase("generate"):
                     batch, metrics = controller.next_batch(state.step + 1, state.version, generating)
                 state, trained = train_step(config, actor, pusher, verifier, recorder, objective, state, batch)
-            evaluation = {}
+            before = evaluations.collect()
             is_over = state.step == config.trainer.steps
-            if is_over or state.step % config.evaluation.every == 0:
-                with recorder.phase("evaluate"):
-                    evaluation = controller.evaluate(state, evaluating)
-                is_over = is_over or config.trainer.goals_reached(evaluation)
-            is_over = is_over or asked_to_stop(config, actor.layout)
+            evaluation = evaluations.after(state, waits=is_over or config.trainer.goals_reached(before))
+            is_over = is_over or config.trainer.goals_reached(evaluation) or asked_to_stop(config, actor.layout)
             with recorder.phase("checkpoint"):
                 published |= checkpointer.poll()
             # Before the checkpoint, so that whoever goes on from it has the record of its step.

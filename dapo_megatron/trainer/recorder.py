@@ -59,6 +59,12 @@ class Recorder:
         if self._writer is not None:
             self._writer.write({m.TIME: time.time()} | record)
 
+    def record_late(self, metrics: dict[str, float]) -> None:
+        """Write what has become known of a step that is recorded, and that no later one follows yet."""
+        m.check_names(metrics)
+        if self._writer is not None:
+            self._writer.write({m.TIME: time.time()} | metrics)
+
     def close(self) -> None:
         """End the files."""
         if self._writer is not None:

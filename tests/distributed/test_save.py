@@ -1,6 +1,7 @@
 """Saving while training goes on: what is written, by whom, when it is published, and that all of it comes back."""
 
 import os
+import threading
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -348,3 +349,31 @@ def test_a_model_with_other_numbers_is_refused_by_name(tmp_path):
     path = RunFolder(tmp_path / "run").checkpoint(1)
     (message,) = run_ranks(1, refusal, other, path)
     assert "holds a model with layers=2, the run's has 3" in message
+
+
+def evaluated_while_it_is_written(config):
+    """What is published when an evaluation comes, and the checkpoints' evaluations in the end."""
+    actor, folder = actor_on_rank(config), RunFolder(Path(config.run_dir))
+    checkpointer, may_seal, seal = Checkpointer(config, actor), threading.Event(), store.seal
+
+    def seal_later(*arguments):
+        may_seal.wait()
+        seal(*arguments)
+
+    store.seal = seal_later
+    checkpointer.save(TrainState(3, 3, 0), controller_at(3), format="dp_reshardable")
+    checkpointer.evaluated(3, {"eval/accuracy": 0.25, "eval/greedy_accuracy": float("nan")})
+    checkpointer.evaluated(4, {"eval/accuracy": 0.5})  # of a step without a checkpoint
+    there = store.published(folder)
+    may_seal.set()
+    checkpointer.save(TrainState(5, 5, 0), controller_at(5), format="dp_reshardable")
+    checkpointer.finish()
+    checkpointer.evaluated(5, {"eval/accuracy": 0.75})
+    return there, [(m.step, m.metrics) for m in map(read_manifest, store.published(folder))]
+
+
+def test_an_evaluation_that_comes_while_its_checkpoint_is_written_is_added_when_it_is_published(tmp_path):
+    config = config_of(tmp_path, actor={"data_parallel_size": 2}, checkpoint={"keep_last": 5})
+    expected = [(3, {"eval/accuracy": 0.25}), (5, {"eval/accuracy": 0.75})]
+    assert run_ranks(2, evaluated_while_it_is_written, config)[0] == ([], expected)
+    assert store.latest_intact(RunFolder(Path(config.run_dir))).name == "step_000005"

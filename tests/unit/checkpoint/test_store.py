@@ -46,6 +46,17 @@ def test_a_step_that_is_done_again_takes_the_others_place(tmp_path):
     assert names(tmp_path) == ["step_000003"]
 
 
+def test_an_evaluation_that_came_late_is_added_to_an_intact_checkpoint(tmp_path):
+    folder, path = RunFolder(tmp_path), write(tmp_path, 3)
+    store.add_metrics(folder, 3, {"eval/accuracy": 0.25})
+    store.add_metrics(folder, 4, {"eval/accuracy": 0.5})  # was not saved
+    assert names(tmp_path) == ["step_000003"]
+    assert integrity.intact_manifest(path).metrics == {"eval/accuracy": 0.25}
+    (tmp_path / "checkpoints" / ".step_000003.manifest").write_text("killed here")
+    store.clean(folder)
+    assert names(tmp_path) == ["step_000003"] and store.latest(folder) == path
+
+
 def test_steps_are_ordered_as_numbers(tmp_path):
     for step in (999_999, 1_000_000, 2):
         write(tmp_path, step)

@@ -3,11 +3,13 @@
 import asyncio
 from contextlib import asynccontextmanager
 
+import aiohttp
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from dapo_megatron.engines.client import EngineClient
+from dapo_megatron.engines import serving
+from dapo_megatron.engines.client import EngineClient, Unanswered
 from dapo_megatron.engines.engine_set import EngineSet, Member, of_urls, read_engine_set, write_engine_set
 from dapo_megatron.engines.wire import SamplingParams
 from dapo_megatron.errors import ConfigError, EngineError
@@ -21,17 +23,27 @@ class Engine:
 
     def __init__(self, token, version="3"):
         self.token, self.version, self.asked, self.hangs = token, version, 0, False
+        self.status, self.is_stopped, self.length, self.until = 200, False, 1, None
 
     async def model_info(self, _):
         return web.json_response({"weight_version": self.version})
 
-    async def generate(self, _):
+    async def server_info(self, _):
+        if self.is_stopped:
+            await asyncio.sleep(30)
+        return web.json_response({})
+
+    async def generate(self, request):
         self.asked += 1
+        if self.status != 200 or 13 in (await request.json())["input_ids"]:
+            return web.Response(status=max(self.status, 500), text="out of order")
+        if self.until is not None:
+            await self.until.wait()
         if self.hangs:
             await asyncio.sleep(30)
         meta = {
             "finish_reason": {"type": "stop"},
-            "output_token_logprobs": [[-0.5, self.token, None]],
+            "output_token_logprobs": [[-0.5, self.token, None]] * self.length,
             "weight_version": self.version,
         }
         return web.json_response({"meta_info": meta})
@@ -41,6 +53,7 @@ class Engine:
 async def served(engine):
     app = web.Application()
     app.router.add_get("/model_info", engine.model_info)
+    app.router.add_get("/server_info", engine.server_info)
     app.router.add_post("/generate", engine.generate)
     async with TestServer(app) as server:
         yield str(server.make_url("")).rstrip("/")
@@ -108,9 +121,118 @@ def test_what_a_replaced_engine_owed_is_asked_of_another():
                 assert hanging.asked == 3
                 now[0] = EngineSet(2, (Member("engine-0", b, start=2),))
                 assert await asyncio.wait_for(waiting, 10) == [2, 2, 2]
-                assert client._serving._servers[0].in_flight == 0
+                assert client._serving._servers[0].tokens_in_flight == 0
 
     asyncio.run(run())
+
+
+def test_one_that_fails_is_asked_less_and_less_and_serves_again_when_it_is_well():
+    async def run():
+        failing, other = Engine(1), Engine(2)
+        failing.status = 500
+        async with served(failing) as a, served(other) as b:
+            async with EngineClient(lambda: of_urls([a, b]), concurrency=2, timeout_s=25) as client:
+                for _ in range(16):
+                    assert await tokens(client, 2) == [2, 2]
+                    await asyncio.sleep(0.1)
+                # It rests for 1 s, then for 2 s; without rest it would be asked at least once each time.
+                assert 1 <= failing.asked <= 7
+                failing.status = 200
+                found = set()
+                while 1 not in found:
+                    found |= set(await tokens(client, 2))
+                    await asyncio.sleep(0.1)
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def test_a_request_that_every_engine_fails_at_does_not_keep_them_from_the_others():
+    async def run():
+        one, two = Engine(1), Engine(2)
+        async with served(one) as a, served(two) as b:
+            async with EngineClient(lambda: of_urls([a, b]), concurrency=8, timeout_s=20) as client:
+                bad = asyncio.create_task(client.generate([13], PARAMS))
+                while client.asked_again < 2 or not all(s.serves for s in client._serving._servers):
+                    await asyncio.sleep(0.01)
+                # It has put engines aside twice, and does so no more, though they go on failing at it.
+                seen = client.asked_again
+                while client.asked_again < seen + 2:
+                    assert all(s.serves for s in client._serving._servers)
+                    await asyncio.sleep(0.01)
+                assert set(await tokens(client, 4)) == {1, 2}
+                with pytest.raises(Unanswered, match="HTTP 500 out of order"):
+                    await bad
+                assert not any(s.tokens_in_flight for s in client._serving._servers)
+
+    asyncio.run(asyncio.wait_for(run(), 30))
+
+
+def test_a_silent_engine_loses_its_requests_to_another_though_nobody_replaces_it(monkeypatch):
+    monkeypatch.setattr(serving, "PROBE_TIMEOUT", aiohttp.ClientTimeout(total=0.3))
+
+    async def run():
+        stopped, other = Engine(1), Engine(2)
+        async with served(stopped) as a, served(other) as b:
+            now = [of_urls([a])]
+            async with EngineClient(lambda: now[0], concurrency=4, timeout_s=50, silence_s=1.0) as client:
+                stopped.hangs = True
+                waiting = asyncio.create_task(tokens(client, 3))
+                while stopped.asked < 3:
+                    await asyncio.sleep(0.05)
+                now[0] = EngineSet(2, (*now[0].members, Member("engine-1", b)))
+                await asyncio.sleep(3.0)
+                assert not waiting.done()  # slow, but alive: nothing is taken from it
+                stopped.is_stopped = True
+                assert await asyncio.wait_for(waiting, 15) == [2, 2, 2]
+                assert await tokens(client, 4) == [2] * 4
+                stopped.is_stopped = stopped.hangs = False
+                found = set()
+                while 1 not in found:
+                    found |= set(await tokens(client, 4))
+                    await asyncio.sleep(0.1)
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def test_requests_are_spread_by_the_tokens_in_flight():
+    async def run():
+        one, two = Engine(1), Engine(2)
+        for engine in (one, two):
+            engine.length = 10
+        async with served(one) as a, served(two) as b:
+            async with EngineClient(lambda: of_urls([a, b]), concurrency=32, timeout_s=20) as client:
+                await asyncio.gather(*(client.generate([1, 2], PARAMS) for _ in range(4)))
+                while not all(s.serves for s in client._serving._servers):
+                    await asyncio.sleep(0.05)
+                one.until = two.until = asyncio.Event()
+                one.asked = two.asked = 0
+                # Responses were 10 tokens long, whatever the limit: 100 + 10 are as many as ten times 1 + 10.
+                long = SamplingParams(max_new_tokens=10_000)
+                waiting = [asyncio.create_task(client.generate([5] * n, long)) for n in [100] + [1] * 10]
+                while one.asked + two.asked < 11:
+                    await asyncio.sleep(0.02)
+                assert sorted([one.asked, two.asked]) == [1, 10]
+                one.until.set()
+                await asyncio.gather(*waiting)
+                assert [s.tokens_in_flight for s in client._serving._servers] == [0, 0]
+
+    asyncio.run(asyncio.wait_for(run(), 30))
+
+
+def test_a_deadline_begins_with_the_slot_and_its_error_is_of_its_own_kind():
+    async def run():
+        engine = Engine(1)
+        async with served(engine) as url:
+            async with EngineClient(lambda: of_urls([url]), concurrency=1, timeout_s=2.0) as client:
+                engine.until = asyncio.Event()
+                first = asyncio.create_task(client.generate([1], PARAMS))
+                second = asyncio.create_task(client.generate([1], PARAMS))
+                with pytest.raises(Unanswered, match="within 2 s"):
+                    await first
+                engine.until.set()
+                assert len(await second) == 1  # it has waited for two seconds, for its slot
+
+    asyncio.run(asyncio.wait_for(run(), 30))
 
 
 def test_the_set_is_written_and_read_and_missing_is_told(tmp_path):

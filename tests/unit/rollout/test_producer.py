@@ -2,14 +2,16 @@
 
 import asyncio
 import random
+from collections import Counter
 
 import pytest
 
 from dapo_megatron.data.snapshot import decode_snapshot
-from dapo_megatron.errors import DapoError
+from dapo_megatron.engines.client import Unanswered
+from dapo_megatron.errors import DapoError, EngineError
 from dapo_megatron.records import Prompt, ScoredGroup, VersionSpan
 from dapo_megatron.rollout.buffer import GroupBuffer
-from dapo_megatron.rollout.ledger import Ledger, check_exactly_once, read_ledger
+from dapo_megatron.rollout.ledger import SETTLED, Ledger, check_exactly_once, read_ledger
 from dapo_megatron.rollout.producer import Producer
 from tests.tiny import response, run_config
 
@@ -254,6 +256,46 @@ def test_an_error_between_two_steps_is_raised_by_the_next(tmp_path):
 
     failing = None
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_a_group_that_the_engines_did_not_finish_is_issued_again_and_is_in_the_ledger(tmp_path, lag):
+    world, calls = World(every_third), Counter()
+    c = producer(tmp_path, world, wanted=3, rollout={"max_policy_lag": lag, "max_reissues": 2})
+
+    async def make(prompt, order):
+        calls[order] += 1
+        if order % 2 and calls[order] <= 2:
+            await asyncio.sleep(0)
+            raise Unanswered(f"no response for {order}")
+        return await world.make_group(prompt, order)
+
+    c.make_group = make
+    out = asyncio.run(trained(c, world, 1, 5))
+    entries = read_ledger(tmp_path / "ledger.jsonl")
+    assert check_exactly_once(entries, len(PROMPTS)).problems == []
+    fates = {}
+    for entry in entries:
+        fates.setdefault(entry.order, []).append(entry.fate)
+    settled = {order: told for order, told in fates.items() if told[-1] in SETTLED}
+    assert all(told.count("unfinished") == 2 * (order % 2) for order, told in settled.items())
+    assert sum(told.count("unfinished") for told in fates.values()) == sum(
+        made.metrics["groups/unfinished"] for made in out
+    )
+    assert sum(len(made.groups) for made in out) == 15 and any(g.order % 2 for made in out for g in made.groups)
+
+
+def test_a_group_that_is_never_finished_ends_the_run(tmp_path):
+    c, calls = producer(tmp_path, World(every_third), rollout={"max_reissues": 2}), []
+
+    async def make(prompt, order):
+        calls.append(order)
+        raise Unanswered("no response from the engines within 3 s")
+
+    c.make_group = make
+    with pytest.raises(EngineError, match=r"group \d+ \(prompt 'p\d+'\) was issued 3 times .* within 3 s"):
+        asyncio.run(c.step(1, 0, lambda _: None))
+    assert max(Counter(calls).values()) == 3
 
 
 @pytest.mark.parametrize("lag", [0, 1])

@@ -23,7 +23,18 @@ from dapo_megatron.engines.wire import SamplingParams, generate_request
 from dapo_megatron.data.snapshot import decode_snapshot, encode_snapshot
 from dapo_megatron.data.tokenizer import check_tags
 from dapo_megatron.errors import ConfigError, DapoError, EngineError
-from dapo_megatron.messages import Evaluate, FetchPart, FetchState, Goodbye, Hello, NextBatch, RestoreState
+from dapo_megatron.messages import (
+    Batch,
+    BeginEvaluation,
+    Done,
+    Evaluate,
+    FetchPart,
+    FetchState,
+    Goodbye,
+    Hello,
+    NextBatch,
+    RestoreState,
+)
 from dapo_megatron.observe.samples import read_samples
 from dapo_megatron.process import Reporter
 from dapo_megatron.records import Response, VersionSpan
@@ -146,7 +157,11 @@ async def serve(config, folder, link, engine):
                 lambda: of_urls([str(server.make_url("")).rstrip("/")]), concurrency=8, timeout_s=10
             ) as client,
         ):
-            await Controller(config, reporter, CoalescingClient(client), grading).serve(link)
+            controller = Controller(config, reporter, CoalescingClient(client), grading)
+            try:
+                await controller.serve(link)
+            finally:
+                await controller.close()
 
 
 def test_the_engine_is_asked_for_what_the_recipe_says(tmp_path, recipe):
@@ -176,6 +191,68 @@ def test_the_engine_is_asked_for_what_the_recipe_says(tmp_path, recipe):
     samples = [s for micro_batch in micro_batches for s in micro_batch]
     assert [s.token_ids[s.prompt_length :].tolist() for s in samples] == [[5, 7]] * 8
     assert all(s.loss_mask.all() for s in samples)  # the end token is trained too
+
+
+class TwoVersions(Engine):
+    """Its held-out answers wait until it is told to give them, and end in the next version."""
+
+    def __init__(self):
+        super().__init__()
+        self.pushed, self.waiting = asyncio.Event(), 0
+
+    async def generate(self, request):
+        params = (await request.json())["sampling_params"]
+        if params["top_p"] != 1.0:
+            self.waiting += 1
+            await self.pushed.wait()
+        reply = await super().generate(request)
+        if params["top_p"] == 1.0:
+            return reply
+        replies = json.loads(reply.body)
+        for each in replies if isinstance(replies, list) else [replies]:
+            spans = [{"version": "0", "start": 0, "end": 1}, {"version": "1", "start": 1, "end": 2}]
+            each["meta_info"]["weight_versions"] = spans
+        return web.json_response(replies)
+
+
+def test_an_evaluation_beside_training_holds_up_no_batch_and_tells_of_the_next_version(tmp_path, recipe):
+    lag = {"max_policy_lag": 1, "prompts_per_step": 1, "group_size": 2}
+    config = recipe.model_copy(
+        update={
+            "rollout": recipe.rollout.model_copy(update=lag),
+            "trainer": recipe.trainer.model_copy(update={"mini_batch_prompts": 1}),
+            "evaluation": recipe.evaluation.model_copy(update={"samples": 1}),
+        }
+    )
+    engine = TwoVersions()
+
+    class Pushing(Link):
+        async def receive(self):
+            if isinstance(self.requests[0], Evaluate):
+                while engine.waiting < 2:  # both held-out prompts are with the engine, and unanswered
+                    await asyncio.sleep(0.01)
+                assert not engine.pushed.is_set() and isinstance(self.replies[-1], Batch)
+                engine.pushed.set()
+            return await super().receive()
+
+    link = Pushing(Hello(0), BeginEvaluation(0, 0), NextBatch(1, 0), Evaluate(0, 0), Goodbye())
+    asyncio.run(serve(config, tmp_path, link, engine))
+    _, begun, batch, evaluation, _ = link.replies
+    assert begun == Done() and batch.metrics["groups/kept"] == 1
+    # Two sampled answers of two tokens, of which one is of the next version; two greedy ones all of the measured one.
+    assert evaluation.metrics["eval/other_version_share"] == 2 / 8
+    assert evaluation.metrics["eval/accuracy"] == 1.0 and "time/evaluate" not in evaluation.metrics
+
+
+def test_an_evaluation_that_nobody_asks_for_any_more_ends_with_the_controller(tmp_path, recipe):
+    config = recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update={"max_policy_lag": 1})})
+
+    async def run():
+        link = Link(Hello(0), BeginEvaluation(0, 0), Goodbye())
+        await asyncio.wait_for(serve(config, tmp_path, link, TwoVersions()), 5)
+        assert len(asyncio.all_tasks()) == 1
+
+    asyncio.run(run())
 
 
 async def two_turns(prompt, engine):
