@@ -7,7 +7,7 @@ from dapo_megatron.config.base import Section
 
 class ReshardingConfig(Section):
     bucket_mib: int = Field(512, ge=1)
-    """Size of one bucket, which is sent in one collective, in MiB."""
+    """Size of one bucket, which is sent in one collective, in MiB; so much is gathered in one, too."""
     verify_every: int = Field(1, ge=0)
     """Pushes between comparisons of trainer and engine; 0 is never."""
     verify_tolerance: float = Field(1e-4, gt=0)
@@ -16,3 +16,8 @@ class ReshardingConfig(Section):
     """Fixed prompts that are sampled for it."""
     verify_tokens: int = Field(4, ge=1)
     """Tokens sampled after each of them, whose log-probs are compared."""
+
+    @property
+    def bucket_bytes(self) -> int:
+        """Size of one bucket."""
+        return self.bucket_mib << 20

@@ -200,8 +200,9 @@ class Pusher:
     def _send_stage(self) -> int:
         """Collective over the stage's ranks; returns the bytes sent."""
         modules, shape = self.actor.modules, self.actor.shape
-        buckets = plan_buckets(export_names(modules, shape), self.dtype, self.config.resharding.bucket_mib << 20)
-        tensors = export_stage(modules, shape)
+        bucket_bytes = self.config.resharding.bucket_bytes
+        buckets = plan_buckets(export_names(modules, shape), self.dtype, bucket_bytes)
+        tensors = export_stage(modules, shape, bucket_bytes)
         if not self.is_sender:
             for _ in tensors:
                 pass
