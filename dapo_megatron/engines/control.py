@@ -182,6 +182,13 @@ class EngineControl:
             raise EngineError(f"engine {self.url} aborted {len(prompts) - len(completions)} of its samples")
         return completions
 
+    def checksums(self) -> list[dict[str, str]]:
+        """{parameter, in the server's words: checksum} of each of its ranks; empty ones where it has no such call."""
+        if not self.has_sessions:
+            return [{}] * self.tensor_parallel_size
+        found = self._call("POST", "/weights_checker", {"action": "checksum", "selector": "target"})
+        return [rank["checksums"] for rank in found["ranks"]]
+
     def fill_cache(self, prompts: list[list[int]], params: SamplingParams) -> None:
         """Sample and forget, whatever version is served: the prefix cache then holds these prompts."""
         self._request("POST", "/generate", self._sample_body(prompts, params))

@@ -16,6 +16,8 @@ class SamplingParams(msgspec.Struct, frozen=True):
     temperature: float = 1.0
     top_p: float = 1.0
     stop_token_ids: list[int] = []
+    ignore_eos: bool | msgspec.UnsetType = msgspec.UNSET
+    """Go on after the model's own end tokens; unset, it is not sent."""
     sampling_seed: int | msgspec.UnsetType = msgspec.UNSET
     """Of this response alone; unset, it is not sent. Copies of one request with a seed would be clones."""
 

@@ -118,8 +118,12 @@ EVAL_GREEDY_ACCURACY = _metric("eval/greedy_accuracy", "of prompts", "Greedy acc
 
 SYNC_SECONDS = _metric("sync/seconds", "s", "Duration of the push.")
 SYNC_BYTES = _metric("sync/bytes", "bytes", "Bytes that the push sent to each engine.")
-SYNC_DIFFERENCE = _metric(
-    "sync/logprob_difference", "nats", "Largest |log-prob difference| of trainer and engine on tokens sampled after it."
+_DIFFERENCE = "|log-prob difference| of trainer and engine on tokens sampled after the push, of the worst engine."
+SYNC_DIFFERENCE = _metric("sync/logprob_difference", "nats", f"Largest {_DIFFERENCE}")
+SYNC_DIFFERENCE_MEAN = _metric("sync/logprob_difference_mean", "nats", f"Mean {_DIFFERENCE}")
+SYNC_DIFFERENCE_P99 = _metric("sync/logprob_difference_p99", "nats", f"99th percentile of {_DIFFERENCE}")
+SYNC_CHECKSUMS = _metric(
+    "sync/checksums", "parameters", "Of each engine, whose bytes were found to be those that the trainer has."
 )
 
 CHECKPOINT_BYTES = _metric("checkpoint/bytes", "bytes", "Size of the checkpoint that was published last.")

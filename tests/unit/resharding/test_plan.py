@@ -149,7 +149,7 @@ def test_the_ranks_of_an_engine_share_every_tensor(model, engine_tp):
                 part = engine_parts(mapping, shape, engine_tp, rank)[i]
                 held[part] += 1
                 kept[rank] += numbered(shape)[name][part].numel() * 2
-            copies = {"whole": engine_tp}.get(mapping.kind, 1)
+            copies = {"whole": engine_tp, "slice": engine_tp}.get(mapping.kind, 1)
             if mapping.kind == "qkv" and i > 0:
                 copies = max(1, engine_tp // shape.kv_heads)
             assert held.unique().tolist() == [copies], (name, engine_tp)
