@@ -1,5 +1,7 @@
 """Pushing the trainer's weights to the engines."""
 
+from typing import Literal
+
 from pydantic import Field
 
 from dapo_megatron.config.base import Section
@@ -8,6 +10,9 @@ from dapo_megatron.config.base import Section
 class ReshardingConfig(Section):
     bucket_mib: int = Field(512, ge=1)
     """Size of one bucket, which is sent in one collective, in MiB; so much is gathered in one, too."""
+    in_flight: Literal["retract", "keep_kv"] = "retract"
+    """What becomes of a response's keys and values when weights change under it: computed anew by the new weights, or
+    kept, so that it goes on at once, its later tokens sampled by new weights over old keys and values (PipelineRL)."""
     verify_every: int = Field(1, ge=0)
     """Pushes between comparisons of trainer and engine; 0 is never."""
     verify_slack: float = Field(1.0, gt=0)

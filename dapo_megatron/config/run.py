@@ -71,6 +71,11 @@ class RunConfig(Section):
         return self.engine.dtype or self.model.dtype
 
     @property
+    def keeps_kv(self) -> bool:
+        """Whether pushes leave keys and values of earlier weights on the engines."""
+        return self.resharding.in_flight == "keep_kv"
+
+    @property
     def coarser_dtype(self) -> Literal["float32", "bfloat16"]:
         """Of the trainer's and of the engines' weights."""
         return "bfloat16" if "bfloat16" in (self.model.dtype, self.engine_dtype) else "float32"

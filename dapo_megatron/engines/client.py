@@ -3,11 +3,13 @@
 import asyncio
 import random
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import TracebackType
 from typing import Self
 
 import aiohttp
 
+from dapo_megatron.engines.cache_keys import CacheKeys
 from dapo_megatron.engines.engine_set import EngineSet
 from dapo_megatron.engines.serving import ServingEngines
 from dapo_megatron.engines.wire import Sampled, SamplingParams, decode_sampled, generate_request
@@ -31,6 +33,7 @@ class EngineClient:
         concurrency: int,
         timeout_s: float,
         api_key: str | None = None,
+        fresh_prefixes: bool = False,
     ):
         """
         Args:
@@ -38,11 +41,13 @@ class EngineClient:
             concurrency: most responses in flight on all engines together.
             timeout_s: seconds for one request from the moment it is sent, retries included.
             api_key: what the servers were started with.
+            fresh_prefixes: use no keys and values but those of requests in flight: pushes leave old ones behind.
         """
         self.concurrency, self.timeout_s = concurrency, timeout_s
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._slots, self._turn = asyncio.Semaphore(concurrency), asyncio.Lock()
         self._serving = ServingEngines(read_set)
+        self._cache_keys = CacheKeys() if fresh_prefixes else None
         self._open: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
@@ -129,12 +134,14 @@ class EngineClient:
         self, url: str, input_ids: list[int], params: SamplingParams, count: int
     ) -> tuple[list[Sampled], str]:
         """At most `count` completions, and what became of the rest."""
-        async with self._session.post(url + "/generate", json=generate_request(input_ids, params, count)) as reply:
-            data = await reply.read()
-            if reply.status == 200:
-                completions = await asyncio.to_thread(decode_sampled, data, url)
-                return [c for c in completions if c is not None][:count], f"{url}: aborted"
-            text = " ".join(data[:500].decode(errors="replace").split())
-            if reply.status in REFUSED_FOR_NOW or reply.status >= 500:
-                return [], f"{url}: HTTP {reply.status} {text}"
-            raise EngineError(f"engine {url} refused /generate of {len(input_ids)} tokens: HTTP {reply.status} {text}")
+        with self._cache_keys.key_for(input_ids) if self._cache_keys else nullcontext() as key:
+            body = generate_request(input_ids, params, count, key)
+            async with self._session.post(url + "/generate", json=body) as reply:
+                status, data = reply.status, await reply.read()
+        if status == 200:
+            completions = await asyncio.to_thread(decode_sampled, data, url)
+            return [c for c in completions if c is not None][:count], f"{url}: aborted"
+        text = " ".join(data[:500].decode(errors="replace").split())
+        if status in REFUSED_FOR_NOW or status >= 500:
+            return [], f"{url}: HTTP {status} {text}"
+        raise EngineError(f"engine {url} refused /generate of {len(input_ids)} tokens: HTTP {status} {text}")

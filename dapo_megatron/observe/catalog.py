@@ -94,6 +94,11 @@ LENGTH_MEAN = _metric("response/length_mean", "tokens", "Mean response length.")
 LENGTH_MAX = _metric("response/length_max", "tokens", "Longest response.")
 TRUNCATED = _metric("response/truncated_share", "of responses", "Responses cut off at the limit.")
 RESPONSE_TOKENS = _metric("rollout/response_tokens", "tokens", "Tokens generated for the step.")
+KEPT_CACHE = _metric(
+    "rollout/kept_cache_share",
+    "of tokens",
+    "Trained tokens that followed a push within their response, over keys and values kept from before it.",
+)
 LAG_MAX = _metric("rollout/lag_max", "versions", "Age of the oldest token that is trained.")
 GENERATION_ROUNDS = _metric(
     "time/generation_rounds", "ratio", "Generation of a step, over that of the groups that began it."

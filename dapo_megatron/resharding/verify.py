@@ -136,7 +136,9 @@ class Verifier:
     def _sample(self, version: int) -> list[tuple[str, list[int], Completion]]:
         """(URL, prompt, completion) of every engine and prompt."""
         found = []
-        sampled = self.pusher.on_all(lambda engine: engine.sample(self.prompts, self.params))
+        # Where the cache is kept, what it holds of these prompts is the earlier versions'.
+        key = f"verification of {version}" if self.config.keeps_kv else None
+        sampled = self.pusher.on_all(lambda engine: engine.sample(self.prompts, self.params, key))
         for engine, completions in zip(self.pusher.engines, sampled, strict=True):
             for prompt, completion in zip(self.prompts, completions, strict=True):
                 if others := {span.version for span in completion.version_spans} - {version}:

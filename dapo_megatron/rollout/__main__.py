@@ -48,6 +48,7 @@ async def _serve(reporter: "Reporter", config_path: Path, address: str) -> None:
             concurrency=config.concurrency,
             timeout_s=r.request_timeout_s,
             api_key=keys.engine_api_key,
+            fresh_prefixes=config.keeps_kv,
         ) as client,
     ):
         controller = Controller(config, reporter, CoalescingClient(client), grading)
