@@ -9,7 +9,7 @@ from dapo_megatron.config.base import Section
 
 class ReshardingConfig(Section):
     bucket_mib: int = Field(512, ge=1)
-    """Size of one bucket, which is sent in one collective, in MiB; so much is gathered in one, too."""
+    """Size of one bucket, which is sent in one collective, in MiB."""
     in_flight: Literal["retract", "keep_kv"] = "retract"
     """What becomes of a response's keys and values when weights change under it: computed anew by the new weights, or
     kept, so that it goes on at once, its later tokens sampled by new weights over old keys and values (PipelineRL)."""
@@ -26,8 +26,3 @@ class ReshardingConfig(Section):
     verify_checksums: bool = True
     """Compare the engines' weights too, bit for bit; false where an engine does not keep them as they are sent
     (quantised, or packed for AMX)."""
-
-    @property
-    def bucket_bytes(self) -> int:
-        """Size of one bucket."""
-        return self.bucket_mib << 20

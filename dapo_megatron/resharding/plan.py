@@ -1,6 +1,6 @@
 """One weight push before it happens: a function of trainer layout, engine layout and model. Pure.
 
-stage by stage      every rank of the stage's first replica gives its shards to the sender, a bucket's size at a time
+stage by stage      every rank of the stage's first replica gives its shards to the sender, a few at a time
                     the sender fills a bucket with whole tensors in the engines' type, and broadcasts it while it fills
                     the next one
                     every rank of every engine receives every bucket once, and keeps its part of each tensor
@@ -20,6 +20,9 @@ from dapo_megatron.weights.stages import expert_copies, gathered_together, stage
 from dapo_megatron.weights.table import ParameterMapping, hf_shapes, parameter_mappings
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
+GATHER_BYTES = 16 << 20
+"""Of shards that one collective brings to the sender; a larger parameter comes alone. Over gloo pushes with 8 or 32 MiB
+took longer, and much longer with 64 MiB, a whole bucket."""
 Tensor = tuple[str, tuple[int, ...]]
 """Name and shape."""
 
@@ -159,8 +162,7 @@ def plan_stages(
     for mappings in _of_stages(shape, actor):
         gathers = _gathers(shape, actor, mappings, ITEM_BYTES[dtype])
         buckets = plan_buckets((t for g in gathers for t in g.tensors), engine_dtype, bucket_bytes)
-        peak = _sender_peak(shape, gathers, buckets, ITEM_BYTES[dtype], bucket_bytes)
-        stages.append(StagePlan(gathers, tuple(buckets), peak))
+        stages.append(StagePlan(gathers, tuple(buckets), _sender_peak(shape, gathers, buckets, ITEM_BYTES[dtype])))
     return tuple(stages)
 
 
@@ -221,16 +223,14 @@ def shard_numel(mapping: ParameterMapping, shape: ModelShape, tp_size: int) -> i
     return whole if mapping.kind == "whole" else whole // tp_size
 
 
-def _sender_peak(
-    shape: ModelShape, gathers: Sequence[Gather], buckets: Sequence[Bucket], item_bytes: int, gather_bytes: int
-) -> int:
+def _sender_peak(shape: ModelShape, gathers: Sequence[Gather], buckets: Sequence[Bucket], item_bytes: int) -> int:
     """While a bucket is filled: it, the one before, which is under way, the shards gathered last, and what is made of
     one parameter's. While shards are gathered: gloo's copy of them (NCCL needs none, and so less than this), and one of
     the sender's own, where they are of several parameters."""
     sized = ((g, g.mappings[0].expert is None, g.shard_bytes * g.ranks) for g in gathers)
     peak, before, filled, left = 0, 0, 0, iter(buckets)
     names: list[str] = []
-    for together in gathered_together(sized, gather_bytes):
+    for together in gathered_together(sized, GATHER_BYTES):
         shards = sum(g.shard_bytes * g.ranks for g in together if g.ranks > 1)
         own = sum(g.shard_bytes for g in together if g.ranks > 1) if len(together) > 1 else 0
         # A bucket is made when its first tensor has been gathered.

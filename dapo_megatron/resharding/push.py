@@ -27,7 +27,7 @@ from dapo_megatron.errors import ConfigError, DapoError, EngineError
 from dapo_megatron.observe import catalog as m
 from dapo_megatron.resharding.broadcast import Broadcast, fill
 from dapo_megatron.resharding.group import end_group, join_as_sender, open_store, sender_address
-from dapo_megatron.resharding.plan import Bucket, plan_buckets
+from dapo_megatron.resharding.plan import GATHER_BYTES, Bucket, plan_buckets
 from dapo_megatron.weights.exporter import export_names, export_stage, is_sender
 
 T = TypeVar("T")
@@ -203,9 +203,8 @@ class Pusher:
     def _send_stage(self) -> int:
         """Collective over the stage's ranks; returns the bytes sent."""
         modules, shape = self.actor.modules, self.actor.shape
-        bucket_bytes = self.config.resharding.bucket_bytes
-        buckets = plan_buckets(export_names(modules, shape), self.dtype, bucket_bytes)
-        tensors = export_stage(modules, shape, bucket_bytes)
+        buckets = plan_buckets(export_names(modules, shape), self.dtype, self.config.resharding.bucket_mib << 20)
+        tensors = export_stage(modules, shape, GATHER_BYTES)
         if not self.is_sender:
             for _ in tensors:
                 pass

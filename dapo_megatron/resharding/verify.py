@@ -32,6 +32,7 @@ from dapo_megatron.engines.wire import Completion, SamplingParams
 from dapo_megatron.errors import EngineError
 from dapo_megatron.observe import catalog as m
 from dapo_megatron.resharding.checksums import differing, expected_checksums, find_checksum
+from dapo_megatron.resharding.plan import GATHER_BYTES
 from dapo_megatron.resharding.push import Pusher
 from dapo_megatron.weights.exporter import export_stage
 from dapo_megatron.weights.table import some_names
@@ -125,7 +126,7 @@ class Verifier:
     def _expected_checksums(self, tp_size: int) -> dict[str, list[str]]:
         """Of this rank's stage, on its sender; collective over the stage's ranks."""
         modules, shape = self.actor.modules, self.actor.shape
-        tensors = export_stage(modules, shape, self.config.resharding.bucket_bytes)
+        tensors = export_stage(modules, shape, GATHER_BYTES)
         checksum = find_checksum(self.actor.device)
         if checksum is None or not self.pusher.is_sender:
             for _ in tensors:
