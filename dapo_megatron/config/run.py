@@ -5,6 +5,8 @@ What needs the model's own config (heads, layers, vocabulary against the layout)
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field, model_validator
 
 from dapo_megatron.config.actor import ActorConfig, OptimizerConfig, PrecisionConfig
@@ -68,6 +70,22 @@ class RunConfig(Section):
     def engine_dtype(self) -> str:
         """Type of the engine's weights."""
         return self.engine.dtype or self.model.dtype
+
+    @property
+    def keeps_kv(self) -> bool:
+        """Whether pushes leave keys and values of earlier weights on the engines."""
+        return self.resharding.in_flight == "keep_kv"
+
+    @property
+    def coarser_dtype(self) -> Literal["float32", "bfloat16"]:
+        """Of the trainer's and of the engines' weights."""
+        return "bfloat16" if "bfloat16" in (self.model.dtype, self.engine_dtype) else "float32"
+
+    @property
+    def verify_tokens(self) -> int:
+        """Tokens of each prompt of the verification."""
+        wanted = self.resharding.verify_tokens or {"float32": 4, "bfloat16": 64}[self.coarser_dtype]
+        return min(wanted, self.rollout.max_response_tokens)
 
     @property
     def deadlines(self) -> Deadlines:

@@ -3,11 +3,13 @@
 import asyncio
 import random
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import TracebackType
 from typing import Self
 
 import aiohttp
 
+from dapo_megatron.engines.cache_keys import CacheKeys
 from dapo_megatron.engines.engine_set import EngineSet
 from dapo_megatron.engines.serving import Server, ServingEngines
 from dapo_megatron.engines.wire import Sampled, SamplingParams, decode_sampled, generate_request
@@ -39,6 +41,7 @@ class EngineClient:
         timeout_s: float,
         silence_s: float = 60.0,
         api_key: str | None = None,
+        fresh_prefixes: bool = False,
     ):
         """
         Args:
@@ -47,6 +50,7 @@ class EngineClient:
             timeout_s: seconds for one request from the moment it has its slots, retries included.
             silence_s: seconds without a sign of life after which an engine's requests are asked of others.
             api_key: what the servers were started with.
+            fresh_prefixes: use no keys and values but those of requests in flight: pushes leave old ones behind.
         """
         self.concurrency, self.timeout_s = concurrency, timeout_s
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
@@ -54,6 +58,7 @@ class EngineClient:
         """Requests that an engine left unanswered or aborted, each time counted."""
         self._slots, self._turn = asyncio.Semaphore(concurrency), asyncio.Lock()
         self._serving = ServingEngines(read_set, silence_s)
+        self._cache_keys = CacheKeys() if fresh_prefixes else None
         self._open: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
@@ -155,16 +160,18 @@ class EngineClient:
     ) -> tuple[list[Sampled], str]:
         """At most `count` completions, and what became of the rest."""
         url = server.url
-        async with self._session.post(url + "/generate", json=generate_request(input_ids, params, count)) as reply:
-            data = await reply.read()
-            if reply.status == 200:
-                completions = await asyncio.to_thread(decode_sampled, data, url)
-                found = [c for c in completions if c is not None][:count]
-                self._serving.answered(server, [len(c.token_ids) for c in found])
-                return found, f"{url}: aborted"
-            why = f"HTTP {reply.status} {' '.join(data[:500].decode(errors='replace').split())}"
-            if reply.status >= 500 and blames:
-                self._serving.failed(server, why)
-            elif reply.status < 500 and reply.status not in REFUSED_FOR_NOW:
-                raise EngineError(f"engine {url} refused /generate of {len(input_ids)} tokens: {why}")
-            return [], f"{url}: {why}"
+        with self._cache_keys.key_for(input_ids) if self._cache_keys else nullcontext() as key:
+            body = generate_request(input_ids, params, count, key)
+            async with self._session.post(url + "/generate", json=body) as reply:
+                status, data = reply.status, await reply.read()
+        if status == 200:
+            completions = await asyncio.to_thread(decode_sampled, data, url)
+            found = [c for c in completions if c is not None][:count]
+            self._serving.answered(server, [len(c.token_ids) for c in found])
+            return found, f"{url}: aborted"
+        why = f"HTTP {status} {' '.join(data[:500].decode(errors='replace').split())}"
+        if status >= 500 and blames:
+            self._serving.failed(server, why)
+        elif status < 500 and status not in REFUSED_FOR_NOW:
+            raise EngineError(f"engine {url} refused /generate of {len(input_ids)} tokens: {why}")
+        return [], f"{url}: {why}"

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import msgspec
 
-from dapo_megatron.engines.wire import Completion, SamplingParams, decode_completions
+from dapo_megatron.engines.wire import Completion, SamplingParams, cached_under, decode_completions
 from dapo_megatron.errors import EngineError
 
 SESSIONS_SINCE = (0, 5, 21)
@@ -82,9 +82,14 @@ class EngineControl:
         if self.has_sessions:
             self._call("POST", "/freeze_gc", timeout_s=self._quick_s)
 
-    def pause(self) -> None:
-        """Stop generating; running requests return to the queue and are computed anew under the next weights."""
-        self._call("POST", "/pause_generation", {"mode": "retract"}, timeout_s=self._quick_s)
+    def pause(self, *, keep_kv: bool = False) -> None:
+        """Stop generating; running requests return to the queue and are computed anew under the next weights.
+
+        Args:
+            keep_kv: they stay where they are, and go on with the keys and values of the weights before.
+        """
+        mode = "in_place" if keep_kv else "retract"
+        self._call("POST", "/pause_generation", {"mode": mode}, timeout_s=self._quick_s)
 
     def resume(self) -> None:
         """Go on generating."""
@@ -170,17 +175,30 @@ class EngineControl:
         }
         self._call("POST", "/update_weights_from_distributed", body)
 
-    def sample(self, prompts: list[list[int]], params: SamplingParams) -> list[Completion]:
+    def sample(
+        self, prompts: list[list[int]], params: SamplingParams, cache_key: str | None = None
+    ) -> list[Completion]:
         """One sample after each prompt, through the same path as a rollout's (the prefix cache included).
+
+        Args:
+            cache_key: what was cached under another one is not found.
 
         Raises:
             EngineError: the server refused, or aborted one of them.
         """
-        found = decode_completions(self._request("POST", "/generate", self._sample_body(prompts, params)), self.url)
+        body = self._sample_body(prompts, params) | cached_under(cache_key)
+        found = decode_completions(self._request("POST", "/generate", body), self.url)
         completions = [c for c in found if c is not None]
         if len(completions) < len(prompts):
             raise EngineError(f"engine {self.url} aborted {len(prompts) - len(completions)} of its samples")
         return completions
+
+    def checksums(self) -> list[dict[str, str]]:
+        """{parameter, in the server's words: checksum} of each of its ranks; empty ones where it has no such call."""
+        if not self.has_sessions:
+            return [{}] * self.tensor_parallel_size
+        found = self._call("POST", "/weights_checker", {"action": "checksum", "selector": "target"})
+        return [rank["checksums"] for rank in found["ranks"]]
 
     def fill_cache(self, prompts: list[list[int]], params: SamplingParams) -> None:
         """Sample and forget, whatever version is served: the prefix cache then holds these prompts."""

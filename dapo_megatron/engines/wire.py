@@ -16,6 +16,8 @@ class SamplingParams(msgspec.Struct, frozen=True):
     temperature: float = 1.0
     top_p: float = 1.0
     stop_token_ids: list[int] = []
+    ignore_eos: bool | msgspec.UnsetType = msgspec.UNSET
+    """Go on after the model's own end tokens; unset, it is not sent."""
     sampling_seed: int | msgspec.UnsetType = msgspec.UNSET
     """Of this response alone; unset, it is not sent. Copies of one request with a seed would be clones."""
 
@@ -64,13 +66,21 @@ class _Reply(msgspec.Struct):
 _decoder = msgspec.json.Decoder(_Reply | list[_Reply])
 
 
-def generate_request(input_ids: list[int], params: SamplingParams, count: int) -> dict[str, Any]:
+def generate_request(
+    input_ids: list[int], params: SamplingParams, count: int, cache_key: str | None = None
+) -> dict[str, Any]:
     """Body of a request for `count` samples after one input.
 
     Copies instead of SGLang's n: with that, a server first prefills the prompt, alone, and then answers.
     """
     inputs = input_ids if count == 1 else [input_ids] * count
-    return {"input_ids": inputs, "sampling_params": msgspec.to_builtins(params), "return_logprob": True}
+    body = {"input_ids": inputs, "sampling_params": msgspec.to_builtins(params), "return_logprob": True}
+    return body | cached_under(cache_key)
+
+
+def cached_under(cache_key: str | None) -> dict[str, str]:
+    """What makes a request find and leave keys and values under a name; None: where all do."""
+    return {} if cache_key is None else {"extra_key": cache_key}
 
 
 def decode_completions(data: bytes, url: str) -> list[Completion | None]:

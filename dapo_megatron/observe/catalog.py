@@ -94,6 +94,11 @@ LENGTH_MEAN = _metric("response/length_mean", "tokens", "Mean response length.")
 LENGTH_MAX = _metric("response/length_max", "tokens", "Longest response.")
 TRUNCATED = _metric("response/truncated_share", "of responses", "Responses cut off at the limit.")
 RESPONSE_TOKENS = _metric("rollout/response_tokens", "tokens", "Tokens generated for the step.")
+KEPT_CACHE = _metric(
+    "rollout/kept_cache_share",
+    "of tokens",
+    "Trained tokens that followed a push within their response, over keys and values kept from before it.",
+)
 LAG_MAX = _metric("rollout/lag_max", "versions", "Age of the oldest token that is trained.")
 GENERATION_ROUNDS = _metric(
     "time/generation_rounds", "ratio", "Generation of a step, over that of the groups that began it."
@@ -130,8 +135,12 @@ EVAL_SECONDS = _metric("eval/seconds", "s", "With a lag: duration of the evaluat
 
 SYNC_SECONDS = _metric("sync/seconds", "s", "Duration of the push.")
 SYNC_BYTES = _metric("sync/bytes", "bytes", "Bytes that the push sent to each engine.")
-SYNC_DIFFERENCE = _metric(
-    "sync/logprob_difference", "nats", "Largest |log-prob difference| of trainer and engine on tokens sampled after it."
+_DIFFERENCE = "|log-prob difference| of trainer and engine on tokens sampled after the push, of the worst engine."
+SYNC_DIFFERENCE = _metric("sync/logprob_difference", "nats", f"Largest {_DIFFERENCE}")
+SYNC_DIFFERENCE_MEAN = _metric("sync/logprob_difference_mean", "nats", f"Mean {_DIFFERENCE}")
+SYNC_DIFFERENCE_P99 = _metric("sync/logprob_difference_p99", "nats", f"99th percentile of {_DIFFERENCE}")
+SYNC_CHECKSUMS = _metric(
+    "sync/checksums", "parameters", "Of each engine, whose bytes were found to be those that the trainer has."
 )
 
 CHECKPOINT_BYTES = _metric("checkpoint/bytes", "bytes", "Size of the checkpoint that was published last.")

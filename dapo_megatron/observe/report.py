@@ -79,7 +79,8 @@ CHARTS = (
         "Trainer against engine",
         "|log-prob difference| in nats",
         {
-            m.SYNC_DIFFERENCE: "sampled after a push",
+            m.SYNC_DIFFERENCE: "sampled after a push, largest",
+            m.SYNC_DIFFERENCE_MEAN: "sampled after a push, mean",
             m.MISMATCH_MEAN: "responses, mean",
             m.MISMATCH_MAX: "responses, largest",
         },

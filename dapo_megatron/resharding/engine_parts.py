@@ -49,6 +49,12 @@ def kept_bytes(mapping: ParameterMapping, shape: ModelShape, tp_size: int, rank:
     return item_bytes * sum(prod(s.stop - s.start for s in part) for part in parts)
 
 
+def vocabulary_rows(count: int, tp_size: int) -> int:
+    """Rows of the embedding, and of the output layer, that each rank holds; zeros where the vocabulary has ended."""
+    padding = VOCAB_PADDING if _padded(count, VOCAB_PADDING) % tp_size == 0 else VOCAB_PADDING * tp_size
+    return _padded(count, padding) // tp_size
+
+
 def _heads(count: int, tp_size: int, rank: int) -> slice:
     if count >= tp_size:
         return slice(rank * (count // tp_size), (rank + 1) * (count // tp_size))
@@ -65,11 +71,11 @@ def _part(mapping: ParameterMapping, size: tuple[int, ...], tp_size: int, rank: 
     match mapping.kind:
         case "rows":
             return (_vocabulary(size[0], tp_size, rank), *whole[1:])
-        case "gate_up" | "slice":
+        case "gate_up":
             return (_share(size[0], tp_size, rank), *whole[1:])
         case "columns":
             return (whole[0], _share(size[1], tp_size, rank))
-    return whole
+    return whole  # OLMo 2's norms over all heads too, which the trainer slices
 
 
 def _share(count: int, tp_size: int, rank: int) -> slice:
@@ -78,8 +84,7 @@ def _share(count: int, tp_size: int, rank: int) -> slice:
 
 def _vocabulary(count: int, tp_size: int, rank: int) -> slice:
     """Padded first, so that the last ranks may have fewer rows, or none."""
-    padding = VOCAB_PADDING if _padded(count, VOCAB_PADDING) % tp_size == 0 else VOCAB_PADDING * tp_size
-    each = _padded(count, padding) // tp_size
+    each = vocabulary_rows(count, tp_size)
     return slice(min(rank * each, count), min((rank + 1) * each, count))
 
 

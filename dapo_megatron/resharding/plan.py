@@ -1,6 +1,6 @@
 """One weight push before it happens: a function of trainer layout, engine layout and model. Pure.
 
-stage by stage      every rank of the stage's first replica gives its shards to the sender, one parameter at a time
+stage by stage      every rank of the stage's first replica gives its shards to the sender, a few at a time
                     the sender fills a bucket with whole tensors in the engines' type, and broadcasts it while it fills
                     the next one
                     every rank of every engine receives every bucket once, and keeps its part of each tensor
@@ -16,10 +16,13 @@ from dapo_megatron.config import ActorConfig, EngineConfig
 from dapo_megatron.distributed.sizes import expert_tensor_parallel_size
 from dapo_megatron.resharding.engine_parts import check_engine_layout, kept_bytes
 from dapo_megatron.weights.families import ModelShape
-from dapo_megatron.weights.stages import expert_copies, stage_mappings
+from dapo_megatron.weights.stages import expert_copies, gathered_together, stage_mappings
 from dapo_megatron.weights.table import ParameterMapping, hf_shapes, parameter_mappings
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
+GATHER_BYTES = 16 << 20
+"""Of shards that one collective brings to the sender; a larger parameter comes alone. Over gloo pushes with 8 or 32 MiB
+took longer, and much longer with 64 MiB, a whole bucket."""
 Tensor = tuple[str, tuple[int, ...]]
 """Name and shape."""
 
@@ -159,14 +162,14 @@ def plan_stages(
     for mappings in _of_stages(shape, actor):
         gathers = _gathers(shape, actor, mappings, ITEM_BYTES[dtype])
         buckets = plan_buckets((t for g in gathers for t in g.tensors), engine_dtype, bucket_bytes)
-        stages.append(StagePlan(gathers, tuple(buckets), _sender_peak(shape, gathers, buckets, dtype)))
+        stages.append(StagePlan(gathers, tuple(buckets), _sender_peak(shape, gathers, buckets, ITEM_BYTES[dtype])))
     return tuple(stages)
 
 
 def plan_buckets(tensors: Iterable[Tensor], dtype: str, bucket_bytes: int) -> list[Bucket]:
     """Cut a sequence of (name, shape) into buckets of at most bucket_bytes; a larger tensor stands alone.
 
-    The order is kept, so that the sender never holds more than two buckets and one gathered parameter.
+    The order is kept, so that the sender never holds more than two buckets and what was gathered last.
     """
     buckets: list[Bucket] = []
     current: list[Tensor] = []
@@ -220,18 +223,26 @@ def shard_numel(mapping: ParameterMapping, shape: ModelShape, tp_size: int) -> i
     return whole if mapping.kind == "whole" else whole // tp_size
 
 
-def _sender_peak(shape: ModelShape, gathers: Sequence[Gather], buckets: Sequence[Bucket], dtype: str) -> int:
-    """While a bucket is filled: it, the one before, which is under way, and of the parameter gathered last the shards
-    and what is made of them."""
-    peak, before = 0, 0
-    places = iter([(gather, i) for gather in gathers for i in range(len(gather.tensors))])
-    for bucket in buckets:
-        for _ in bucket.names:
-            gather, i = next(places)
-            shards = gather.shard_bytes * gather.ranks if gather.ranks > 1 else 0
-            made = ITEM_BYTES[dtype] * _made(shape, gather, i)
-            peak = max(peak, before + bucket.bytes + shards + made)
-        before = bucket.bytes
+def _sender_peak(shape: ModelShape, gathers: Sequence[Gather], buckets: Sequence[Bucket], item_bytes: int) -> int:
+    """While a bucket is filled: it, the one before, which is under way, the shards gathered last, and what is made of
+    one parameter's. While shards are gathered: gloo's copy of them (NCCL needs none, and so less than this), and one of
+    the sender's own, where they are of several parameters."""
+    sized = ((g, g.mappings[0].expert is None, g.shard_bytes * g.ranks) for g in gathers)
+    peak, before, filled, left = 0, 0, 0, iter(buckets)
+    names: list[str] = []
+    for together in gathered_together(sized, GATHER_BYTES):
+        shards = sum(g.shard_bytes * g.ranks for g in together if g.ranks > 1)
+        own = sum(g.shard_bytes for g in together if g.ranks > 1) if len(together) > 1 else 0
+        # A bucket is made when its first tensor has been gathered.
+        peak = max(peak, (before + filled if names else filled) + 2 * shards + own)
+        for gather in together:
+            for i in range(len(gather.tensors)):
+                if not names:
+                    bucket = next(left)
+                    names, before, filled = list(bucket.names), filled, bucket.bytes
+                names.pop()
+                made = item_bytes * _made(shape, gather, i)
+                peak = max(peak, before + filled + shards + made)
     return peak
 
 

@@ -1,8 +1,9 @@
 """Send the sharded policy to the engines: one weight-update session, pipeline stage by pipeline stage.
 
-    all engines      pause (retract) and open a session                          trainer rank 0
+    all engines      pause (retract, or in_place: keep_kv) and open a session    trainer rank 0
     each stage       gather over TP, EP -> bucket -> broadcast -> engines load it    its dp0/cp0/tp0 rank (the sender)
-                     a bucket is gathered while the one before is broadcast; the last of all also flushes the KV cache
+                     a bucket is gathered while the one before is broadcast; the last of all also flushes the KV cache,
+                     unless it is kept
     all engines      close the session, set the version, go on, report the version back
 
 Every phase ends in an exchange of verdicts among all ranks, so that a failure on one of them stops the step on all with
@@ -22,11 +23,11 @@ from dapo_megatron.config import RunConfig
 from dapo_megatron.distributed.agreement import all_agree, on_first_rank, sum_over_ranks
 from dapo_megatron.engines.control import EngineControl
 from dapo_megatron.engines.engine_set import EngineSet, Member
-from dapo_megatron.errors import DapoError, EngineError
+from dapo_megatron.errors import ConfigError, DapoError, EngineError
 from dapo_megatron.observe import catalog as m
 from dapo_megatron.resharding.broadcast import Broadcast, fill
 from dapo_megatron.resharding.group import end_group, join_as_sender, open_store, sender_address
-from dapo_megatron.resharding.plan import Bucket, plan_buckets
+from dapo_megatron.resharding.plan import GATHER_BYTES, Bucket, plan_buckets
 from dapo_megatron.weights.exporter import export_names, export_stage, is_sender
 
 T = TypeVar("T")
@@ -103,6 +104,8 @@ class Pusher:
         with all_agree("connecting to the engines", self.layout, may_take_long=True):
             for engine in self.engines:
                 engine.wait_ready(self.config.engine.start_timeout_s, self.is_outdated)
+                if self.config.keeps_kv and not engine.has_sessions:
+                    raise ConfigError(f"engine {engine.url} is too old for resharding.in_flight=keep_kv")
             if self.layout.rank == 0:
                 self.on_all(EngineControl.freeze_gc)
                 self.on_all(EngineControl.abandon_update)
@@ -201,7 +204,7 @@ class Pusher:
         """Collective over the stage's ranks; returns the bytes sent."""
         modules, shape = self.actor.modules, self.actor.shape
         buckets = plan_buckets(export_names(modules, shape), self.dtype, self.config.resharding.bucket_mib << 20)
-        tensors = export_stage(modules, shape)
+        tensors = export_stage(modules, shape, GATHER_BYTES)
         if not self.is_sender:
             for _ in tensors:
                 pass
@@ -212,7 +215,7 @@ class Pusher:
             if under_way is not None:
                 under_way.wait()
             last = self.layout.is_last_stage and bucket is buckets[-1]
-            under_way = self._send_bucket(bucket, flat, flush_cache=last)
+            under_way = self._send_bucket(bucket, flat, flush_cache=last and not self.config.keeps_kv)
         if next(tensors, None) is not None:
             raise DapoError("the push plan does not name every tensor of the stage")
         if under_way is not None:
@@ -235,12 +238,13 @@ class Pusher:
                 f"engine {engine.url} serves version {served}, the trainer had pushed {given}: somebody else has "
                 "changed its weights"
             )
-        engine.pause()
+        engine.pause(keep_kv=self.config.keeps_kv)
         engine.begin_update()
 
     def _make_live(self, engine: EngineControl, version: int) -> None:
         engine.end_update()
-        engine.flush_cache()
+        if not self.config.keeps_kv:
+            engine.flush_cache()
         engine.set_version(version)
         engine.resume()
         served = engine.version()

@@ -49,6 +49,7 @@ async def _serve(reporter: "Reporter", config_path: Path, address: str) -> None:
             timeout_s=r.request_timeout_s,
             silence_s=config.deadlines.engine,
             api_key=keys.engine_api_key,
+            fresh_prefixes=config.keeps_kv,
         ) as client,
     ):
         controller = Controller(config, reporter, CoalescingClient(client), grading)

@@ -217,7 +217,8 @@ class Controller:
         if config.observe.dump_batches:
             write_parts(self.folder.batch(step), served.all_encoded())
         session.samples.write(step, produced.seen[: config.observe.groups_per_step])
-        return served, produced.metrics | response_metrics(produced.groups, produced.seen, version) | batch.metrics
+        found = response_metrics(produced.groups, produced.seen, version, keeps_kv=config.keeps_kv)
+        return served, produced.metrics | found | batch.metrics
 
     async def _open_bank(self, session: "_Session", step: int, version: int) -> None:
         """Let the bank keep what is finished from now on for `step`, which `version` will train."""

@@ -25,12 +25,15 @@ def group_metrics(
     }
 
 
-def response_metrics(trained: Sequence[Group], generated: Sequence[Group], version: int) -> dict[str, float]:
+def response_metrics(
+    trained: Sequence[Group], generated: Sequence[Group], version: int, *, keeps_kv: bool = False
+) -> dict[str, float]:
     """Rewards and lengths of everything generated for a step, filtered groups included: what the policy does, not what
     it trains on; and the age of what it trains on.
 
     Args:
         version: the policy version that is trained.
+        keeps_kv: a response goes on over a push with the keys and values of the versions before.
     """
     responses = [r for g in (generated or trained) for r in g.responses]
     lengths = [len(r.token_ids) for r in responses]
@@ -44,5 +47,18 @@ def response_metrics(trained: Sequence[Group], generated: Sequence[Group], versi
         m.TRUNCATED: sum(r.finish_reason == "length" for r in responses) / n,
         m.RESPONSE_TOKENS: float(sum(lengths)),
         m.NO_VERDICT: float(sum(r.verdict == "unknown" for g in generated for r in g.responses)),
+        m.KEPT_CACHE: kept_cache_share(trained) if keeps_kv else 0.0,
         m.LAG_MAX: float(version - min(g.oldest_version for g in trained)),
     }
+
+
+def kept_cache_share(trained: Sequence[Group]) -> float:
+    """Share of the trained tokens that another version sampled than the first of their response."""
+    tokens = later = 0
+    for response in (r for g in trained for r in g.responses):
+        first = response.version_spans[0].version if response.version_spans else 0
+        tokens += int(response.loss_mask.sum())
+        later += sum(
+            int(response.loss_mask[s.start : s.end].sum()) for s in response.version_spans if s.version != first
+        )
+    return later / tokens if tokens else 0.0

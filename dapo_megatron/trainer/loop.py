@@ -207,7 +207,7 @@ def train_step(
         metrics |= pusher.push(version)
     if config.resharding.verify_every and step % config.resharding.verify_every == 0:
         with recorder.phase("verify"):
-            metrics[m.SYNC_DIFFERENCE] = verified(config, pusher, verifier, version)
+            metrics |= verified(config, pusher, verifier, version)
     return replace(state, step=step, version=version), metrics
 
 
@@ -237,8 +237,8 @@ def train_batch(
     return replace(state, skipped=skipped), metrics
 
 
-def verified(config: RunConfig, pusher: Pusher, verifier: Verifier, version: int) -> float:
-    """The verification's difference; where an engine is lost in it, once more when it has been replaced."""
+def verified(config: RunConfig, pusher: Pusher, verifier: Verifier, version: int) -> dict[str, float]:
+    """The verification's metrics; where an engine is lost in it, once more when it has been replaced."""
     while True:
         try:
             return verifier.verify(version)

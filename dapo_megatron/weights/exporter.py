@@ -1,6 +1,6 @@
 """The sharded parameters -> whole Hugging Face tensors, one pipeline stage at a time."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -10,7 +10,7 @@ from megatron.core.models.gpt import GPTModel
 
 from dapo_megatron.weights.families import ModelShape
 from dapo_megatron.weights.importer import named_parameters
-from dapo_megatron.weights.stages import expert_copies, is_exported
+from dapo_megatron.weights.stages import expert_copies, gathered_together, is_exported
 from dapo_megatron.weights.table import ParameterMapping, from_shards, hf_shapes, parameter_mappings
 
 
@@ -19,32 +19,32 @@ def is_sender() -> bool:
     return mpu.get_tensor_model_parallel_rank() == mpu.get_data_parallel_rank(with_context_parallel=True) == 0
 
 
-def export_stage(modules: Sequence[GPTModel], shape: ModelShape) -> Iterator[tuple[str, torch.Tensor]]:
-    """Gather this stage's parameters over tensor and expert parallelism, one at a time.
+def export_stage(
+    modules: Sequence[GPTModel], shape: ModelShape, gather_bytes: int = 0
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Gather this stage's parameters over tensor and expert parallelism, a few at a time.
 
     Collective over all ranks of the stage. Yields (Hugging Face name, whole tensor) on the sender and nothing on the
     others; the output layer of a tied model is skipped, because the embedding stands for it.
+
+    Args:
+        gather_bytes: of shards that the sender may hold at once; a larger parameter is gathered alone.
     """
     table = parameter_mappings(shape)
-    for mapping, parameter in _exported(modules, shape, table):
-        if mapping.expert is None:
-            if mpu.get_data_parallel_rank(with_context_parallel=True) != 0:
-                continue
-            group = mpu.get_tensor_model_parallel_group()
-        else:
-            # All slices of all experts with this place in their ranks: tensor parallel fastest, then expert parallel.
-            group = mpu.get_expert_tensor_and_model_parallel_group()
-        data = parameter.detach()
-        if is_float8tensor(data):  # a gather of its bytes would lose the scales
-            data = dequantize_fp8_tensor(data)
-        shards = _gather(data, group)
+    sized = ((pair, _kind(*pair), pair[1].nbytes * _group(pair[0]).size()) for pair in _exported(modules, shape, table))
+    for pairs in gathered_together(sized, gather_bytes):
+        first, _ = pairs[0]
+        if first.expert is None and mpu.get_data_parallel_rank(with_context_parallel=True) != 0:
+            continue
+        shards = _gather([_plain(parameter) for _, parameter in pairs], _group(first))
         if not is_sender():
             continue
-        copies = _copies(mapping, shape, table)
-        slices = len(shards) // len(copies)
-        for i, copy in enumerate(copies):
-            yield from zip(copy.hf, from_shards(copy, shape, shards[i * slices : (i + 1) * slices]), strict=True)
-        del shards  # before the next ones come
+        for (mapping, _), own in zip(pairs, shards, strict=True):
+            copies = _copies(mapping, shape, table)
+            slices = len(own) // len(copies)
+            for i, copy in enumerate(copies):
+                yield from zip(copy.hf, from_shards(copy, shape, own[i * slices : (i + 1) * slices]), strict=True)
+        del shards, own  # before the next ones come
 
 
 def export_names(modules: Sequence[GPTModel], shape: ModelShape) -> list[tuple[str, tuple[int, ...]]]:
@@ -72,10 +72,32 @@ def _copies(mapping: ParameterMapping, shape: ModelShape, table: dict[str, Param
     return expert_copies(mapping, shape, table, mpu.get_expert_model_parallel_world_size())
 
 
-def _gather(data: torch.Tensor, group: dist.ProcessGroup) -> list[torch.Tensor]:
-    """The slices of all ranks on the group's first rank."""
+def _group(mapping: ParameterMapping) -> dist.ProcessGroup:
+    """The ranks that have a shard of a parameter, or of the experts that stand at its place."""
+    if mapping.expert is None:
+        return mpu.get_tensor_model_parallel_group()
+    # All slices of all experts with this place in their ranks: tensor parallel fastest, then expert parallel.
+    return mpu.get_expert_tensor_and_model_parallel_group()
+
+
+def _kind(mapping: ParameterMapping, parameter: torch.nn.Parameter) -> Hashable:
+    """What parameters that are gathered together have in common."""
+    return mapping.expert is None, parameter.dtype
+
+
+def _plain(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """The values: of an FP8 parameter a gather of its bytes would lose the scales."""
+    data = parameter.detach()
+    return dequantize_fp8_tensor(data) if is_float8tensor(data) else data
+
+
+def _gather(tensors: list[torch.Tensor], group: dist.ProcessGroup) -> list[list[torch.Tensor]]:
+    """Of each tensor, its slices of all ranks, on the group's first rank; in one collective."""
     if group.size() == 1:
-        return [data]
-    shards = [torch.empty_like(data) for _ in range(group.size())] if group.rank() == 0 else None
-    dist.gather(data.contiguous(), shards, group=group, group_dst=0)
-    return shards or []
+        return [[tensor] for tensor in tensors]
+    flat = torch.cat([t.reshape(-1) for t in tensors]) if len(tensors) > 1 else tensors[0].contiguous().view(-1)
+    ranks = [torch.empty_like(flat) for _ in range(group.size())] if group.rank() == 0 else None
+    dist.gather(flat, ranks, group=group, group_dst=0)
+    sizes = [t.numel() for t in tensors]
+    slices = zip(*(rank.split(sizes) for rank in ranks or ()), strict=True)
+    return [[s.view(t.shape) for s in own] for own, t in zip(slices, tensors, strict=False)]

@@ -1,10 +1,13 @@
 """Which parameters each pipeline stage sends, in which order: those of the table, in the table's order. Pure."""
 
 import re
+from collections.abc import Hashable, Iterable, Iterator
+from typing import TypeVar
 
 from dapo_megatron.weights.families import ModelShape
 from dapo_megatron.weights.table import ParameterMapping, parameter_mappings
 
+T = TypeVar("T")
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 
 
@@ -47,3 +50,22 @@ def expert_copies(
         table[mapping.megatron.replace(here, f".local_experts.{expert}.")]
         for expert in range(mapping.expert % each, shape.experts.count, each)
     ]
+
+
+def gathered_together(parameters: Iterable[tuple[T, Hashable, int]], most: int) -> Iterator[list[T]]:
+    """Cut a stage's parameters into those that one collective gathers, in their order; a larger one goes alone.
+
+    Args:
+        parameters: (parameter, what all of one collective have in common, bytes of its shards).
+        most: bytes of the shards that arrive at the sender in one collective.
+    """
+    now: list[T] = []
+    kind, size = None, 0
+    for parameter, own_kind, own_size in parameters:
+        if now and (own_kind != kind or size + own_size > most):
+            yield now
+            now, size = [], 0
+        now.append(parameter)
+        kind, size = own_kind, size + own_size
+    if now:
+        yield now

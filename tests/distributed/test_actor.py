@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
 from safetensors.numpy import load_file
 
@@ -125,8 +126,14 @@ def test_logprobs_equal_transformers(tmp_path, kind, tied, options):
 
 
 def exported(config):
-    actor = actor_on_rank(config)
-    return {n: t.numpy().copy() for n, t in export_stage(actor.modules, actor.shape)}
+    """(weights, collectives) of an export that gathers every parameter alone, a few, or as many as there are."""
+    actor, gather, found = actor_on_rank(config), dist.gather, []
+    for most in (0, 40_000, 1 << 30):
+        calls = []
+        dist.gather = lambda *args, calls=calls, **options: calls.append(gather(*args, **options))
+        weights = {n: t.numpy().copy() for n, t in export_stage(actor.modules, actor.shape, most)}
+        found.append((weights, len(calls)))
+    return found
 
 
 @pytest.mark.parametrize(
@@ -137,6 +144,7 @@ def exported(config):
         ("mistral", True, 64, "tp2"),
         ("qwen2", True, 64, "tp2_sp"),
         ("qwen3_moe", False, 64, "tp2_sp"),
+        ("qwen3_moe", False, 64, "ep2"),
         ("olmo2", False, 64, "tp2_sp"),
         ("qwen3", True, 67, "tp2_sp"),
         ("llama", False, 67, "tp2"),
@@ -144,12 +152,19 @@ def exported(config):
 )
 def test_the_weights_come_back_bit_for_bit(tmp_path, kind, tied, vocab, name):
     path = hf_folder(tmp_path, kind, tied, vocab=vocab, **UNLIKE)
-    parts = run_ranks(2, exported, run_config(path, actor=LAYOUTS[name]))
-    got = {n: t for part in parts for n, t in part.items()}
-    original = load_file(path / "model.safetensors")
-    assert got.keys() == original.keys()
-    for n, tensor in original.items():
-        np.testing.assert_array_equal(got[n], tensor, err_msg=n)
+    layout = (LAYOUTS | {"ep2": {"expert_model_parallel_size": 2, "data_parallel_size": 2}})[name]
+    original, counts = load_file(path / "model.safetensors"), []
+    for parts in zip(*run_ranks(2, exported, run_config(path, actor=layout)), strict=True):
+        got = {n: t for weights, _ in parts for n, t in weights.items()}
+        assert got.keys() == original.keys()
+        for n, tensor in original.items():
+            np.testing.assert_array_equal(got[n], tensor, err_msg=n)
+        counts.append(parts[0][1])
+    alone, few, most = counts
+    if name in ("pp2", "ep2"):  # under ep2 the experts alone: two places, two parameters each
+        assert counts == ([0, 0, 0] if name == "pp2" else [2 * 2 * 2, 2 * 2, 2])
+    else:  # experts have a group of their own, and stand between what the others share
+        assert alone > few > most == (5 if kind == "qwen3_moe" else 1)
 
 
 @pytest.mark.parametrize(("kind", "tied", "vocab"), [("qwen2", True, 64), ("qwen3", False, 64), ("qwen3", True, 67)])

@@ -63,7 +63,7 @@ def sequences_trained(config):
         config,
         actor,
         SimpleNamespace(push=lambda version: {"sync/bytes": float(version)}),
-        SimpleNamespace(verify=lambda version: version / 8),
+        SimpleNamespace(verify=lambda version: {"sync/logprob_difference": version / 8}),
         SimpleNamespace(phase=lambda name: nullcontext()),
         PolicyObjective(config.algorithm),
         TrainState(),

@@ -52,7 +52,7 @@ def poisoned_step(config, skipped_before):
             config,
             actor,
             SimpleNamespace(push=lambda version: {}),
-            SimpleNamespace(verify=lambda version: 0.0),
+            SimpleNamespace(verify=lambda version: {}),
             SimpleNamespace(phase=lambda name: nullcontext()),
             PolicyObjective(config.algorithm),
             TrainState(4, 4, skipped_before),

@@ -27,9 +27,9 @@ def push_and_verify(config, url, version):
     pusher.connect()
     verifier.prime()
     metrics = pusher.push(version)
-    difference = verifier.verify(version)
+    metrics |= verifier.verify(version)
     pusher.close()
-    return difference, metrics
+    return metrics
 
 
 @pytest.mark.parametrize("layout", ["one", "tp2_sp", "pp2", "dp2"])
@@ -41,7 +41,7 @@ def test_push_from_every_layout(tmp_path, engine_url, layout):
     )
     version = 10 + list(LAYOUTS).index(layout)
     results = run_ranks(config.world_size, push_and_verify, config, engine_url, version)
-    assert all(0 < difference <= 1e-4 for difference, _ in results)
+    assert all(0 < m["sync/logprob_difference"] <= 1e-4 for m in results)
     plan = plan_push(
         read_model(path),
         config.actor,
@@ -50,7 +50,9 @@ def test_push_from_every_layout(tmp_path, engine_url, layout):
         engine_dtype="float32",
         bucket_bytes=1 << 20,
     )
-    assert all(m["sync/bytes"] == plan.bytes > 100_000 for _, m in results)
+    assert all(m["sync/bytes"] == plan.bytes > 100_000 for m in results)
+    # Of each of two layers: queries, keys and values; output; gate and up; down; four norms. Embedding, norm.
+    assert all(m["sync/checksums"] == 2 * 8 + 2 for m in results)
     assert EngineControl(engine_url, 10).version() == str(version)
 
 
@@ -89,7 +91,10 @@ def without_a_flush(config, url, version):
 def test_keys_and_values_of_an_earlier_policy_are_noticed(tmp_path, engine_url):
     config = run_config(hf_folder(tmp_path, "qwen3", tied=True, seed=77), engine=ENGINE)
     (message,) = run_ranks(1, without_a_flush, config, engine_url, 77)
-    assert "trainer and engine disagree" in message and engine_url in message
+    assert (
+        f"trainer and engine {engine_url} disagree" in message
+        and "every parameter but experts is there bit for bit" in message
+    )
 
 
 def verify_without_push(config, url):
@@ -108,10 +113,13 @@ def verify_without_push(config, url):
 
 
 def test_other_weights_and_other_versions_are_noticed(tmp_path, engine_url):
-    config = run_config(hf_folder(tmp_path, "qwen3", tied=True, seed=999), engine=ENGINE)
-    ((weights, version),) = run_ranks(1, verify_without_push, config, engine_url)
-    assert "trainer and engine disagree" in weights and engine_url in weights
-    assert "sampled with version 5 after version 6 was pushed" in version
+    path = hf_folder(tmp_path, "qwen3", tied=True, seed=999)
+    for checksums in (True, False):
+        config = run_config(path, engine=ENGINE, resharding={"verify_checksums": checksums})
+        ((weights, version),) = run_ranks(1, verify_without_push, config, engine_url)
+        assert (f"engine {engine_url} holds other weights than the trainer in 18 of 18" in weights) == checksums
+        assert (f"trainer and engine {engine_url} disagree" in weights) == (not checksums)
+        assert "sampled with version 5 after version 6 was pushed" in version
 
 
 def changed_by_somebody_else(config, url):

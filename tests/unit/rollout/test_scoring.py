@@ -4,8 +4,8 @@ import copy
 
 import pytest
 
-from dapo_megatron.records import Group, Prompt
-from dapo_megatron.rollout.metrics import response_metrics
+from dapo_megatron.records import Group, Prompt, VersionSpan
+from dapo_megatron.rollout.metrics import kept_cache_share, response_metrics
 from dapo_megatron.rollout.scoring import score_group
 from tests.tiny import response, run_config, same
 
@@ -91,3 +91,16 @@ def test_a_reward_of_the_rollouts_own_is_kept(tmp_path):
     g.responses[0].accuracy_reward, g.responses[1].accuracy_reward = 0.25, -3.0
     r = scored(tmp_path, g)
     assert [x.reward for x in r] == [0.25, -3.0, 0.5]
+
+
+def test_the_share_of_tokens_over_a_kept_cache_by_hand():
+    def with_spans(mask, *spans):
+        return response("p", 0, [1] * len(mask), loss_mask=mask, version_spans=[VersionSpan(*s) for s in spans])
+
+    masks = [True, True, False, True, True, True]
+    group = Group(0, Prompt("p", [1], "1", "", 0), [with_spans(masks, (3, 0, 2), (4, 2, 4), (5, 4, 6))])
+    group.responses.append(with_spans([True] * 5, (4, 0, 5)))
+    # Of the first response's trained tokens 3 of 5 came after a push; of the second's none of 5.
+    assert kept_cache_share([group]) == 0.3
+    assert response_metrics([group], [], 5, keeps_kv=True)["rollout/kept_cache_share"] == 0.3
+    assert response_metrics([group], [], 5)["rollout/kept_cache_share"] == 0.0
