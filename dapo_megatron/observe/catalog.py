@@ -91,6 +91,7 @@ REWARD = _metric("reward/mean", "", "Mean reward of all responses generated for 
 ACCURACY = _metric("reward/accuracy", "of responses", "Responses that are right.")
 OVERLONG = _metric("reward/overlong", "", "Mean soft overlong punishment.")
 LENGTH_MEAN = _metric("response/length_mean", "tokens", "Mean response length.")
+LENGTH_TRAINED = _metric("response/length_trained", "tokens", "Mean length of the responses that are trained.")
 LENGTH_MAX = _metric("response/length_max", "tokens", "Longest response.")
 TRUNCATED = _metric("response/truncated_share", "of responses", "Responses cut off at the limit.")
 RESPONSE_TOKENS = _metric("rollout/response_tokens", "tokens", "Tokens generated for the step.")
@@ -99,6 +100,7 @@ KEPT_CACHE = _metric(
     "of tokens",
     "Trained tokens that followed a push within their response, over keys and values kept from before it.",
 )
+LAG_MEAN = _metric("rollout/lag_mean", "versions", "Mean age of the tokens that are trained.")
 LAG_MAX = _metric("rollout/lag_max", "versions", "Age of the oldest token that is trained.")
 GENERATION_ROUNDS = _metric(
     "time/generation_rounds", "ratio", "Generation of a step, over that of the groups that began it."

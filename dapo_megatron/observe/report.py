@@ -56,7 +56,7 @@ CHARTS = (
     Chart(
         "Response length",
         "tokens",
-        {m.LENGTH_MEAN: "mean", m.LENGTH_MAX: "longest in the step"},
+        {m.LENGTH_MEAN: "mean", m.LENGTH_TRAINED: "mean of those trained", m.LENGTH_MAX: "longest in the step"},
     ),
     Chart("Truncated responses", "share of responses", {m.TRUNCATED: "truncated"}),
     Chart("Entropy", "nats per token", {m.ENTROPY: "entropy"}),
@@ -73,6 +73,7 @@ CHARTS = (
         {m.GROUPS_KEPT: "kept", m.GROUPS_ALL_RIGHT: "all right", m.GROUPS_ALL_WRONG: "all wrong"},
         "stack",
     ),
+    Chart("Staleness", "versions", {m.LAG_MEAN: "mean of the trained tokens", m.LAG_MAX: "oldest"}, "exact"),
     Chart("Gradient norm", "before clipping", {m.GRAD_NORM: "gradient norm"}),
     Chart("Learning rate", "of the last update", {m.LR: "learning rate"}, "exact"),
     Chart(

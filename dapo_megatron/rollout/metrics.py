@@ -38,6 +38,7 @@ def response_metrics(
     responses = [r for g in (generated or trained) for r in g.responses]
     lengths = [len(r.token_ids) for r in responses]
     n = len(responses)
+    kept = [len(r.token_ids) for g in trained for r in g.responses]
     return {
         m.REWARD: sum(r.reward for r in responses) / n,
         m.ACCURACY: sum(r.verdict == "right" for r in responses) / n,
@@ -48,8 +49,17 @@ def response_metrics(
         m.RESPONSE_TOKENS: float(sum(lengths)),
         m.NO_VERDICT: float(sum(r.verdict == "unknown" for g in generated for r in g.responses)),
         m.KEPT_CACHE: kept_cache_share(trained) if keeps_kv else 0.0,
+        m.LENGTH_TRAINED: sum(kept) / len(kept),
+        m.LAG_MEAN: mean_age(trained, version),
         m.LAG_MAX: float(version - min(g.oldest_version for g in trained)),
     }
+
+
+def mean_age(trained: Sequence[Group], version: int) -> float:
+    """Versions between the sampling of a token and its training, on average over all tokens."""
+    spans = [s for g in trained for r in g.responses for s in r.version_spans]
+    tokens = sum(s.end - s.start for s in spans)
+    return sum((version - s.version) * (s.end - s.start) for s in spans) / tokens if tokens else 0.0
 
 
 def kept_cache_share(trained: Sequence[Group]) -> float:

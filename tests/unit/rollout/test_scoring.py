@@ -104,3 +104,14 @@ def test_the_share_of_tokens_over_a_kept_cache_by_hand():
     assert kept_cache_share([group]) == 0.3
     assert response_metrics([group], [], 5, keeps_kv=True)["rollout/kept_cache_share"] == 0.3
     assert response_metrics([group], [], 5)["rollout/kept_cache_share"] == 0.0
+
+
+def test_the_age_of_what_is_trained_counts_by_tokens():
+    spans = [[VersionSpan(3, 0, 6), VersionSpan(5, 6, 10)], [VersionSpan(4, 0, 2)]]
+    responses = [
+        response("a", i, [5] * n, version_spans=own) for i, (n, own) in enumerate(zip((10, 2), spans, strict=True))
+    ]
+    seen = [Group(0, PROMPT, responses), Group(1, PROMPT, responses[:1])]
+    found = response_metrics(seen[:1], seen, 6)
+    assert found["rollout/lag_mean"] == (3 * 6 + 1 * 4 + 2 * 2) / 12 and found["rollout/lag_max"] == 3
+    assert found["response/length_trained"] == 6 and found["response/length_mean"] == 22 / 3
