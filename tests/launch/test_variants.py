@@ -17,9 +17,11 @@ from tests.tiny import hf_folder
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
-def test_ahead_of_the_trainer_on_two_engines_with_a_rollout_of_ones_own(tmp_path):
+@pytest.mark.parametrize("in_flight", ["retract", "keep_kv"])
+def test_ahead_of_the_trainer_on_two_engines_with_a_rollout_of_ones_own(tmp_path, in_flight):
     path = recipe(
         tmp_path,
+        resharding={"in_flight": in_flight},
         rollout={"max_policy_lag": 1, "function": "tests.launch.two_turns:rollout"},
         engine={"replicas": 2},
         trainer={"steps": 4},
@@ -39,6 +41,8 @@ def test_ahead_of_the_trainer_on_two_engines_with_a_rollout_of_ones_own(tmp_path
     assert records[0]["rollout/lag_max"] == 0 and max(r["rollout/lag_max"] for r in records) == 1
     assert all(r["sync/logprob_difference"] <= 1e-4 for r in records)
     assert all(r["mismatch/abs_mean"] < 0.5 for r in records)
+    assert all(0 <= r["rollout/kept_cache_share"] <= (in_flight == "keep_kv") for r in records)
+    assert all(r["sync/checksums"] > 10 for r in records)
 
     batch = read_step_batch(tmp_path / "run" / "batches" / "step_000002.msgpack")
     samples = [s for mini in batch.mini_batches for shard in mini.shards for samples in shard for s in samples]
