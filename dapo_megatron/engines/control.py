@@ -17,6 +17,8 @@ SESSIONS_SINCE = (0, 5, 21)
 of such servers only, all of them know."""
 
 UP_S = 2.0
+REFUSES = (401, 403)
+"""HTTP statuses of one that has another key."""
 """For an answer to whoever asks whether the server is up."""
 NO_SESSION = "no weight-update session is open"
 """What a server answers that is asked to close one."""
@@ -51,7 +53,7 @@ class EngineControl:
                 status = self._http.get("/model_info", timeout=5.0).status_code
                 if status == 200:
                     break
-                if status in (401, 403):
+                if status in REFUSES:
                     raise EngineError(f"engine {self.url} refuses this run's key: another program serves there")
             except httpx.TransportError:
                 pass
@@ -68,9 +70,9 @@ class EngineControl:
         self.tensor_parallel_size = info["tp_size"]
 
     def is_up(self) -> bool:
-        """Whether the server answers; asks once."""
+        """Whether a server answers, be it another program's; asks once."""
         try:
-            return self._http.get("/model_info", timeout=UP_S).status_code == httpx.codes.OK
+            return self._http.get("/model_info", timeout=UP_S).status_code in (httpx.codes.OK, *REFUSES)
         except httpx.TransportError:
             return False
 

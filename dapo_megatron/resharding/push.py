@@ -26,6 +26,7 @@ from dapo_megatron.engines.engine_set import EngineSet, Member
 from dapo_megatron.errors import ConfigError, DapoError, EngineError
 from dapo_megatron.observe import catalog as m
 from dapo_megatron.resharding.broadcast import Broadcast, fill
+from dapo_megatron.resharding.following import FollowedEngines
 from dapo_megatron.resharding.group import end_group, join_as_sender, open_store, sender_address
 from dapo_megatron.resharding.plan import GATHER_BYTES, Bucket, plan_buckets
 from dapo_megatron.weights.exporter import export_names, export_stage, is_sender
@@ -59,8 +60,8 @@ class Pusher:
         self.timeout_s = config.deadlines.engine_call
         self.engines: list[EngineControl] = []
         """On rank 0 and the senders, which talk to them."""
-        self._read_set, self._api_key = read_set, api_key
-        self._set = EngineSet(0, ())
+        self._api_key = api_key
+        self._followed = FollowedEngines(read_set, self._is_up, config.engine.start_timeout_s)
         self._threads = ThreadPoolExecutor(max_workers=1)
         self._ports, self._opened = ports or [0] * actor.layout.pp_size, 0
         self._group: dist.ProcessGroup | None = None
@@ -68,23 +69,14 @@ class Pusher:
         self._live: dict[Member, int] = {}
         """Version that each engine was given."""
 
-    def is_outdated(self) -> bool:
-        """Whether other engines serve now than those that are connected; for rank 0 alone."""
-        return self._read_set().generation != self._set.generation
-
     def can_follow(self) -> bool:
-        """Whether other engines serve now than those that are connected, and all of them are up; for rank 0 alone."""
-        if not self.is_outdated():
-            return False
-        engines = [EngineControl(m.url, self.timeout_s, self._api_key) for m in self._read_set().members]
-        try:
-            return all(engine.is_up() for engine in engines)
-        finally:
-            for engine in engines:
-                engine.close()
+        """Whether an engine is up that is not connected; for rank 0 alone."""
+        return self._followed.can_follow()
 
     def connect(self) -> None:
-        """Wait for the engines that serve now, then open one group from each pipeline stage's sender to all of them.
+        """Open one group from each pipeline stage's sender to all engines that are up.
+
+        At first all are waited for; later those that load join when they are up (`can_follow`).
 
         Raises:
             DapoError: an engine did not answer or could not join.
@@ -97,13 +89,15 @@ class Pusher:
 
     def _connect(self) -> None:
         self._disconnect()
-        self._set = on_first_rank("reading the engine set", self.layout, self._read_set)
+        self._followed.connect(
+            on_first_rank("finding the engines", self.layout, self._followed.find, may_take_long=True)
+        )
         if self.is_sender or self.layout.rank == 0:
-            self.engines = [EngineControl(m.url, self.timeout_s, self._api_key) for m in self._set.members]
+            self.engines = [self._control(member) for member in self._followed.connected.members]
             self._threads = ThreadPoolExecutor(max_workers=max(1, len(self.engines)))
         with all_agree("connecting to the engines", self.layout, may_take_long=True):
             for engine in self.engines:
-                engine.wait_ready(self.config.engine.start_timeout_s, self.is_outdated)
+                engine.wait_ready(self.config.engine.start_timeout_s, self._followed.is_outdated)
                 if self.config.keeps_kv and not engine.has_sessions:
                     raise ConfigError(f"engine {engine.url} is too old for resharding.in_flight=keep_kv")
             if self.layout.rank == 0:
@@ -113,6 +107,16 @@ class Pusher:
             with all_agree(f"opening the weight group of pipeline stage {stage}", self.layout):
                 if self.is_sender and self.layout.pp_rank == stage:
                     self._open_group(stage)
+
+    def _control(self, member: Member) -> EngineControl:
+        return EngineControl(member.url, self.timeout_s, self._api_key)
+
+    def _is_up(self, member: Member) -> bool:
+        engine = self._control(member)
+        try:
+            return engine.is_up()
+        finally:
+            engine.close()
 
     def push(self, version: int) -> dict[str, float]:
         """Make `version` live on every engine, also on those that replace others meanwhile.
@@ -124,6 +128,8 @@ class Pusher:
             DapoError: names the server and the bucket that failed.
         """
         began = time.monotonic()
+        if on_first_rank("looking for lost engines", self.layout, self._followed.has_lost):
+            self.connect()
         while True:
             try:
                 sent = self._push(version)
@@ -145,7 +151,7 @@ class Pusher:
         def wait() -> None:
             began = time.monotonic()
             limit = self.config.deadlines.engine + SETTLE_S
-            while not self.is_outdated():
+            while not self._followed.is_outdated():
                 waited = time.monotonic() - began
                 if waited > limit or (waited > SETTLE_S and all(self.on_all(_answers))):
                     raise error
@@ -166,7 +172,7 @@ class Pusher:
         with all_agree(f"making version {version} live", self.layout):
             if self.layout.rank == 0:
                 self.on_all(lambda e: self._make_live(e, version))
-        self._live = dict.fromkeys(self._set.members, version)
+        self._live = dict.fromkeys(self._followed.connected.members, version)
         total = torch.tensor(float(sent if self.is_sender else 0), dtype=torch.float64)
         sum_over_ranks("counting bytes", total, self.layout)
         return float(total)
@@ -229,7 +235,7 @@ class Pusher:
         return Broadcast(bucket, flat, self._group, loads, self.timeout_s)
 
     def _all_begin(self) -> None:
-        given = {m.url: self._live[m] for m in self._set.members if m in self._live}
+        given = {m.url: self._live[m] for m in self._followed.connected.members if m in self._live}
         self.on_all(lambda engine: self._begin(engine, given.get(engine.url)))
 
     def _begin(self, engine: EngineControl, given: int | None) -> None:
