@@ -1,15 +1,16 @@
 """One real SGLang server for the whole session: starting it takes tens of seconds."""
 
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
+import psutil
 import pytest
 
 from dapo_megatron.errors import DapoError
 from dapo_megatron.engines.control import EngineControl
 from dapo_megatron.engines.command import engine_command, engine_environment
 from launch.ports import reserved_ports
-from launch.processes import ProcessGroup
+from launch.processes import ProcessGroup, tree
 from tests.tiny import hf_folder, run_config
 
 ENGINE = {"context_length": 512, "max_total_tokens": 8192, "mem_fraction": 0.1, "max_running_requests": 64}
@@ -25,7 +26,9 @@ def model_path(tmp_path_factory):
 def serve(model_path, log_dir, **options):
     """(URL, pid) of a server that is up, and ends with the block; `options` are of the config's section."""
     config = run_config(model_path, engine=ENGINE | options)
-    with reserved_ports(1) as (port,), ProcessGroup(log_dir) as group:
+    log_dir.mkdir(exist_ok=True)
+    group = ProcessGroup(log_dir)  # not `with`: leaving it ends every child of this process, other servers too
+    with reserved_ports(1) as (port,):
         child = group.start(
             "engine-0",
             engine_command(config, "127.0.0.1", port, cpu=True),
@@ -36,11 +39,16 @@ def serve(model_path, log_dir, **options):
         control = EngineControl(url, 60)
         try:
             control.wait_ready(120)
+            control.close()
+            yield url, child.process.pid
         except DapoError:
             print(child.tail(60))
             raise
-        control.close()
-        yield url, child.process.pid
+        finally:
+            for process in tree(child):
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+            child.process.wait()
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,11 @@
 """Engines fail in the middle of a step, the step does not: client, producer and controller on two real servers."""
 
 import asyncio
-import os
 import random
 import shutil
 import signal
-import subprocess
 from collections import Counter
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, suppress
 
 import aiohttp
 import psutil
@@ -19,7 +17,6 @@ from aiohttp.test_utils import TestServer
 from dapo_megatron.engines import serving
 from dapo_megatron.engines.client import EngineClient
 from dapo_megatron.engines.coalescing import CoalescingClient
-from dapo_megatron.engines.command import engine_command, engine_environment
 from dapo_megatron.engines.control import EngineControl
 from dapo_megatron.engines.engine_set import EngineSet, Member
 from dapo_megatron.grading.pool import grading_pool
@@ -29,8 +26,7 @@ from dapo_megatron.rollout.controller import Controller
 from dapo_megatron.rollout.ledger import SETTLED, check_exactly_once, read_ledger
 from dapo_megatron.run_folder import RunFolder
 from launch.demo import write_data, write_model
-from launch.ports import reserved_ports
-from tests.engine.conftest import ENGINE
+from tests.engine.conftest import serve
 from tests.tiny import run_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -100,26 +96,6 @@ async def proxied(url):
     app.router.add_route("*", "/{path}", proxy.pass_on)
     async with TestServer(app) as server:
         yield proxy, str(server.make_url("")).rstrip("/")
-
-
-@contextmanager
-def serve_beside(model_path, log):
-    """(URL, its processes) of a server. A ProcessGroup would end the session's server with it."""
-    config = run_config(model_path, engine=ENGINE)
-    with reserved_ports(1) as (port,), log.open("wb") as out:
-        command = engine_command(config, "127.0.0.1", port, cpu=True)
-        environment = engine_environment(os.environ, cpu=True)
-        process = subprocess.Popen(command, env=environment, stdout=out, stderr=out)
-        try:
-            control = EngineControl(f"http://127.0.0.1:{port}", 60)
-            control.wait_ready(120)
-            control.close()
-            yield control.url, [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-        finally:
-            if process.poll() is None:
-                server = psutil.Process(process.pid)
-                strike([*server.children(recursive=True), server], signal.SIGKILL)
-            process.wait()
 
 
 def strike(processes, number):
@@ -205,7 +181,8 @@ def test_a_step_is_completed_by_the_other_engine_and_every_prompt_is_settled_onc
     config, engine_url, model_path, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(serving, "PROBE_TIMEOUT", aiohttp.ClientTimeout(total=1.0))
-    with serve_beside(model_path, tmp_path / "second.log") as (second, processes):
+    with serve(model_path, tmp_path / "logs") as (second, pid):
+        processes = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
         for url in (engine_url, second):
             control = EngineControl(url, 60)
             control.set_version(0)
