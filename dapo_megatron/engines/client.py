@@ -57,7 +57,7 @@ class EngineClient:
         self.asked_again = 0
         """Requests that an engine left unanswered or aborted, each time counted."""
         self._slots, self._turn = asyncio.Semaphore(concurrency), asyncio.Lock()
-        self._serving = ServingEngines(read_set, silence_s)
+        self._serving = ServingEngines(read_set, silence_s, concurrency)
         self._cache_keys = CacheKeys() if fresh_prefixes else None
         self._open: aiohttp.ClientSession | None = None
 
@@ -75,7 +75,7 @@ class EngineClient:
         await self._session.close()
 
     async def until_one_serves(self) -> None:
-        """Wait until there is an engine to ask; without a deadline: whoever starts the engines has one."""
+        """Wait until there is an engine to ask; without a deadline."""
         await self._serving.least_busy()
 
     async def generate(self, input_ids: list[int], params: SamplingParams, count: int = 1) -> list[Sampled]:
@@ -90,13 +90,15 @@ class EngineClient:
         """
         if count > self.concurrency:
             raise ValueError(f"{count} samples in one request, {self.concurrency} may be in flight")
-        async with self._turn:  # two that each wait for several slots would wait for each other
-            for _ in range(count):
-                await self._slots.acquire()
+        held = 0
         try:
+            async with self._turn:  # two that each wait for several slots would wait for each other
+                while held < count:
+                    await self._slots.acquire()
+                    held += 1
             return await self._until_answered(input_ids, params, count)
         finally:
-            for _ in range(count):
+            for _ in range(held):
                 self._slots.release()
 
     @property
@@ -136,6 +138,7 @@ class EngineClient:
         """
         server = await self._serving.least_busy()
         tokens = count * self._serving.expected_tokens(len(input_ids), params.max_new_tokens)
+        server.responses += count
         server.tokens_in_flight += tokens
         attempt = asyncio.ensure_future(self._attempt(server, input_ids, params, count, blames))
         server.attempts.add(attempt)
@@ -143,7 +146,8 @@ class EngineClient:
             await asyncio.wait([attempt])
             return attempt.result()
         except asyncio.CancelledError:
-            if not attempt.cancelled():  # it is this call that is cancelled
+            task = asyncio.current_task()
+            if not attempt.cancelled() or (task is not None and task.cancelling()):  # it is this call that is cancelled
                 raise
             return [], f"{server.url}: {server.why_not}"
         except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, TimeoutError) as e:
@@ -153,7 +157,7 @@ class EngineClient:
         finally:
             attempt.cancel()
             server.attempts.discard(attempt)
-            server.tokens_in_flight -= tokens
+            self._serving.freed(server, count, tokens)
 
     async def _attempt(
         self, server: Server, input_ids: list[int], params: SamplingParams, count: int, blames: bool

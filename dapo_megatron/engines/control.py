@@ -16,9 +16,9 @@ SESSIONS_SINCE = (0, 5, 21)
 """First SGLang release whose weight updates must stand between begin_weight_update and end_weight_update; what is asked
 of such servers only, all of them know."""
 
-UP_S = 2.0
 REFUSES = (401, 403)
 """HTTP statuses of one that has another key."""
+UP_S = 2.0
 """For an answer to whoever asks whether the server is up."""
 NO_SESSION = "no weight-update session is open"
 """What a server answers that is asked to close one."""

@@ -38,6 +38,8 @@ class Server:
         self.member, self.url = member, member.url
         self.serves = False
         self.why_not = "it has not answered yet"
+        self.responses = 0
+        """In flight."""
         self.tokens_in_flight = 0
         """Prompts, and as much of the responses as is expected."""
         self.attempts: set[asyncio.Task[object]] = set()
@@ -63,9 +65,13 @@ class Server:
 class ServingEngines:
     """Follows the engine set for one client."""
 
-    def __init__(self, read_set: Callable[[], EngineSet], silence_s: float):
-        """`silence_s`: seconds without a sign of life after which an engine loses its requests."""
-        self._read_set, self._silence_s = read_set, silence_s
+    def __init__(self, read_set: Callable[[], EngineSet], silence_s: float, concurrency: int):
+        """
+        Args:
+            silence_s: seconds without a sign of life after which an engine loses its requests.
+            concurrency: most responses in flight on all engines together.
+        """
+        self._read_set, self._silence_s, self._concurrency = read_set, silence_s, concurrency
         self._generation: int | None = None
         self._servers: list[Server] = []
         self._changed = asyncio.Event()
@@ -84,17 +90,30 @@ class ServingEngines:
             await asyncio.gather(self._follower, return_exceptions=True)  # what failed was told to those who waited
 
     async def least_busy(self) -> Server:
-        """The engine to ask next, that with the fewest tokens in flight; waits until one serves.
+        """The engine to ask next, that with the fewest tokens in flight; waits until one serves and has room.
+
+        None gets more than its share of the concurrency, also when others are away: what it cannot run, a push's
+        verification would wait for.
 
         Raises:
             ConfigError: the set cannot be read.
         """
-        while not (serving := [s for s in self._servers if s.serves]):
+        while not (serving := [s for s in self._servers if s.serves and s.responses < self._share]):
             if self._follower is not None and self._follower.done():
                 self._follower.result()
             self._changed.clear()
             await self._changed.wait()
         return min(serving, key=lambda s: s.tokens_in_flight)
+
+    @property
+    def _share(self) -> int:
+        return -(-self._concurrency // max(1, len(self._servers)))
+
+    def freed(self, server: Server, responses: int, tokens: int) -> None:
+        """These are no longer in flight."""
+        server.responses -= responses
+        server.tokens_in_flight -= tokens
+        self._changed.set()
 
     def expected_tokens(self, prompt: int, limit: int) -> int:
         """Of a prompt and its response: as long as responses were on the average, `limit` before there were any."""

@@ -50,14 +50,11 @@ class FollowedEngines:
         """The engines to connect to.
 
         Raises:
-            EngineError: one that is waited for did not answer in time.
+            EngineError: one that is waited for did not answer in time, or was replaced before.
         """
-        start_s = self._start_timeout_s
-        end = time.monotonic() + start_s
-        while True:
-            found = self._read_set()
-            if found.generation != self.connected.generation:
-                self.connected, end = EngineSet(found.generation, ()), time.monotonic() + start_s
+        found, start_s = self._read_set(), self._start_timeout_s
+        self.connected, end = EngineSet(found.generation, ()), time.monotonic() + start_s
+        while not self.is_outdated():
             up = [m for m in found.members if self._is_up(m)]
             awaited = [m for m in found.members if m not in up and (not self._joined or m in self._joined)]
             if up and not awaited:
@@ -66,3 +63,4 @@ class FollowedEngines:
                 late = (awaited or found.members)[0]
                 raise EngineError(f"{late.name} ({late.url}) did not answer within {start_s:.0f} s: see its log")
             time.sleep(LOOK_S)
+        raise EngineError("an engine was replaced before it answered")

@@ -66,6 +66,8 @@ class Pusher:
         self._ports, self._opened = ports or [0] * actor.layout.pp_size, 0
         self._group: dist.ProcessGroup | None = None
         self._group_name = ""
+        self.has_reconnected = False
+        """Whether the last push went to other engines than the one before."""
         self._live: dict[Member, int] = {}
         """Version that each engine was given."""
 
@@ -128,7 +130,8 @@ class Pusher:
             DapoError: names the server and the bucket that failed.
         """
         began = time.monotonic()
-        if on_first_rank("looking for lost engines", self.layout, self._followed.has_lost):
+        self.has_reconnected = on_first_rank("looking for lost engines", self.layout, self._followed.has_lost)
+        if self.has_reconnected:
             self.connect()
         while True:
             try:
@@ -136,6 +139,7 @@ class Pusher:
             except EngineError as e:
                 self.wait_until_replaced(e)
                 self._live = {}
+                self.has_reconnected = True
                 self.connect()
             else:
                 return {m.SYNC_SECONDS: time.monotonic() - began, m.SYNC_BYTES: sent}

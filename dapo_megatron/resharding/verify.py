@@ -12,6 +12,7 @@ before the first push.
 
 import dataclasses
 import math
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -64,6 +65,8 @@ class Verifier:
 
     def __init__(self, config: RunConfig, actor: Actor, pusher: Pusher, prompts: list[list[int]]):
         self.config, self.actor, self.pusher, self.prompts = config, actor, pusher, prompts
+        self._name = f"verification {uuid.uuid4().hex}"
+        """Engines outlive a trainer, and may hold keys and values of another version of the same number."""
         self.limits, self.slack = LIMITS[config.coarser_dtype], config.resharding.verify_slack
         self.params = SamplingParams(config.verify_tokens, config.rollout.temperature, ignore_eos=True)
         if config.engine.deterministic:
@@ -107,8 +110,10 @@ class Verifier:
     def _compare_weights(self) -> float:
         """Parameters of each engine that are as the trainer has them, of those that have a checksum."""
         layout, pusher = self.actor.layout, self.pusher
-        held = on_first_rank("taking the engines' checksums", layout, lambda: pusher.on_all(EngineControl.checksums))
+        held = on_first_rank("taking the engines' checksums", layout, self._held_checksums)
         compared = torch.zeros(1, dtype=torch.float64)
+        if not held:
+            return 0.0
         with all_agree("comparing the engines' weights", layout):
             expected = self._expected_checksums(len(held[0]))
             for engine, sums in zip(pusher.engines, held, strict=True) if pusher.is_sender else ():
@@ -122,6 +127,13 @@ class Verifier:
                 compared[0] = count
         sum_over_ranks("counting checksums", compared, layout)
         return float(compared)
+
+    def _held_checksums(self) -> list[list[dict[str, str]]]:
+        """[engine][its rank]; empty where there is nothing to compare."""
+        if find_checksum(self.actor.device) is None:
+            return []
+        held = self.pusher.on_all(EngineControl.checksums)
+        return held if any(rank for engine in held for rank in engine) else []
 
     def _expected_checksums(self, tp_size: int) -> dict[str, list[str]]:
         """Of this rank's stage, on its sender; collective over the stage's ranks."""
@@ -138,7 +150,7 @@ class Verifier:
         """(URL, prompt, completion) of every engine and prompt."""
         found = []
         # Where the cache is kept, what it holds of these prompts is the earlier versions'.
-        key = f"verification of {version}" if self.config.keeps_kv else None
+        key = f"{self._name} of {version}" if self.config.keeps_kv else None
         sampled = self.pusher.on_all(lambda engine: engine.sample(self.prompts, self.params, key))
         for engine, completions in zip(self.pusher.engines, sampled, strict=True):
             for prompt, completion in zip(self.prompts, completions, strict=True):

@@ -95,6 +95,7 @@ class ControllerClient:
         prompts."""
         if self.config.data.eval is None:
             return {}
+        self.state()  # nothing else is answered while an evaluation is waited for
         return self._ask(Evaluate(state.step, state.version), Evaluation, meanwhile).metrics
 
     def goodbye(self) -> None:

@@ -205,7 +205,8 @@ def train_step(
     step, version = state.step + 1, state.version + 1
     with recorder.phase("push"):
         metrics |= pusher.push(version)
-    if config.resharding.verify_every and step % config.resharding.verify_every == 0:
+    every = config.resharding.verify_every
+    if every and (step % every == 0 or pusher.has_reconnected):
         with recorder.phase("verify"):
             metrics |= verified(config, pusher, verifier, version)
     return replace(state, step=step, version=version), metrics

@@ -22,7 +22,7 @@ from dapo_megatron.process import Reporter
 from dapo_megatron.run_folder import RunFolder
 from dapo_megatron.trainer.roll_call import STORE_S, WAIT_S, missing_ranks_named
 
-DEADLINE_S = 1
+DEADLINE_S = 3
 
 
 def agree(config):
