@@ -35,7 +35,8 @@ class Engine:
 
     async def generate(self, request):
         self.asked += 1
-        if self.status != 200 or 13 in (await request.json())["input_ids"]:
+        ids = (await request.json())["input_ids"]
+        if self.status != 200 or 13 in ids:
             return web.Response(status=max(self.status, 500), text="out of order")
         if self.until is not None:
             await self.until.wait()
@@ -46,7 +47,8 @@ class Engine:
             "output_token_logprobs": [[-0.5, self.token, None]] * self.length,
             "weight_version": self.version,
         }
-        return web.json_response({"meta_info": meta})
+        reply = {"meta_info": meta}
+        return web.json_response([reply] * len(ids) if isinstance(ids[0], list) else reply)
 
 
 @asynccontextmanager
@@ -252,3 +254,42 @@ def test_the_set_is_written_and_read_and_missing_is_told(tmp_path):
 
     with pytest.raises(ConfigError, match=r"engines\.json cannot be read"):
         asyncio.run(run())
+
+
+def test_a_cancelled_request_gives_its_slots_back():
+    async def run():
+        engine = Engine(7)
+        engine.until = asyncio.Event()
+        async with (
+            served(engine) as url,
+            EngineClient(lambda: of_urls([url]), concurrency=4, timeout_s=20) as client,
+            asyncio.timeout(15),
+        ):
+            first, waits = (asyncio.create_task(client.generate([1], PARAMS, count)) for count in (3, 2))
+            while not engine.asked:
+                await asyncio.sleep(0.01)
+            waits.cancel()
+            await asyncio.gather(waits, return_exceptions=True)
+            engine.until.set()
+            assert len(await first) == 3 and len(await client.generate([1], PARAMS, 4)) == 4
+
+    asyncio.run(run())
+
+
+def test_an_engine_gets_no_more_than_its_share_while_another_is_away():
+    async def run():
+        engine = Engine(7)
+        engine.until = asyncio.Event()
+        async with (
+            served(engine) as url,
+            EngineClient(lambda: of_urls([url, "http://127.0.0.1:9"]), concurrency=9, timeout_s=20) as client,
+        ):
+            asked = [asyncio.create_task(client.generate([1, 2], PARAMS)) for _ in range(9)]
+            while engine.asked < 5:
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.3)
+            assert engine.asked == 5
+            engine.until.set()
+            assert len(await asyncio.gather(*asked)) == 9
+
+    asyncio.run(run())
