@@ -184,4 +184,4 @@ def push_to_nobody(config, url):
 def test_absent_engine_is_named(tmp_path):
     config = run_config(hf_folder(tmp_path), engine=ENGINE | {"start_timeout_s": 1})
     (message,) = run_ranks(1, push_to_nobody, config, "http://127.0.0.1:9")
-    assert "http://127.0.0.1:9 did not answer" in message
+    assert "engine-0 (http://127.0.0.1:9) did not answer within 1 s" in message
