@@ -23,7 +23,6 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 from dapo_megatron.compat import prepare_trainer
 
@@ -38,11 +37,11 @@ from dapo_megatron.batching.packing import pack_shard
 from dapo_megatron.batching.wire import decode_part
 from dapo_megatron.config import RunConfig
 from dapo_megatron.keys import Keys, make_keys
-from dapo_megatron.messages import Batch, Goodbye, Hello, NextBatch
+from dapo_megatron.messages import Batch, Goodbye, Hello, NextBatch, Welcome
 from dapo_megatron.process import Reporter
 from dapo_megatron.records import Prompt, Response, ScoredGroup, VersionSpan
 from dapo_megatron.rollout.controller import Controller
-from dapo_megatron.rollout.producer import StepGroups
+from dapo_megatron.rollout.producer import Producer, Progress, StepGroups
 from dapo_megatron.rpc import RpcClient, RpcServer
 from dapo_megatron.run_folder import RunFolder
 from dapo_megatron.trainer.replica_batch import PartFetcher
@@ -128,12 +127,20 @@ def serve(config: RunConfig, folder: Path, address: str, keys: Keys, lengths: np
     figures: dict[str, float] = {}
     groups: list[ScoredGroup] = []
 
-    class Synthetic(Controller):
+    class Ready(Producer):
         """Has generated already."""
 
-        async def _produce(self, session: Any, step: int, version: int) -> StepGroups:
+        async def step(self, step: int, version: int, progress: Progress) -> StepGroups:
             figures[f"cpu at {step}"] = time.process_time()
             return StepGroups(groups, groups, {}, b"")
+
+    class Synthetic(Controller):
+        def _begin(self, snapshot: bytes | None, step: int) -> Welcome:
+            welcome = super()._begin(snapshot, step)
+            assert self._session is not None
+            own = self._session.producer
+            self._session.producer = Ready(config, own.buffer, own.make_group, own.ledger)
+            return welcome
 
     async def run(controller: Controller) -> float:
         watch = asyncio.create_task(longest_wait())
@@ -144,7 +151,8 @@ def serve(config: RunConfig, folder: Path, address: str, keys: Keys, lengths: np
 
     with Reporter(RunFolder(folder), "controller") as reporter:
         grading = SimpleNamespace(trouble=None)
-        controller = Synthetic(config, reporter, None, grading)  # type: ignore[arg-type]  # neither is asked
+        sampler = SimpleNamespace(asked_again=0)
+        controller = Synthetic(config, reporter, sampler, grading)  # type: ignore[arg-type]  # nobody is asked
         before = memory("VmRSS")
         groups += synthetic_groups(lengths)
         figures["arrays"] = arrays = sum(
