@@ -132,7 +132,7 @@ async def _measure(folder: Path, count: int, url: str) -> None:
 
     async with (
         GradingPool(None, 1, 10.0, 1024) as grading,
-        EngineClient(lambda: of_urls([url]), concurrency=config.rollout.concurrency, timeout_s=600) as client,
+        EngineClient(lambda: of_urls([url]), concurrency=config.concurrency, timeout_s=600) as client,
     ):
         sampler = CoalescingClient(client)
         await group(prompts[0])  # the server is up
