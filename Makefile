@@ -1,6 +1,6 @@
 # make help   this list
 # make demo   set up, then train a tiny model to add, every part real
-# make test   set up, then all tests (about 25 minutes on 2 cores); FAST=1 leaves out the slow ones
+# make test   set up, then all tests (about 40 minutes on 2 cores); FAST=1 leaves out the slow ones
 # make test-full   the same, with every combination of layout, model, packing and loss, and with megatron-core 0.19
 # make test-slurm   set up and install SLURM (Debian's slurm-wlm and munge; as root), then the tests on a real cluster
 # make lint   ruff and mypy
