@@ -74,9 +74,17 @@ class EngineClient:
         await self._serving.stop()
         await self._session.close()
 
-    async def until_one_serves(self) -> None:
-        """Wait until there is an engine to ask; without a deadline."""
-        await self._serving.least_busy()
+    async def until_one_serves(self, timeout_s: float) -> None:
+        """Wait until there is an engine to ask.
+
+        Raises:
+            EngineError: there is none in time; says why.
+        """
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._serving.least_busy()
+        except TimeoutError:
+            raise EngineError(f"no engine serves within {timeout_s:g} s ({self._serving.why_none()})") from None
 
     async def generate(self, input_ids: list[int], params: SamplingParams, count: int = 1) -> list[Sampled]:
         """`count` samples after one input, in one request.

@@ -111,9 +111,9 @@ class Verifier:
         """Parameters of each engine that are as the trainer has them, of those that have a checksum."""
         layout, pusher = self.actor.layout, self.pusher
         held = on_first_rank("taking the engines' checksums", layout, self._held_checksums)
-        compared = torch.zeros(1, dtype=torch.float64)
         if not held:
             return 0.0
+        compared = torch.zeros(1, dtype=torch.float64)
         with all_agree("comparing the engines' weights", layout):
             expected = self._expected_checksums(len(held[0]))
             for engine, sums in zip(pusher.engines, held, strict=True) if pusher.is_sender else ():

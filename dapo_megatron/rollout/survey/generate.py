@@ -22,7 +22,6 @@ from dapo_megatron.data.sampler import PromptSampler
 from dapo_megatron.engines.client import EngineClient
 from dapo_megatron.engines.coalescing import CoalescingClient
 from dapo_megatron.engines.engine_set import read_engine_set
-from dapo_megatron.errors import EngineError
 from dapo_megatron.grading.pool import grading_pool
 from dapo_megatron.keys import read_keys
 from dapo_megatron.observe.jsonl import append_line
@@ -67,7 +66,7 @@ async def _survey(config: RunConfig, folder: RunFolder, prompts: int, output: Pa
             controller = Controller(config, reporter, CoalescingClient(client), grading)
             issued = first_prompts(config, controller.prompts.prompts, prompts)
             console.print("waiting for an engine that has loaded the model")
-            await until_one_serves(client, config.engine.start_timeout_s)
+            await client.until_one_serves(config.engine.start_timeout_s)
             tally, began = Tally(config), time.monotonic()
             with shown(tally, len(issued), console) as show:
                 async for group in generated(controller, issued):
@@ -78,19 +77,6 @@ async def _survey(config: RunConfig, folder: RunFolder, prompts: int, output: Pa
     console.print(table(config, tally, time.monotonic() - began))
     if grading.trouble:
         console.print(f"grading: {grading.trouble}", markup=False)
-
-
-async def until_one_serves(client: EngineClient, timeout_s: float) -> None:
-    """Wait for an engine.
-
-    Raises:
-        EngineError: none serves in time.
-    """
-    try:
-        async with asyncio.timeout(timeout_s):
-            await client.until_one_serves()
-    except TimeoutError:
-        raise EngineError(f"no engine serves within engine.start_timeout_s={timeout_s:g} s") from None
 
 
 def first_prompts(config: RunConfig, prompts: Sequence[Prompt], count: int) -> list[Prompt]:

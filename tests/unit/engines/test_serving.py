@@ -293,3 +293,17 @@ def test_an_engine_gets_no_more_than_its_share_while_another_is_away():
             assert len(await asyncio.gather(*asked)) == 9
 
     asyncio.run(run())
+
+
+def test_whoever_waits_for_an_engine_waits_not_for_ever():
+    async def run(url, timeout_s):
+        async with EngineClient(lambda: of_urls([url]), concurrency=1, timeout_s=20) as client:
+            await client.until_one_serves(timeout_s)
+
+    async def served_one():
+        async with served(Engine(7)) as url:
+            await run(url, 20)
+
+    asyncio.run(served_one())
+    with pytest.raises(EngineError, match=r"no engine serves within 0.5 s \(http://127.0.0.1:9: "):
+        asyncio.run(run("http://127.0.0.1:9", 0.5))
