@@ -11,10 +11,7 @@ before the first push.
 """
 
 import dataclasses
-import math
 import uuid
-from collections.abc import Iterator
-from dataclasses import dataclass
 
 import msgspec
 import numpy as np
@@ -33,31 +30,13 @@ from dapo_megatron.engines.wire import Completion, SamplingParams
 from dapo_megatron.errors import EngineError
 from dapo_megatron.observe import catalog as m
 from dapo_megatron.resharding.checksums import differing, expected_checksums, find_checksum
+from dapo_megatron.resharding.differences import LIMITS, Differences, described, differences, summary
 from dapo_megatron.resharding.plan import GATHER_BYTES
 from dapo_megatron.resharding.push import Pusher
 from dapo_megatron.weights.exporter import export_stage
 from dapo_megatron.weights.table import some_names
 
 SENT = "every parameter but experts is there bit for bit"
-
-
-@dataclass(frozen=True)
-class Differences:
-    """|Log-prob differences| over the tokens that one engine sampled, or what they may be."""
-
-    mean: float = math.inf
-    p99: float = math.inf
-    max: float = math.inf
-
-    def exceeds(self, limits: "Differences", slack: float) -> bool:
-        """Whether one of them is too large; NaN is."""
-        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(limits), strict=True)
-        return not all(value <= limit * slack for value, limit in pairs)
-
-
-LIMITS = {"float32": Differences(max=1e-4), "bfloat16": Differences(mean=0.1, p99=0.5)}
-"""By the coarser of the two types. Of bfloat16 twice what rounding alone did to SmolLM2-135M in the worst of 20 pushes
-(mean 0.049, 99th percentile 0.24); the maximum, from 0.2 to 0.7, says nothing."""
 
 
 class Verifier:
@@ -195,35 +174,11 @@ class Verifier:
                 at = max(range(len(tokens)), key=lambda i: np.nan_to_num(tokens[i], nan=np.inf).max())
                 raise EngineError(
                     f"trainer and engine {url} disagree after the push: |log-prob difference| of "
-                    f"{sum(map(len, tokens))} tokens, {_told(of_engine, self.limits, self.slack)}, the largest after "
-                    f"prompt {self.prompts[at][:8]}...; {weights}; resharding.verify_slack={self.slack:g}"
+                    f"{sum(map(len, tokens))} tokens, {described(of_engine, self.limits, self.slack)}, the largest "
+                    f"after prompt {self.prompts[at][:8]}...; {weights}; resharding.verify_slack={self.slack:g}"
                 )
             worst = Differences(*map(max, dataclasses.astuple(worst), dataclasses.astuple(of_engine)))
         return worst
-
-
-def differences(sampled: list[tuple[str, list[int], Completion]], ours: np.ndarray) -> Iterator[np.ndarray]:
-    """[tokens] of each completion: |log-prob difference| of its tokens.
-
-    Args:
-        ours: [completions, longest] log-prob of the token after each position.
-    """
-    for (_, prompt, completion), row in zip(sampled, ours, strict=True):
-        first = len(prompt) - 1
-        yield np.abs(row[first : first + len(completion.logprobs)] - np.array(completion.logprobs))
-
-
-def summary(tokens: np.ndarray) -> Differences:
-    """Of [tokens] |log-prob differences|."""
-    return Differences(float(tokens.mean()), float(np.quantile(tokens, 0.99)), float(tokens.max()))
-
-
-def _told(found: Differences, limits: Differences, slack: float) -> str:
-    fields = [(f.name, getattr(found, f.name), getattr(limits, f.name)) for f in dataclasses.fields(found)]
-    return ", ".join(
-        f"{name} {value:.2e}" + (f" (at most {limit * slack:.2e})" if limit < math.inf else "")
-        for name, value, limit in fields
-    )
 
 
 def scored_sample(index: int, token_ids: list[int]) -> TrainingSample:

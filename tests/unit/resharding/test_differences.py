@@ -8,7 +8,7 @@ import pytest
 from tests.tiny import run_config
 
 from dapo_megatron.engines.wire import Completion
-from dapo_megatron.resharding.verify import LIMITS, Differences, differences, summary
+from dapo_megatron.resharding.differences import LIMITS, Differences, differences, summary
 
 
 def tokens(largest, others=0.01, count=256):
