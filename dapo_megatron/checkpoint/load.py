@@ -12,6 +12,7 @@ from dapo_megatron.checkpoint.distributed import read_state
 from dapo_megatron.checkpoint.integrity import check_files, check_hashes
 from dapo_megatron.checkpoint.manifest import MODEL, Manifest, read_manifest, require_model
 from dapo_megatron.checkpoint.random_state import random_states, set_random_states
+from dapo_megatron.checkpoint.regrouping import regrouped
 from dapo_megatron.checkpoint.safe_metadata import check_objects
 from dapo_megatron.checkpoint.train_state import TrainState
 from dapo_megatron.data.snapshot import cursor_of
@@ -45,7 +46,8 @@ def load_checkpoint(actor: Actor, path: Path) -> tuple[TrainState, bytes]:
     for i, module in enumerate(actor.modules):
         module.load_state_dict(loaded[f"model{i}"])
     with torch.no_grad():  # float32 masters are views of the parameters
-        actor.optimizer.load_state_dict(loaded["optimizer"])
+        parts = getattr(actor.optimizer, "chained_optimizers", [actor.optimizer])
+        actor.optimizer.load_state_dict(regrouped(loaded["optimizer"], [part.param_groups for part in parts]))
     actor.schedule.load_state_dict(loaded["schedule"])
     if "random" in loaded:
         set_random_states({name: state[0] for name, state in loaded["random"].items()})
@@ -100,12 +102,6 @@ def require_loadable(manifest: Manifest, path: Path, actor: Actor) -> None:
     """Raise ConfigError unless this layout can load the checkpoint's optimizer state."""
     require_model(manifest, path, actor.shape)
     saved, ours = manifest.layout, actor.layout.sizes
-    if (saved["ep"] > 1) != (ours["ep"] > 1):
-        # megatron-core keeps spread experts in an optimizer of their own, whose state has another structure.
-        raise ConfigError(
-            f"{path} was saved with actor.expert_model_parallel_size={saved['ep']}, the run has {ours['ep']}: keep it "
-            "at 1, or above 1"
-        )
     fixed = [name for name in ours if name != "dp" and saved[name] != ours[name]]
     if manifest.format == "dp_reshardable" and fixed:
         raise ConfigError(

@@ -74,6 +74,7 @@ ELSEWHERE = {
         ("qwen3", "cp2", "vpp2"),
         ("qwen3_moe", "ep2", "tp2_ep2"),
         ("qwen3_moe", "tp2_ep2", "one"),
+        ("qwen3_moe", "one", "ep2"),
     ],
 )
 def test_resume_across_model_chunks_and_experts(tmp_path, kind, saved, resumed):
@@ -84,10 +85,6 @@ def test_resume_across_model_chunks_and_experts(tmp_path, kind, saved, resumed):
         return made.model_copy(update={"run_dir": str(tmp_path / "run")})
 
     expected = run_ranks(config(saved).world_size, two_steps_and_save, config(saved))[0]
-    if resumed == "one":
-        (message,) = run_ranks(1, load_of_other_model, config(resumed), store.latest(RunFolder(tmp_path / "run")))
-        assert "expert_model_parallel_size=2, the run has 1" in message
-        return
     _, got = run_ranks(config(resumed).world_size, resume, config(resumed))[0]
     for g, e in zip(got, expected, strict=True):
         for key in ("policy/loss", "optimizer/grad_norm", "optimizer/lr", "policy/entropy"):

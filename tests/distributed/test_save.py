@@ -68,6 +68,8 @@ PAIRS = [
     ("dp_reshardable", {"tensor_model_parallel_size": 2}, {"tensor_model_parallel_size": 2}, "qwen3"),
     ("fully_reshardable", TP2_DP2, {"pipeline_model_parallel_size": 2}, "qwen3"),
     ("fully_reshardable", EP2, {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2}, "qwen3_moe"),
+    ("fully_reshardable", EP2, {"pipeline_model_parallel_size": 2}, "qwen3_moe"),
+    ("fully_reshardable", {"tensor_model_parallel_size": 2}, EP2, "qwen3_moe"),
     ("dp_reshardable", EP2, EP2, "qwen3_moe"),
     ("dp_reshardable", {"data_parallel_size": 2}, {}, "qwen2"),
 ]
