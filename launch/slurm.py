@@ -112,7 +112,7 @@ def run_slurm(config: RunConfig) -> None:
 
     first = place(config, trainers, engines, ports)
     slots = tuple(dict.fromkeys(p.node.name for p in (first.controller, *first.ranks, *first.engines)))
-    spares = _spares(allocation, nodes, slots)
+    spares = tuple(name for name in nodes if name not in slots)
     raise_open_files_limit(config.concurrency)
     end: End | Requeue | None = None
     try:
@@ -128,11 +128,9 @@ def run_slurm(config: RunConfig) -> None:
     print(f"report: {write_report(folder)}", flush=True)
 
 
-def _spares(allocation: Allocation, nodes: dict[str, Node], slots: tuple[str, ...]) -> tuple[str, ...]:
-    """Nodes that can replace any that is used; of a heterogeneous job none, for its steps cannot span groups."""
-    if allocation.is_heterogeneous or len({nodes[name].gpus for name in slots}) > 1:
-        return ()
-    return tuple(name for name, node in nodes.items() if name not in slots and node.gpus == nodes[slots[0]].gpus)
+def _pools(allocation: Allocation) -> dict[str, tuple[int, int]]:
+    """Nodes can replace each other that have as many GPUs, in one group: a step cannot span groups."""
+    return {node.name: (i, node.gpus) for i, group in enumerate(allocation.groups) for node in group.nodes}
 
 
 def _supervised(
@@ -165,6 +163,7 @@ def _supervised(
             hosts=slots,
             spares=spares,
             shared=shared,
+            pools=_pools(allocation),
             ends=allocation.ends,
             can_requeue=allocation.restarts < config.launch.max_requeues,
         )

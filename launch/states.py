@@ -24,7 +24,7 @@ together. They run in slots, the places that the placement plans. Each slot is o
     over        any                       over
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
@@ -67,6 +67,8 @@ class State:
     training: frozenset[int]
     """Slots of the controller and the trainer ranks."""
     spares: tuple[str, ...] = ()
+    pools: Mapping[str, Hashable] = field(default_factory=dict)
+    """Of each host: a spare one replaces hosts of its own pool. Those that are not named are in one pool."""
     phase: Phase = Phase.RUNNING
     step: int = 0
     step_at_start: int = 0
@@ -303,8 +305,11 @@ def _moved_from_bad_hosts(state: State, slots: Sequence[int]) -> tuple[State, li
     """Slots whose hosts failed too often go to spare hosts, as long as there are any; also returns those that went."""
     hosts, spares, moved = list(state.hosts), list(state.spares), []
     for slot in slots:
-        if state.failures.get(hosts[slot], 0) >= BAD_AFTER and spares:
-            hosts[slot] = spares.pop(0)
+        pool = state.pools.get(hosts[slot])
+        fit = [spare for spare in spares if state.pools.get(spare) == pool]
+        if state.failures.get(hosts[slot], 0) >= BAD_AFTER and fit:
+            hosts[slot] = fit[0]
+            spares.remove(fit[0])
             moved.append(slot)
     return replace(state, hosts=tuple(hosts), spares=tuple(spares)), moved
 

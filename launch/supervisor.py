@@ -9,7 +9,7 @@ AskToStop           the file `stop` in the run folder; the trainer saves and end
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import closing
 
 from dapo_megatron.config import RunConfig
@@ -74,6 +74,7 @@ class Supervisor:
         spares: tuple[str, ...],
         shared: Mapping[str, str],
         *,
+        pools: Mapping[str, Hashable] | None = None,
         can_requeue: bool,
         ends: float | None = None,
     ):
@@ -81,6 +82,7 @@ class Supervisor:
         Args:
             plan: from the host of each slot to the placement.
             hosts, spares: of the slots, and others.
+            pools: of each host, if not all can replace each other.
             shared: environment that all processes have.
             ends: Unix time of the job's time limit.
         """
@@ -94,6 +96,7 @@ class Supervisor:
             limits=Limits(config.launch.max_restarts, can_requeue),
             hosts=hosts,
             spares=spares,
+            pools=pools or {},
             engines={e.name: hosts.index(e.node.name) for e in placement.engines},
             training=frozenset(hosts.index(p.node.name) for p in (*placement.ranks, placement.controller)),
             step=step,

@@ -170,6 +170,17 @@ def test_a_spare_node_takes_over_from_a_lost_one(cluster, accident, node, role):
 
 
 @by_make_test_slurm
+def test_of_a_heterogeneous_job_a_spare_node_of_the_group_takes_over(cluster):
+    each = ("--nodes=2", *PLAIN[1:])
+    run = Run(cluster, "spare-of-group", *each, ":", *each, steps=10, launch=LAUNCH | {"engine_nodes": None})
+    run.wait_for_steps(3)
+    cluster.power_off("node3")
+    run.finish()
+    assert "start engine-0" in run.decisions() and "http://10.77.0.4:" in run.folder.engine_set.read_text()
+    assert cluster.job(run.job)["Restarts"] == "0"
+
+
+@by_make_test_slurm
 def test_without_a_spare_node_the_job_comes_back_elsewhere(cluster):
     run = Run(cluster, "elsewhere", steps=10)
     run.wait_for_steps(3)

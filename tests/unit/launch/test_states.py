@@ -118,6 +118,17 @@ def test_a_lost_host_is_replaced_or_left_out():
     assert actions == [] and found.spares == ("node5",)
 
 
+def test_a_spare_host_replaces_those_of_its_pool():
+    pools = {"node1": 0, "node2": 1, "node3": 1, "node4": 0, "node5": 1}
+    at = state(spares=("node4", "node5"), pools=pools)
+    found, actions = after(at, HostLost("node3"))
+    assert actions == [StartEngine("engine-1")] and found.hosts[2] == "node5" and found.spares == ("node4",)
+    found, actions = after(at, Progress(1), HostLost("node3"), HostLost("node2"))
+    assert actions == [Requeue("node2 is lost, and no spare host is left", ("node2", "node3"))]
+    found, _ = after(at, HostLost("node1"))
+    assert found.hosts == ("node4", "node2", "node3")
+
+
 def test_what_shares_a_host_moves_together():
     shared = replace(state(spares=("node4",)), engines={"engine-0": 0, "engine-1": 2})
     found, actions = after(shared, HostLost("node1"))
@@ -172,7 +183,9 @@ def random_event(rng, at):
 def test_no_order_of_events_leads_into_a_dead_end_or_a_loop(seed):
     rng = random.Random(seed)
     limit, spares = rng.randrange(4), tuple(f"spare{i}" for i in range(rng.randrange(3)))
-    at = state(restarts=limit, requeue=rng.random() < 0.5, spares=spares)
+    pools = {host: rng.randrange(2) for host in ("node1", "node2", "node3", *spares)}
+    at = state(restarts=limit, requeue=rng.random() < 0.5, spares=spares, pools=pools)
+    needed = [pools[host] for host in at.hosts]
     if rng.random() < 0.3:
         at = replace(at, engines={"engine-0": 0, "engine-1": 1})
     starts, trainings, ends, asked = 0, 0, 0, 0
@@ -180,6 +193,7 @@ def test_no_order_of_events_leads_into_a_dead_end_or_a_loop(seed):
         before = at
         at, actions = decide(at, random_event(rng, at))
         assert len(set(at.hosts)) == len(at.hosts) and not set(at.hosts) & set(at.spares)
+        assert [pools[host] for host in at.hosts] == needed
         starts += sum(isinstance(a, StartEngine) for a in actions)
         trainings += StartTraining() in actions
         asked += AskToStop() in actions
