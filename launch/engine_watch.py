@@ -13,7 +13,10 @@ import httpx
 
 from dapo_megatron.engines.engine_set import Member
 
-LOOK_S = 2.0
+LOOK_S = 5.0
+"""Between questions: an answer takes the engine's scheduler tens of milliseconds on a CPU."""
+LOOKS = 12
+"""At least so many before an engine counts as silent."""
 FIRST_LOOK_S = 0.25
 """Between questions as long as an engine loads: from its first answer on, its silence is noticed sooner."""
 ASK_S = 5.0
@@ -30,15 +33,15 @@ class _Seen:
 class EngineWatch:
     """Asks the engines that it was told last, until it is closed."""
 
-    def __init__(self, api_key: str, timeout_s: float, start_timeout_s: float, look_s: float = LOOK_S):
+    def __init__(self, api_key: str, timeout_s: float, start_timeout_s: float):
         """
         Args:
             api_key: of all engines.
             timeout_s: without an answer, of one that has answered before.
             start_timeout_s: the same of one that has not: it loads its model.
-            look_s: between two rounds of questions.
         """
-        self._timeout_s, self._start_timeout_s, self._look_s = timeout_s, start_timeout_s, look_s
+        self._timeout_s, self._start_timeout_s = timeout_s, start_timeout_s
+        self._look_s = min(LOOK_S, min(timeout_s, start_timeout_s) / LOOKS)
         self._http = httpx.Client(headers={"Authorization": f"Bearer {api_key}"}, timeout=ASK_S)
         self._seen: dict[Member, _Seen] = {}
         self._closed = threading.Event()

@@ -5,11 +5,12 @@
     it rests: 1 s, twice as long each time it fails   -> probed; serves again, if its scheduler answers
 
 waits                 for
-the follower          nothing: it looks at the set, and asks every engine that owes an answer for a sign of life
+the follower          nothing: it looks at the set, and asks every engine that owes an answer, and has given none
+                      since the last look, for a sign of life
 `least_busy`          an engine that serves: the follower finds one, after a start or a failure
 
-A sign of life is an answer to /server_info: its scheduler has a part in it. SGLang's /health generates a token, which
-would disturb exact runs and fails while an engine is paused.
+A sign of life is an answer to /server_info: its scheduler has a part in it, which costs it as much as a few tokens.
+SGLang's /health generates a token, which would disturb exact runs and fails while an engine is paused.
 """
 
 import asyncio
@@ -49,6 +50,8 @@ class Server:
         self.rests_until = 0.0
         """By the event loop's clock."""
         self.silent_since: float | None = None
+        self.has_answered = False
+        """A request, since the last look."""
 
     def rest(self, now: float) -> None:
         """It is not probed for a while."""
@@ -122,7 +125,7 @@ class ServingEngines:
 
     def answered(self, server: Server, lengths: Sequence[int]) -> None:
         """It has answered a request, with responses of these lengths."""
-        server.failures, server.silent_since = 0, None
+        server.failures, server.silent_since, server.has_answered = 0, None, True
         self._responses += len(lengths)
         self._tokens += sum(lengths)
 
@@ -158,8 +161,8 @@ class ServingEngines:
 
     async def _watch(self, server: Server, session: aiohttp.ClientSession) -> None:
         """One that serves; while it owes nothing, nobody waits for it."""
-        if not server.attempts:
-            server.silent_since = None
+        if not server.attempts or server.has_answered:
+            server.silent_since, server.has_answered = None, False
             return
         began = asyncio.get_running_loop().time()
         trouble = await _trouble(server, session)

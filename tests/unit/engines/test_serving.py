@@ -169,6 +169,30 @@ def test_a_request_that_every_engine_fails_at_does_not_keep_them_from_the_others
     asyncio.run(asyncio.wait_for(run(), 30))
 
 
+def test_one_that_answers_is_not_asked_whether_it_lives():
+    class Session:
+        asked = 0
+
+        def get(self, url, timeout):
+            assert url.endswith("/server_info")
+            self.asked += 1
+            raise TimeoutError
+
+    async def run():
+        session, engines = Session(), serving.ServingEngines(lambda: of_urls([]), 9.0, 4)
+        server = serving.Server(Member("engine-0", "http://engine-0"))
+        found = []
+        for owes, answered in [(False, False), (True, True), (True, False), (True, True), (False, True), (True, False)]:
+            server.attempts = {asyncio.current_task()} if owes else set()
+            if answered:
+                engines.answered(server, [1])
+            await engines._watch(server, session)
+            found.append((session.asked, server.silent_since is not None))
+        assert found == [(0, False), (0, False), (1, True), (1, False), (1, False), (2, True)]
+
+    asyncio.run(run())
+
+
 def test_a_silent_engine_loses_its_requests_to_another_though_nobody_replaces_it(monkeypatch):
     monkeypatch.setattr(serving, "PROBE_TIMEOUT", aiohttp.ClientTimeout(total=0.3))
 

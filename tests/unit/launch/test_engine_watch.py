@@ -42,7 +42,7 @@ def server():
 
 @pytest.fixture
 def watch():
-    watch = EngineWatch("key", timeout_s=3 * LOOK_S, start_timeout_s=5 * LOOK_S, look_s=LOOK_S / 4)
+    watch = EngineWatch("key", timeout_s=3 * LOOK_S, start_timeout_s=5 * LOOK_S)
     yield watch
     watch.close()
 
@@ -77,7 +77,7 @@ def test_what_replaces_one_has_its_own_time(server, watch):
 
 
 def test_a_refusal_is_no_answer(server):
-    watch = EngineWatch("another key", timeout_s=1, start_timeout_s=1.5 * LOOK_S, look_s=LOOK_S / 4)
+    watch = EngineWatch("another key", timeout_s=1, start_timeout_s=1.5 * LOOK_S)
     watch.follow([Member("engine-0", server[1])])
     assert list(silent_after(watch, 2 * LOOK_S)) == ["engine-0"]
     watch.close()
