@@ -9,6 +9,7 @@ The threads meet on a process group of their own, whose deadline is that of the 
 
 import math
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from dapo_megatron.actor.actor import Actor
 from dapo_megatron.checkpoint import store
 from dapo_megatron.checkpoint.audit import optimizer_sums, random_sum
 from dapo_megatron.checkpoint.background import BackgroundCall
+from dapo_megatron.checkpoint.bucket_padding import padding_gathered
 from dapo_megatron.checkpoint.crc import without_crc
 from dapo_megatron.checkpoint.manifest import MODEL, Audit, Format, Manifest, libraries, model_numbers
 from dapo_megatron.checkpoint.random_state import random_states, sharded
@@ -209,7 +211,8 @@ def state_of(actor: Actor, format: Format, *, is_loading: bool, world: int | Non
     state: dict[str, Any] = {f"model{i}": c.sharded_state_dict(metadata=metadata) for i, c in enumerate(actor.modules)}
     if format == "weights":
         return state
-    state["optimizer"] = actor.optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
+    with padding_gathered(actor.optimizer) if format == "fully_reshardable" else nullcontext():
+        state["optimizer"] = actor.optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
     _zero_padding(state["optimizer"])
     state["schedule"] = actor.schedule.state_dict()
     ranks = dist.get_world_size()

@@ -61,13 +61,20 @@ def check_hashes(path: Path, manifest: Manifest, share: int = 0, shares: int = 1
     """Compare the hashes of one of `shares` equal shares of the files.
 
     Raises:
-        StorageError: a file has other content than was written.
+        StorageError: a file has other content than was written, or cannot be read.
     """
     by_size = sorted(manifest.files, key=lambda name: (-manifest.files[name].size, name))
     with ThreadPoolExecutor(READERS) as readers:
-        for name, found in readers.map(lambda name: (name, record_of(path / name)), by_size[share::shares]):
+        for name, found in readers.map(lambda name: (name, _read(path / name)), by_size[share::shares]):
             if found != manifest.files[name]:
                 raise StorageError(f"{path / name} is damaged: its content does not have the hash that was written")
+
+
+def _read(path: Path) -> FileRecord:
+    try:
+        return record_of(path)
+    except OSError as e:  # no permission, a broken sector
+        raise StorageError(f"{path} cannot be read ({e.strerror})") from None
 
 
 def intact_manifest(path: Path) -> Manifest:

@@ -88,7 +88,8 @@ def _read(file: Path, load: Callable[[bytes], Any], start: int = 0, length: int 
     except OSError as e:
         raise StorageError(f"{file} cannot be read ({e.strerror})") from None
     except (*_READING, RuntimeError) as e:
-        raise StorageError(f"{file} is damaged or hostile: {' '.join(str(e).split())[:200]}") from None
+        reason = " ".join(str(e).split())[:200] or type(e).__name__
+        raise StorageError(f"{file} is damaged or hostile: {reason}") from None
 
 
 def _checked(metadata: Any) -> Metadata:

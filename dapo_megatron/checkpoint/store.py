@@ -23,6 +23,7 @@ from dapo_megatron.checkpoint.published import PUBLISHED
 from dapo_megatron.checkpoint.published import published as published
 from dapo_megatron.checkpoint.published import step_of as step_of
 from dapo_megatron.checkpoint.retention import kept_steps
+from dapo_megatron.checkpoint.safe_metadata import check_objects
 from dapo_megatron.config import CheckpointConfig
 from dapo_megatron.errors import ConfigError, StorageError
 from dapo_megatron.run_folder import RunFolder
@@ -50,7 +51,7 @@ def latest(folder: RunFolder) -> Path:
 
 
 def latest_intact(folder: RunFolder) -> Path:
-    """The newest checkpoint all of whose hashes are right.
+    """The newest checkpoint all of whose hashes are right, and whose objects are plain data.
 
     Raises:
         ConfigError: there is none.
@@ -58,6 +59,7 @@ def latest_intact(folder: RunFolder) -> Path:
     for path in reversed(published(folder)):
         try:
             intact_manifest(path)
+            check_objects(path / MODEL)
         except (StorageError, OSError):  # a sector that cannot be read, too
             continue
         return path
@@ -156,16 +158,16 @@ def retain(folder: RunFolder, config: CheckpointConfig) -> None:
             going = path.with_name(f".{path.name}.partial")
             shutil.rmtree(going, ignore_errors=True)
             path.rename(going)
-            shutil.rmtree(going)
+            _remove(going)
 
 
 def clean(folder: RunFolder) -> None:
     """Put in order what an interrupted save left; only the process that owns the run folder calls this."""
     for path in folder.checkpoints.glob(".step_*.replaced"):
         final = path.with_name(path.name.removeprefix(".").removesuffix(".replaced"))
-        shutil.rmtree(path) if final.exists() else path.rename(final)
+        _remove(path) if final.exists() else path.rename(final)
     for path in folder.checkpoints.glob(".step_*.partial"):
-        shutil.rmtree(path)
+        _remove(path)
     for path in folder.checkpoints.glob(".step_*.manifest"):
         path.unlink()
 
@@ -204,6 +206,11 @@ def sync_folder(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint's folder, or the link to one that somebody moved to another disk; that one stays."""
+    path.unlink() if path.is_symlink() else shutil.rmtree(path)
 
 
 def _visible(folder: RunFolder) -> list[Path]:

@@ -193,6 +193,7 @@ def test_a_planted_pickle_does_not_run(original, run, tmp_path, where):
     config = original[1].model_copy(update={"run_dir": str(run.path)})
     (message, _) = run_ranks(2, load_of, config, path)
     assert f"{where} is damaged or hostile" in message and not trap.exists()
+    assert "step_000002 is the newest intact one" in message
 
 
 def test_a_shard_outside_the_checkpoint_is_refused(run):

@@ -129,7 +129,10 @@ def test_an_unreadable_checkpoint_does_not_end_the_search(tmp_path, monkeypatch)
         return record_of(path)
 
     monkeypatch.setattr(integrity, "record_of", broken_sector)
+    monkeypatch.setattr(store, "check_objects", lambda model: None)  # there is no model in them
     assert store.latest_intact(RunFolder(tmp_path)).name == "step_000001"
+    with pytest.raises(StorageError, match=r"step_000002/\S+ cannot be read \(Input/output error\)"):
+        integrity.intact_manifest(RunFolder(tmp_path).checkpoint(2))
 
 
 @pytest.mark.parametrize("stray", ["folder", "link", "linked folder"])
@@ -152,6 +155,19 @@ def test_only_small_files_beside_the_weights_are_taken_along(tmp_path, monkeypat
     (hf / "data.jsonl").write_text("x" * 11)
     path = write(tmp_path, 1)
     assert [p.name for p in (path / "hf").iterdir()] == ["config.json"]
+
+
+def test_of_a_checkpoint_moved_to_another_disk_only_the_link_goes(tmp_path):
+    for step in (1, 2):
+        write(tmp_path, step)
+    moved, link = tmp_path / "moved", tmp_path / "checkpoints/step_000001"
+    link.rename(moved)
+    link.symlink_to(moved)
+    store.retain(RunFolder(tmp_path), CheckpointConfig(keep_last=1))
+    assert names(tmp_path) == ["step_000002"] and (moved / MANIFEST).exists()
+    (tmp_path / "checkpoints/.step_000001.partial").symlink_to(moved)
+    store.clean(RunFolder(tmp_path))
+    assert names(tmp_path) == ["step_000002"] and (moved / MANIFEST).exists()
 
 
 def test_a_damaged_checkpoint_is_not_removed(tmp_path):

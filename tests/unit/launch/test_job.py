@@ -96,7 +96,8 @@ def test_a_resume_goes_on_from_the_newest_and_writes_what_changed_beside(begun):
         prepare_resume(config(begun.path).model_copy(update={"seed": 3}), begun, "latest")
 
 
-def test_only_the_intact_one_is_gone_on_from_when_asked(begun):
+def test_only_the_intact_one_is_gone_on_from_when_asked(begun, monkeypatch):
+    monkeypatch.setattr(store, "check_objects", lambda model: None)  # there is no model in them
     for step in (1, 2, 3):
         checkpoint(begun, step)
     (begun.checkpoint(3) / store.CONTROLLER).write_text("{ }")
