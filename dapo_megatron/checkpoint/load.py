@@ -10,7 +10,7 @@ from dapo_megatron.checkpoint import store
 from dapo_megatron.checkpoint.audit import optimizer_sums, random_sum
 from dapo_megatron.checkpoint.distributed import read_state
 from dapo_megatron.checkpoint.integrity import check_files, check_hashes
-from dapo_megatron.checkpoint.manifest import MODEL, Manifest, read_manifest, require_model
+from dapo_megatron.checkpoint.manifest import MANIFEST, MODEL, Manifest, read_manifest, require_model
 from dapo_megatron.checkpoint.random_state import random_states, set_random_states
 from dapo_megatron.checkpoint.regrouping import regrouped
 from dapo_megatron.checkpoint.safe_metadata import check_objects
@@ -99,9 +99,16 @@ def checked_controller(path: Path, manifest: Manifest) -> bytes:
 
 
 def require_loadable(manifest: Manifest, path: Path, actor: Actor) -> None:
-    """Raise ConfigError unless this layout can load the checkpoint's optimizer state."""
+    """Raise unless this layout can load the checkpoint's optimizer state.
+
+    Raises:
+        ConfigError: it cannot, or the checkpoint is of another model.
+        StorageError: the manifest does not say.
+    """
     require_model(manifest, path, actor.shape)
     saved, ours = manifest.layout, actor.layout.sizes
+    if saved.keys() != ours.keys():
+        raise StorageError(f"{path / MANIFEST} has the parallel sizes {sorted(saved)}, not {sorted(ours)}; {FRESH}")
     fixed = [name for name in ours if name != "dp" and saved[name] != ours[name]]
     if manifest.format == "dp_reshardable" and fixed:
         raise ConfigError(
@@ -123,7 +130,7 @@ def audit_actor(actor: Actor, manifest: Manifest, path: Path) -> None:
             f"{manifest.updates}; {FRESH}"
         )
     for name, found in optimizer_sums(actor.optimizer, actor.layout).items():
-        if found != manifest.audit.optimizer[name]:
+        if found != manifest.audit.optimizer.get(name):
             raise DapoError(f"{path}: the optimizer's {name} did not come back as it was saved; {FRESH}")
     if actor.layout.sizes == manifest.layout and random_sum(random_states(), actor.layout) != manifest.audit.rng:
         raise DapoError(f"{path}: the random states did not come back as they were saved; {FRESH}")

@@ -20,6 +20,8 @@ from dapo_megatron.weights.families import FAMILIES, Experts, Family, ModelShape
 from dapo_megatron.weights.hf_rope import ROPE_OPTIONS, Refusal, read_rope, show
 
 _Size = Annotated[int, Field(gt=0, lt=2**31)]
+_Number = Annotated[int, Field(gt=0, le=10_000)]
+"""Of layers or experts: each of them has a place in tables of parameters."""
 
 
 class _Fields(BaseModel):
@@ -30,7 +32,7 @@ class _Fields(BaseModel):
     vocab_size: _Size
     hidden_size: _Size
     intermediate_size: _Size
-    num_hidden_layers: _Size
+    num_hidden_layers: _Number
     num_attention_heads: _Size
     num_key_value_heads: _Size | None = None
     head_dim: _Size | None = None
@@ -45,8 +47,8 @@ class _Fields(BaseModel):
 
 
 class _Mixture(_Fields):
-    num_experts: _Size | None = None
-    num_local_experts: _Size | None = None
+    num_experts: _Number | None = None
+    num_local_experts: _Number | None = None
     num_experts_per_tok: _Size
     moe_intermediate_size: _Size
     norm_topk_prob: bool | None = None

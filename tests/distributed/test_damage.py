@@ -145,6 +145,14 @@ def test_a_flipped_bit_loads_nothing_and_names_what_is_intact(original, run, sha
         assert "step_000002 is the newest intact one, --resume=latest-intact goes on from there" in message
 
 
+def test_a_manifest_without_parallel_sizes_is_refused(original, run):
+    path = run.checkpoint(3)
+    manifest = msgspec.structs.replace(read_manifest(path), layout={"tp": 2})
+    (path / MANIFEST).write_bytes(encode_manifest(manifest))
+    for message in run_ranks(2, load_of, original[1].model_copy(update={"run_dir": str(run.path)}), path):
+        assert f"{MANIFEST} has the parallel sizes ['tp'], not ['cp', 'dp', " in message and "\n" not in message
+
+
 class Hostile:
     """Runs a command when it is unpickled."""
 

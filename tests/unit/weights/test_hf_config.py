@@ -143,6 +143,7 @@ def test_a_mixture_saved_by_either_name(tmp_path):
         ({"hidden_size": None}, "hidden_size is null"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
         ({"num_hidden_layers": -1}, "num_hidden_layers is -1"),
+        ({"num_hidden_layers": 2**30}, "num_hidden_layers is 1073741824"),
         ({"num_hidden_layers": True}, "num_hidden_layers is true"),
         ({"num_attention_heads": 0}, "num_attention_heads is 0"),
         ({"num_attention_heads": 3}, "transformers refuses it"),
