@@ -11,7 +11,7 @@ from tests.tiny import hf_folder, run_config
 from dapo_megatron.engines.control import EngineControl
 from dapo_megatron.engines.engine_set import of_urls
 from dapo_megatron.errors import EngineError
-from dapo_megatron.resharding import push
+from dapo_megatron.resharding import broadcast, push
 from dapo_megatron.resharding.plan import plan_push
 from dapo_megatron.resharding.verify import Verifier
 from dapo_megatron.weights.hf_config import read_model
@@ -62,8 +62,8 @@ def push_over_two_groups(config, url, ports):
     for version in (60, 61):
         pusher.connect()
         pusher.push(version)
-    pusher.close()
     listening = {c.laddr.port for c in psutil.Process().net_connections("tcp") if c.status == psutil.CONN_LISTEN}
+    pusher.close()
     return [ports.index(port) for port in ports if port in listening]
 
 
@@ -82,8 +82,8 @@ def message_of(config, url, version):
 
 
 def without_a_flush(config, url, version):
-    receive = push._receive
-    push._receive = lambda engine, group, bucket, flush_cache: receive(engine, group, bucket, False)
+    receive = broadcast._receive
+    broadcast._receive = lambda engine, group, bucket, flush_cache: receive(engine, group, bucket, False)
     EngineControl.flush_cache = lambda self: None
     return message_of(config, url, version)
 
