@@ -25,6 +25,7 @@ from dapo_megatron.engines.engine_set import EngineSet, Member
 from dapo_megatron.errors import ConfigError, DapoError, EngineError
 from dapo_megatron.observe import catalog as m
 from dapo_megatron.resharding.broadcast import BroadcastTransport
+from dapo_megatron.resharding.disk import DiskTransport
 from dapo_megatron.resharding.fill import fill
 from dapo_megatron.resharding.following import FollowedEngines
 from dapo_megatron.resharding.plan import GATHER_BYTES, plan_buckets
@@ -60,7 +61,11 @@ class Pusher:
         self.timeout_s = config.deadlines.engine_call
         self._all = AllEngines()
         """On the senders, which talk to them; rank 0 is one."""
-        self._transport: WeightTransport = BroadcastTransport(config, self.layout, ports)
+        self._transport: WeightTransport
+        if config.resharding.transport == "disk":
+            self._transport = DiskTransport(config, actor.shape, self.layout)
+        else:
+            self._transport = BroadcastTransport(config, self.layout, ports)
         self._api_key = api_key
         self._followed = FollowedEngines(read_set, self._is_up, config.engine.start_timeout_s)
         self.has_reconnected = False

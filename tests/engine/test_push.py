@@ -32,14 +32,21 @@ def push_and_verify(config, url, version):
     return metrics
 
 
-@pytest.mark.parametrize("layout", ["one", "tp2_sp", "pp2", "dp2"])
-def test_push_from_every_layout(tmp_path, engine_url, layout):
+@pytest.mark.parametrize(
+    ("layout", "transport"),
+    [*((layout, "broadcast") for layout in ("one", "tp2_sp", "pp2", "dp2")), ("tp2_sp", "disk"), ("pp2", "disk")],
+)
+def test_push_from_every_layout(tmp_path, engine_url, layout, transport):
     # Other weights than the server holds, and buckets small enough that there are several.
-    path = hf_folder(tmp_path, "qwen3", tied=True, seed=list(LAYOUTS).index(layout) + 2)
+    version = 10 + list(LAYOUTS).index(layout) + (20 if transport == "disk" else 0)
+    path = hf_folder(tmp_path / "model", "qwen3", tied=True, seed=version)
     config = run_config(
-        path, actor=LAYOUTS[layout], engine=ENGINE, resharding={"bucket_mib": 1}, rollout={"temperature": 0.7}
-    )
-    version = 10 + list(LAYOUTS).index(layout)
+        path,
+        actor=LAYOUTS[layout],
+        engine=ENGINE,
+        resharding={"bucket_mib": 1, "transport": transport},
+        rollout={"temperature": 0.7},
+    ).model_copy(update={"run_dir": str(tmp_path / "run")})
     results = run_ranks(config.world_size, push_and_verify, config, engine_url, version)
     assert all(0 < m["sync/logprob_difference"] <= 1e-4 for m in results)
     plan = plan_push(
