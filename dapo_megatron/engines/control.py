@@ -181,8 +181,8 @@ class EngineControl:
     def load_folder(self, folder: Path, *, flush_cache: bool) -> None:
         """Load all weights from a folder of safetensors files, outside of a session; blocks until then.
 
-        A server that cannot find the files goes on with the weights it has. One that fails while it reads them dies:
-        SGLang 0.5.23 looks for the weights to go back to in the new folder.
+        A server that cannot find the files refuses, and keeps the weights it has. One that fails while it reads them is
+        lost, without an answer: SGLang 0.5.23 looks for the weights to go back to in the same folder.
 
         Args:
             folder: by a path that the server's node knows it by.

@@ -1,7 +1,7 @@
 """Buckets through the run folder, for engines that cannot join a group with the trainer.
 
 weights/7.partial/    each stage's sender writes one safetensors file a bucket, through to the disk
-weights/7/            the same folder, with an index, when all stages are written; every engine loads it, and it stays
+weights/7/            the same folder, with an index, when all stages are written: every engine loads it; it stays
                       until every engine has loaded the next one
 """
 
@@ -39,10 +39,8 @@ class DiskTransport:
         self._writer = ThreadPoolExecutor(max_workers=1)
 
     def connect(self, engines: AllEngines) -> None:
-        """Remove what a run that was killed has left."""
+        """Nothing is opened."""
         self._engines = engines
-        if self._is_first and self._folder.weights.exists():
-            shutil.rmtree(self._folder.weights)
 
     def begin(self) -> None:
         """Nothing: an engine loads a folder outside of a weight-update session."""
@@ -68,13 +66,13 @@ class DiskTransport:
             except EngineError as e:
                 failures.append(str(e))
         if failures:
-            raise EngineError(f"{folder} was not loaded: {'; '.join(failures)}")
+            raise EngineError(f"{folder} was not loaded (do all engines see it there?): {'; '.join(failures)}")
         for other in self._folder.weights.iterdir():
             if other != folder:
                 shutil.rmtree(other)
 
     def close(self) -> None:
-        """Remove all folders: nobody loads them any more."""
+        """Remove all folders, those of a killed run too: nobody loads them any more."""
         if self._is_first:
             shutil.rmtree(self._folder.weights, ignore_errors=True)
 

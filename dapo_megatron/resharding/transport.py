@@ -1,13 +1,14 @@
 """How buckets come from the pipeline stages' senders to the engines: what a push needs of it, however it is done.
 
              who                              broadcast                           disk
-    connect  each stage's sender, in turn     opens its group with all engines    rank 0: removes a killed run's folders
+    connect  each stage's sender, in turn     opens its group with all engines    -
     begin    rank 0: all engines have paused  opens their sessions                -
     send     each stage's sender, in turn,    one collective, and a call to each  a thread writes one file
              bucket by bucket                 engine, which receives and loads
     commit   rank 0: all stages are sent      closes the sessions                 publishes the folder of files, has the
                                                                                   engines load it, removes older ones
-    close    every rank                       ends its group                      rank 0: removes the folders
+    close    every rank, before each connect  ends its group                      rank 0: removes the folders, a killed
+             and at the end                                                       run's too
 
 Rank 0 is the sender of stage 0. A push that failed is tried again only after `close` and `connect`.
 """

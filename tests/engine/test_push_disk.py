@@ -96,7 +96,7 @@ def one_file_short(folder):
 @pytest.mark.parametrize("spoil", [seen_elsewhere, one_file_short])
 def test_an_engine_that_cannot_read_the_folder_is_named(tmp_path, engine_url, spoil):
     ((message, kind, versions),) = run_ranks(1, spoilt_push, config_of(tmp_path, 62), engine_url, spoil)
-    folder = spoil(tmp_path / "run" / "weights" / "612") if spoil is seen_elsewhere else "612"
-    assert f"{folder} was not loaded: engine {engine_url} refused /update_weights_from_disk" in message
+    named = tmp_path / "run" / "weights" / ("elsewhere" if spoil is seen_elsewhere else "612")
+    assert f"{named} was not loaded (do all engines see it there?): engine {engine_url} refused" in message
     assert "Failed to get weights iterator" in message and "\n" not in message and kind == "engine"
     assert versions == ["611", "613"]
