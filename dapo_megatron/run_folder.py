@@ -144,6 +144,19 @@ class RunFolder:
         """Finished groups of one step."""
         return self.banks / f"step_{step:06d}.bank"
 
+    @property
+    def weights(self) -> Path:
+        """Folder of the weights that engines load from the disk."""
+        return self.path / "weights"
+
+    def pushed_weights(self, version: int) -> Path:
+        """Those of one version, all of them."""
+        return self.weights / str(version)
+
+    def partial_weights(self, version: int) -> Path:
+        """Where they are written before they are published."""
+        return self.weights / f"{version}.partial"
+
     def step(self, name: str) -> Path:
         """What a step of a SLURM job starts."""
         return self.path / "steps" / f"{name}.json"

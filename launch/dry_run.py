@@ -135,15 +135,15 @@ def check_rows(recipe: Path, overrides: Sequence[str]) -> None:
 
 
 def check_nccl(config: RunConfig, groups: Sequence[Request]) -> None:
-    """Raise ConfigError where the engines' Python has another NCCL than this one, or cannot be options."""
+    """Raise ConfigError where the engines' Python has another NCCL than a broadcast needs, or cannot be options."""
     if config.engine.python is None or not any(group.gpus for group in groups):
         return
     theirs = _nccl(config.engine.python)
     ours = ".".join(map(str, torch.cuda.nccl.version())) if torch.version.cuda else "none"
-    if ours != theirs:
+    if ours != theirs and config.resharding.transport == "broadcast":
         raise ConfigError(
             f"engine.python={config.engine.python} has NCCL {theirs}, {sys.executable} has {ours}: a weight push needs "
-            "the same on both sides, install the same torch in both"
+            "the same on both sides, install the same torch in both, or set resharding.transport=disk"
         )
 
 

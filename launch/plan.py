@@ -45,7 +45,7 @@ class Push:
     bytes: int
     buckets: int
     seconds: float
-    """The pipeline stages send one after the other."""
+    """By broadcast: the pipeline stages send one after the other."""
 
 
 @dataclass(frozen=True)

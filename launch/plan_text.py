@@ -131,9 +131,16 @@ def _host(plan: Plan) -> _Titled:
 
 def _transfers(plan: Plan) -> _Titled:
     c, push = plan.cluster, plan.push
+    if plan.config.resharding.transport == "disk":
+        pieces, takes = (
+            "files",
+            f"{_gib(2 * push.bytes)} GiB of disk, for two versions; it takes as long as the disk",
+        )
+    else:
+        pieces, takes = "buckets", f"{push.seconds:.1f} s at {c.bandwidth_gbs:g} GB/s (--bandwidth-gbs)"
     rows = [
-        ("weight push", f"{_gib(push.bytes)} GiB in {push.buckets} buckets"),
-        ("", f"{push.seconds:.1f} s at {c.bandwidth_gbs:g} GB/s (--bandwidth-gbs)"),
+        ("weight push", f"{_gib(push.bytes)} GiB in {push.buckets} {pieces}"),
+        ("", takes),
         ("checkpoint", f"{_gib(plan.save.disk)} GiB, every {plan.config.checkpoint.every} steps"),
     ]
     if plan.step_seconds is not None:

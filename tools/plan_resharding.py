@@ -53,7 +53,8 @@ def command(
     for line in summary(config, shape, plan, network_gbs, gather_gbs):
         console.print(line, markup=False)
     if explain:
-        for table in (_stages(plan), _engines(plan), _buckets(plan)):
+        links = [] if config.resharding.transport == "disk" else [_engines(plan)]
+        for table in (_stages(plan), *links, _buckets(plan)):
             console.print(table)
 
 
@@ -79,6 +80,22 @@ def summary(config: RunConfig, shape: ModelShape, plan: PushPlan, network_gbs: f
     parameters = sum(prod(s) for stage in plan.stages for bucket in stage.buckets for s in bucket.shapes)
     sending, gathering = plan.bytes / GB / network_gbs, plan.gathered / GB / gather_gbs
     total = plan.seconds(network_gbs * GB, gather_gbs * GB)
+    at_sender = f"{max(s.sender_peak for s in plan.stages) / GIB:.3g} GiB"
+    gather = f"{gathering:.3g} s at {gather_gbs:g} GB/s to the senders"
+    if config.resharding.transport == "disk":
+        pieces, takes = "files", "reads"
+        how = [
+            f"disk      {2 * size / GB:.4g} GB in the run folder: two versions, until every engine has the newer one",
+            f"memory    beside the weights: sender {at_sender}",
+            f"time      not known: the disk's, beside it {gather}",
+        ]
+    else:
+        pieces, takes = "buckets", "receives"
+        how = [
+            f"memory    beside the weights: sender {at_sender}, rank of an engine {plan.engine_peak / GIB:.3g} GiB",
+            f"time      at least {total:.3g} s: {sending:.3g} s at {network_gbs:g} GB/s to all engines, "
+            f"beside it {gather}",
+        ]
     return [
         f"model     {shape.family.architecture}, {shape.layers} layers, {parameters / 1e9:.3g} B parameters, "
         f"{config.model.dtype} in the trainer, {config.engine_dtype} in the engines",
@@ -86,14 +103,11 @@ def summary(config: RunConfig, shape: ModelShape, plan: PushPlan, network_gbs: f
         f"{a.context_parallel_size} x DP {a.data_parallel_size}, EP {a.expert_model_parallel_size}: {a.world_size} "
         f"ranks, of which {len(plan.stages)} send",
         f"engines   {e.replicas} x TP {e.tensor_parallel_size}: {world} ranks",
-        f"push      {size / GB:.4g} GB in {sum(len(s.buckets) for s in plan.stages)} buckets, the largest of "
-        f"{plan.engine_peak / 2**20:.4g} MiB; each of the {world} ranks receives all of it and keeps "
+        f"push      {size / GB:.4g} GB in {sum(len(s.buckets) for s in plan.stages)} {pieces}, the largest of "
+        f"{plan.engine_peak / 2**20:.4g} MiB; each of the {world} ranks {takes} all of it and keeps "
         f"{max(plan.kept) / GB:.4g} GB",
         f"gather    {plan.gathered / GB:.4g} GB from other ranks to the senders",
-        f"memory    beside the weights: sender {max(s.sender_peak for s in plan.stages) / GIB:.3g} GiB, rank of an "
-        f"engine {plan.engine_peak / GIB:.3g} GiB",
-        f"time      at least {total:.3g} s: {sending:.3g} s at {network_gbs:g} GB/s to all engines, beside it "
-        f"{gathering:.3g} s at {gather_gbs:g} GB/s to the senders",
+        *how,
     ]
 
 

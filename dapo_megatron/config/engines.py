@@ -32,6 +32,7 @@ class EngineConfig(Section):
     extra_args: list[str] = []
     """Further arguments for sglang.launch_server."""
     call_timeout_s: float | None = Field(None, gt=0)
-    """Seconds for one control call or one broadcast to an engine; null is half of trainer.collective_timeout_s."""
+    """Seconds for one control call or one broadcast to an engine, and for it to load a push from the disk; null is half
+    of trainer.collective_timeout_s."""
     start_timeout_s: float = Field(600.0, gt=0)
     """Seconds until a started server must answer."""

@@ -8,8 +8,12 @@ from dapo_megatron.config.base import Section
 
 
 class ReshardingConfig(Section):
+    transport: Literal["broadcast", "disk"] = "broadcast"
+    """How weights reach the engines: in collectives of senders and engines, or in files of the run folder, which must
+    then have room for two versions and be there for every engine under the same path. disk is for engines that cannot
+    join a group with the trainer: they have another NCCL, or stand in another network."""
     bucket_mib: int = Field(512, ge=1)
-    """Size of one bucket, which is sent in one collective, in MiB."""
+    """Size of one bucket, which is sent in one collective or is one file, in MiB."""
     in_flight: Literal["retract", "keep_kv"] = "retract"
     """What becomes of a response's keys and values when weights change under it: computed anew by the new weights, or
     kept, so that it goes on at once, its later tokens sampled by new weights over old keys and values (PipelineRL)."""

@@ -4,6 +4,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -116,7 +117,7 @@ class EngineControl:
                 raise
 
     def flush_cache(self) -> None:
-        """Drop the KV cache that the old weights produced, where receive_tensors has not done it.
+        """Drop the KV cache that the old weights produced, where loading them has not done it.
 
         Older servers refuse a flush in the middle of an update while retracted requests wait; on newer ones on CPU this
         call runs the garbage collector, which takes longer than the whole push of a small model.
@@ -176,6 +177,23 @@ class EngineControl:
             "flush_cache": flush_cache and self.has_sessions,
         }
         self._call("POST", "/update_weights_from_distributed", body)
+
+    def load_folder(self, folder: Path, *, flush_cache: bool) -> None:
+        """Load all weights from a folder of safetensors files, outside of a session; blocks until then.
+
+        A server that cannot find the files refuses, and keeps the weights it has. One that fails while it reads them is
+        lost, without an answer: SGLang 0.5.23 looks for the weights to go back to in the same folder.
+
+        Args:
+            folder: by a path that the server's node knows it by.
+            flush_cache: then drop the KV cache, as receive_tensors does.
+        """
+        body = {
+            "model_path": str(folder),
+            "load_format": "safetensors",
+            "flush_cache": flush_cache and self.has_sessions,
+        }
+        self._call("POST", "/update_weights_from_disk", body)
 
     def sample(
         self, prompts: list[list[int]], params: SamplingParams, cache_key: str | None = None

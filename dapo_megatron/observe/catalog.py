@@ -136,7 +136,7 @@ EVAL_OTHER_VERSION = _metric(
 EVAL_SECONDS = _metric("eval/seconds", "s", "With a lag: duration of the evaluation, most of it beside training.")
 
 SYNC_SECONDS = _metric("sync/seconds", "s", "Duration of the push.")
-SYNC_BYTES = _metric("sync/bytes", "bytes", "Bytes that the push sent to each engine.")
+SYNC_BYTES = _metric("sync/bytes", "bytes", "Bytes that the push sent to each engine, or wrote for all of them.")
 _DIFFERENCE = "|log-prob difference| of trainer and engine on tokens sampled after the push, of the worst engine."
 SYNC_DIFFERENCE = _metric("sync/logprob_difference", "nats", f"Largest {_DIFFERENCE}")
 SYNC_DIFFERENCE_MEAN = _metric("sync/logprob_difference_mean", "nats", f"Mean {_DIFFERENCE}")

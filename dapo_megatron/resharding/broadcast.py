@@ -1,4 +1,4 @@
-"""One bucket on its way from a sender to all engines, while the next one is gathered.
+"""Buckets by broadcast: a process group of each stage's sender and all engines, outside the trainer's own world.
 
 filled        the sender's copy, whole tensors one behind the other in the engines' type
 broadcast     one collective of the weight group, and one call to each engine that receives and loads it
@@ -6,16 +6,19 @@ arrived       the collective is over and every engine has answered; waited for u
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
-from math import prod
+from itertools import accumulate
 
 import torch
 import torch.distributed as dist
 
-from dapo_megatron.actor.model import DTYPES
+from dapo_megatron.config import RunConfig
+from dapo_megatron.distributed.layout import Layout
+from dapo_megatron.engines.all_engines import AllEngines
 from dapo_megatron.engines.control import EngineControl
 from dapo_megatron.errors import DapoError, EngineError
+from dapo_megatron.resharding.group import end_group, join_as_sender, open_store, sender_address
 from dapo_megatron.resharding.plan import Bucket
 
 LOOK_S = 5e-4
@@ -24,25 +27,65 @@ Load = tuple[EngineControl, Future[None]]
 """An engine, and its answer to the call that receives a bucket."""
 
 
-def fill(bucket: Bucket, tensors: Iterator[tuple[str, torch.Tensor]], device: torch.device) -> torch.Tensor:
-    """Take a bucket's tensors, gathered as they are asked for; returns them flat, [bucket.bytes] uint8.
+class BroadcastTransport:
+    """A group of each stage's sender with all engines; a WeightTransport."""
 
-    Raises:
-        DapoError: another tensor comes than the plan has.
-    """
-    flat, start = None, 0
-    for name, shape in zip(bucket.names, bucket.shapes, strict=True):
-        found, tensor = next(tensors, ("no more", None))
-        if found != name or tensor is None:
-            raise DapoError(f"the push plan expects {name}, the model has {found}")
-        if flat is None:  # not before: only now what the bucket before was made of is gone
-            flat = torch.empty(bucket.bytes, dtype=torch.uint8, device=device)
-        place = flat.view(DTYPES[bucket.dtype])[start : start + prod(shape)]
-        place.view(shape).copy_(tensor)
-        start += prod(shape)
-        del tensor  # before the next one is gathered
-    assert flat is not None, "a bucket has tensors"
-    return flat
+    def __init__(self, config: RunConfig, layout: Layout, ports: Sequence[int] | None):
+        """
+        Args:
+            ports: as for Pusher.
+        """
+        self._layout, self._keeps_kv, self._timeout_s = layout, config.keeps_kv, config.deadlines.engine_call
+        self._ports, self._opened = ports or [0] * layout.pp_size, 0
+        self._engines = AllEngines()
+        self._group: dist.ProcessGroup | None = None
+        self._group_name = ""
+
+    def connect(self, engines: AllEngines) -> None:
+        """Open this stage's group.
+
+        Raises:
+            EngineError: an engine did not join.
+        """
+        self._engines = engines
+        stage, timeout = self._layout.pp_rank, self._timeout_s
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        name, address = f"weights-{stage}-{time.time_ns()}", sender_address([e.url for e in engines.engines])
+        *firsts, world = accumulate((e.tensor_parallel_size for e in engines.engines), initial=1)
+        ranks = dict(zip(engines.engines, firsts, strict=True))
+        port = self._ports[(self._opened * self._layout.pp_size + stage) % len(self._ports)]
+        self._opened += 1
+        store = open_store(address, port, world, timeout)
+        joins = engines.start(lambda e: e.join_group(name, address, store.port, ranks[e], world, backend))
+        self._group, self._group_name = join_as_sender(name, store, world, backend, timeout), name
+        for _, join in joins:
+            join.result()
+
+    def begin(self) -> None:
+        """Open a weight-update session on every engine."""
+        self._engines.on_all(EngineControl.begin_update)
+
+    def send(self, bucket: Bucket, flat: torch.Tensor, *, version: int, is_last: bool) -> "Broadcast":
+        """Broadcast a bucket; with the last one the engines also drop their KV cache, if they are not to keep it."""
+        if self._group is None:
+            raise DapoError("a push needs the engines: connect comes first")
+        flush_cache = is_last and not self._keeps_kv
+        loads = self._engines.start(lambda e: _receive(e, self._group_name, bucket, flush_cache))
+        return Broadcast(bucket, flat, self._group, loads, self._timeout_s)
+
+    def commit(self, version: int) -> None:
+        """Close the sessions: every engine has loaded every bucket."""
+        self._engines.on_all(EngineControl.end_update)
+
+    def close(self) -> None:
+        """End the sender's side of the group."""
+        if self._group is not None:
+            end_group(self._group)
+            self._group = None
+
+
+def _receive(engine: EngineControl, group: str, bucket: Bucket, flush_cache: bool) -> None:
+    engine.receive_tensors(group, bucket.names, bucket.shapes, bucket.dtype, flush_cache=flush_cache)
 
 
 class Broadcast:
@@ -81,7 +124,7 @@ class Broadcast:
             if time.monotonic() > self._end:
                 engines = [engine for engine, _ in (missing or self._loads)]
                 raise EngineError(
-                    f"{_label(self._bucket)} did not arrive at {_urls(engines)} within {self._timeout_s:.0f} s: see "
+                    f"{self._bucket} did not arrive at {_urls(engines)} within {self._timeout_s:.0f} s: see "
                     "logs/latest/engine-*.log"
                 )
             time.sleep(LOOK_S)
@@ -99,16 +142,12 @@ class Broadcast:
         try:
             load.result()
         except DapoError as e:
-            raise EngineError(f"{_label(self._bucket)} did not arrive at {engine.url}: {e}") from None
+            raise EngineError(f"{self._bucket} did not arrive at {engine.url}: {e}") from None
         return True
 
     def _failed(self, error: RuntimeError) -> EngineError:
         urls = _urls([engine for engine, _ in self._loads])
-        return EngineError(f"broadcasting {_label(self._bucket)} to {urls} failed: {str(error)[:200]}")
-
-
-def _label(bucket: Bucket) -> str:
-    return f"bucket {bucket.names[0]} .. {bucket.names[-1]} ({bucket.bytes} bytes)"
+        return EngineError(f"broadcasting {self._bucket} to {urls} failed: {str(error)[:200]}")
 
 
 def _urls(engines: Sequence[EngineControl]) -> str:

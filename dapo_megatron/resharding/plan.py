@@ -40,6 +40,9 @@ class Bucket:
         """Size on the wire."""
         return sum(prod(s) for s in self.shapes) * ITEM_BYTES[self.dtype]
 
+    def __str__(self) -> str:
+        return f"bucket {self.names[0]} .. {self.names[-1]} ({self.bytes} bytes)"
+
 
 @dataclass(frozen=True)
 class Gather:

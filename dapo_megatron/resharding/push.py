@@ -1,10 +1,10 @@
-"""Send the sharded policy to the engines: one weight-update session, pipeline stage by pipeline stage.
+"""Send the sharded policy to the engines, pipeline stage by pipeline stage.
 
-    all engines      pause (retract, or in_place: keep_kv) and open a session    trainer rank 0
-    each stage       gather over TP, EP -> bucket -> broadcast -> engines load it    its dp0/cp0/tp0 rank (the sender)
-                     a bucket is gathered while the one before is broadcast; the last of all also flushes the KV cache,
-                     unless it is kept
-    all engines      close the session, set the version, go on, report the version back
+    all engines      pause (retract, or in_place: keep_kv); the transport begins    trainer rank 0
+    each stage       gather over TP, EP -> bucket -> the transport sends it    its dp0/cp0/tp0 rank (the sender)
+                     a bucket is gathered while the one before is on its way
+    all engines      the transport commits: they have the weights, and no keys and values of the old ones, unless those
+                     are kept; set the version, go on, report the version back    trainer rank 0
 
 Every phase ends in an exchange of verdicts among all ranks, so that a failure on one of them stops the step on all with
 the same message instead of a hang. When the launcher has replaced the engine that failed, all get the weights anew.
@@ -12,23 +12,24 @@ the same message instead of a hang. When the launcher has replaced the engine th
 
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
-import torch.distributed as dist
 
 from dapo_megatron.actor.actor import Actor
 from dapo_megatron.config import RunConfig
 from dapo_megatron.distributed.agreement import all_agree, on_first_rank, sum_over_ranks
+from dapo_megatron.engines.all_engines import AllEngines
 from dapo_megatron.engines.control import EngineControl
 from dapo_megatron.engines.engine_set import EngineSet, Member
 from dapo_megatron.errors import ConfigError, DapoError, EngineError
 from dapo_megatron.observe import catalog as m
-from dapo_megatron.resharding.broadcast import Broadcast, fill
+from dapo_megatron.resharding.broadcast import BroadcastTransport
+from dapo_megatron.resharding.disk import DiskTransport
+from dapo_megatron.resharding.fill import fill
 from dapo_megatron.resharding.following import FollowedEngines
-from dapo_megatron.resharding.group import end_group, join_as_sender, open_store, sender_address
-from dapo_megatron.resharding.plan import GATHER_BYTES, Bucket, plan_buckets
+from dapo_megatron.resharding.plan import GATHER_BYTES, plan_buckets
+from dapo_megatron.resharding.transport import Sending, WeightTransport
 from dapo_megatron.weights.exporter import export_names, export_stage, is_sender
 
 T = TypeVar("T")
@@ -51,32 +52,38 @@ class Pusher:
         """
         Args:
             read_set: who serves now.
-            ports: where senders and engines meet, of each pipeline stage's first group, of the second ones, and so on,
-                then from the first again; None takes free ones.
+            ports: where senders and engines meet to broadcast, of each pipeline stage's first group, of the second
+                ones, and so on, then from the first again; None takes free ones.
         """
         self.actor, self.layout, self.config = actor, actor.layout, config
         self.dtype = config.engine_dtype
         self.is_sender = is_sender()
         self.timeout_s = config.deadlines.engine_call
-        self.engines: list[EngineControl] = []
-        """On rank 0 and the senders, which talk to them."""
+        self._all = AllEngines()
+        """On the senders, which talk to them; rank 0 is one."""
+        self._transport: WeightTransport
+        if config.resharding.transport == "disk":
+            self._transport = DiskTransport(config, actor.shape, self.layout)
+        else:
+            self._transport = BroadcastTransport(config, self.layout, ports)
         self._api_key = api_key
         self._followed = FollowedEngines(read_set, self._is_up, config.engine.start_timeout_s)
-        self._threads = ThreadPoolExecutor(max_workers=1)
-        self._ports, self._opened = ports or [0] * actor.layout.pp_size, 0
-        self._group: dist.ProcessGroup | None = None
-        self._group_name = ""
         self.has_reconnected = False
         """Whether the last push went to other engines than the one before."""
         self._live: dict[Member, int] = {}
         """Version that each engine was given."""
+
+    @property
+    def engines(self) -> list[EngineControl]:
+        """Those that are connected; on the senders only."""
+        return self._all.engines
 
     def can_follow(self) -> bool:
         """Whether an engine is up that is not connected; for rank 0 alone."""
         return self._followed.can_follow()
 
     def connect(self) -> None:
-        """Open one group from each pipeline stage's sender to all engines that are up.
+        """Connect each pipeline stage's sender to all engines that are up.
 
         At first all are waited for; later those that load join when they are up (`can_follow`).
 
@@ -90,13 +97,12 @@ class Pusher:
                 self.wait_until_replaced(e)
 
     def _connect(self) -> None:
-        self._disconnect()
+        self.close()
         self._followed.connect(
             on_first_rank("finding the engines", self.layout, self._followed.find, may_take_long=True)
         )
-        if self.is_sender or self.layout.rank == 0:
-            self.engines = [self._control(member) for member in self._followed.connected.members]
-            self._threads = ThreadPoolExecutor(max_workers=max(1, len(self.engines)))
+        if self.is_sender:
+            self._all = AllEngines([self._control(member) for member in self._followed.connected.members])
         with all_agree("connecting to the engines", self.layout, may_take_long=True):
             for engine in self.engines:
                 engine.wait_ready(self.config.engine.start_timeout_s, self._followed.is_outdated)
@@ -106,9 +112,9 @@ class Pusher:
                 self.on_all(EngineControl.freeze_gc)
                 self.on_all(EngineControl.abandon_update)
         for stage in range(self.layout.pp_size):
-            with all_agree(f"opening the weight group of pipeline stage {stage}", self.layout):
+            with all_agree(f"connecting pipeline stage {stage} to the engines", self.layout):
                 if self.is_sender and self.layout.pp_rank == stage:
-                    self._open_group(stage)
+                    self._transport.connect(self._all)
 
     def _control(self, member: Member) -> EngineControl:
         return EngineControl(member.url, self.timeout_s, self._api_key)
@@ -168,13 +174,15 @@ class Pusher:
         sent = 0
         with all_agree("pausing the engines", self.layout):
             if self.layout.rank == 0:
-                self._all_begin()
+                self._pause_all()
+                self._transport.begin()
         for stage in range(self.layout.pp_size):
             with all_agree(f"sending the weights of pipeline stage {stage}", self.layout):
                 if self.layout.pp_rank == stage:
-                    sent = self._send_stage()
+                    sent = self._send_stage(version)
         with all_agree(f"making version {version} live", self.layout):
             if self.layout.rank == 0:
+                self._transport.commit(version)
                 self.on_all(lambda e: self._make_live(e, version))
         self._live = dict.fromkeys(self._followed.connected.members, version)
         total = torch.tensor(float(sent if self.is_sender else 0), dtype=torch.float64)
@@ -182,35 +190,12 @@ class Pusher:
         return float(total)
 
     def close(self) -> None:
-        """Close the connections; the groups end with the processes."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
-        for engine in self.engines:
-            engine.close()
-        self.engines = []
+        """Close the connections."""
+        self._transport.close()
+        self._all.close()
+        self._all = AllEngines()
 
-    def _disconnect(self) -> None:
-        if self._group is not None:
-            end_group(self._group)
-            self._group = None
-        self.close()
-
-    def _open_group(self, stage: int) -> None:
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
-        name, timeout = f"weights-{stage}-{time.time_ns()}", self.timeout_s
-        address = sender_address([e.url for e in self.engines])
-        world = 1 + sum(e.tensor_parallel_size for e in self.engines)
-        port = self._ports[(self._opened * self.layout.pp_size + stage) % len(self._ports)]
-        self._opened += 1
-        store = open_store(address, port, world, timeout)
-        rank, joins = 1, []
-        for engine in self.engines:
-            joins.append(self._threads.submit(engine.join_group, name, address, store.port, rank, world, backend))
-            rank += engine.tensor_parallel_size
-        self._group, self._group_name = join_as_sender(name, store, world, backend, timeout), name
-        for join in joins:
-            join.result()
-
-    def _send_stage(self) -> int:
+    def _send_stage(self, version: int) -> int:
         """Collective over the stage's ranks; returns the bytes sent."""
         modules, shape = self.actor.modules, self.actor.shape
         buckets = plan_buckets(export_names(modules, shape), self.dtype, self.config.resharding.bucket_mib << 20)
@@ -219,40 +204,32 @@ class Pusher:
             for _ in tensors:
                 pass
             return 0
-        under_way: Broadcast | None = None
+        under_way: Sending | None = None
         for bucket in buckets:
             flat = fill(bucket, tensors, self.actor.device)  # while the one before is under way
             if under_way is not None:
                 under_way.wait()
             last = self.layout.is_last_stage and bucket is buckets[-1]
-            under_way = self._send_bucket(bucket, flat, flush_cache=last and not self.config.keeps_kv)
+            under_way = self._transport.send(bucket, flat, version=version, is_last=last)
         if next(tensors, None) is not None:
             raise DapoError("the push plan does not name every tensor of the stage")
         if under_way is not None:
             under_way.wait()
         return sum(b.bytes for b in buckets)
 
-    def _send_bucket(self, bucket: Bucket, flat: torch.Tensor, *, flush_cache: bool) -> Broadcast:
-        if self._group is None:
-            raise DapoError("a push needs the engines: connect comes first")
-        loads = [(e, self._threads.submit(_receive, e, self._group_name, bucket, flush_cache)) for e in self.engines]
-        return Broadcast(bucket, flat, self._group, loads, self.timeout_s)
-
-    def _all_begin(self) -> None:
+    def _pause_all(self) -> None:
         given = {m.url: self._live[m] for m in self._followed.connected.members if m in self._live}
-        self.on_all(lambda engine: self._begin(engine, given.get(engine.url)))
+        self.on_all(lambda engine: self._pause(engine, given.get(engine.url)))
 
-    def _begin(self, engine: EngineControl, given: int | None) -> None:
+    def _pause(self, engine: EngineControl, given: int | None) -> None:
         if given is not None and (served := engine.version()) != str(given):
             raise EngineError(
                 f"engine {engine.url} serves version {served}, the trainer had pushed {given}: somebody else has "
                 "changed its weights"
             )
         engine.pause(keep_kv=self.config.keeps_kv)
-        engine.begin_update()
 
     def _make_live(self, engine: EngineControl, version: int) -> None:
-        engine.end_update()
         if not self.config.keeps_kv:
             engine.flush_cache()
         engine.set_version(version)
@@ -262,12 +239,8 @@ class Pusher:
             raise EngineError(f"engine {engine.url} serves version {served} after version {version} was pushed")
 
     def on_all(self, call: Callable[[EngineControl], T]) -> list[T]:
-        """Results of a call to every engine, made at once, in their order; on rank 0 and the senders only."""
-        return [done.result() for done in [self._threads.submit(call, e) for e in self.engines]]
-
-
-def _receive(engine: EngineControl, group: str, bucket: Bucket, flush_cache: bool) -> None:
-    engine.receive_tensors(group, bucket.names, bucket.shapes, bucket.dtype, flush_cache=flush_cache)
+        """Results of a call to every engine, made at once, in their order; on the senders only."""
+        return self._all.on_all(call)
 
 
 def _answers(engine: EngineControl) -> bool:

@@ -12,7 +12,8 @@ from tests.distributed.harness import run_ranks
 
 from dapo_megatron.engines.control import EngineControl
 from dapo_megatron.errors import DapoError, EngineError
-from dapo_megatron.resharding.broadcast import Broadcast, fill
+from dapo_megatron.resharding.broadcast import Broadcast
+from dapo_megatron.resharding.fill import fill
 from dapo_megatron.resharding.group import end_group
 from dapo_megatron.resharding.plan import Bucket
 

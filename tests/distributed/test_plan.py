@@ -65,7 +65,7 @@ def push_of_a_stage(config, trace):
     actor = actor_on_rank(config)
     groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]  # nobody listens to the senders
     pusher = push.Pusher(config, actor, lambda: of_urls([]))
-    pusher._group, fill, gather = groups[dist.get_rank()], push.fill, settled(dist.gather)
+    pusher._transport._group, fill, gather = groups[dist.get_rank()], push.fill, settled(dist.gather)
     buckets, given = [], []
 
     def filled(bucket, tensors, device):
@@ -82,7 +82,7 @@ def push_of_a_stage(config, trace):
 
     push.fill, dist.gather, dist.broadcast = filled, gave, settled(dist.broadcast)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        pusher._send_stage()
+        pusher._send_stage(1)
     path = trace / f"{dist.get_rank()}.json"
     profile.export_chrome_trace(str(path))
     return actor.layout.pp_rank if pusher.is_sender else None, buckets, sum(given), peak_of(path)

@@ -91,10 +91,19 @@ def over_a_push(config, url, version):
     return response.version_spans, distance(response), new, later, careless, metrics
 
 
-@pytest.mark.parametrize(("mode", "version"), [("retract", 200), ("keep_kv", 300)])
-def test_a_response_goes_on_over_a_push(tmp_path, engine_url, mode, version):
-    path = hf_folder(tmp_path, "qwen3", tied=True, seed=5)
-    config = run_config(path, engine=ENGINE, resharding={"in_flight": mode})
+@pytest.mark.parametrize(
+    ("mode", "transport", "version"),
+    [
+        ("retract", "broadcast", 200),
+        ("keep_kv", "broadcast", 300),
+        ("retract", "disk", 400),
+        ("keep_kv", "disk", 500),
+    ],
+)
+def test_a_response_goes_on_over_a_push(tmp_path, engine_url, mode, transport, version):
+    path = hf_folder(tmp_path / "model", "qwen3", tied=True, seed=5)
+    config = run_config(path, engine=ENGINE, resharding={"in_flight": mode, "transport": transport})
+    config = config.model_copy(update={"run_dir": str(tmp_path / "run")})
     ((spans, old, new, later, careless, metrics),) = run_ranks(1, over_a_push, config, engine_url, version)
     cut = spans[0].end
     assert [(s.version, s.start, s.end) for s in spans] == [(version, 0, cut), (version + 1, cut, len(old))]

@@ -11,7 +11,7 @@ from tests.tiny import hf_folder, run_config
 from dapo_megatron.engines.control import EngineControl
 from dapo_megatron.engines.engine_set import of_urls
 from dapo_megatron.errors import EngineError
-from dapo_megatron.resharding import push
+from dapo_megatron.resharding import broadcast, push
 from dapo_megatron.resharding.plan import plan_push
 from dapo_megatron.resharding.verify import Verifier
 from dapo_megatron.weights.hf_config import read_model
@@ -32,14 +32,21 @@ def push_and_verify(config, url, version):
     return metrics
 
 
-@pytest.mark.parametrize("layout", ["one", "tp2_sp", "pp2", "dp2"])
-def test_push_from_every_layout(tmp_path, engine_url, layout):
+@pytest.mark.parametrize(
+    ("layout", "transport"),
+    [*((layout, "broadcast") for layout in ("one", "tp2_sp", "pp2", "dp2")), ("tp2_sp", "disk"), ("pp2", "disk")],
+)
+def test_push_from_every_layout(tmp_path, engine_url, layout, transport):
     # Other weights than the server holds, and buckets small enough that there are several.
-    path = hf_folder(tmp_path, "qwen3", tied=True, seed=list(LAYOUTS).index(layout) + 2)
+    version = 10 + list(LAYOUTS).index(layout) + (20 if transport == "disk" else 0)
+    path = hf_folder(tmp_path / "model", "qwen3", tied=True, seed=version)
     config = run_config(
-        path, actor=LAYOUTS[layout], engine=ENGINE, resharding={"bucket_mib": 1}, rollout={"temperature": 0.7}
-    )
-    version = 10 + list(LAYOUTS).index(layout)
+        path,
+        actor=LAYOUTS[layout],
+        engine=ENGINE,
+        resharding={"bucket_mib": 1, "transport": transport},
+        rollout={"temperature": 0.7},
+    ).model_copy(update={"run_dir": str(tmp_path / "run")})
     results = run_ranks(config.world_size, push_and_verify, config, engine_url, version)
     assert all(0 < m["sync/logprob_difference"] <= 1e-4 for m in results)
     plan = plan_push(
@@ -62,8 +69,8 @@ def push_over_two_groups(config, url, ports):
     for version in (60, 61):
         pusher.connect()
         pusher.push(version)
-    pusher.close()
     listening = {c.laddr.port for c in psutil.Process().net_connections("tcp") if c.status == psutil.CONN_LISTEN}
+    pusher.close()
     return [ports.index(port) for port in ports if port in listening]
 
 
@@ -82,8 +89,8 @@ def message_of(config, url, version):
 
 
 def without_a_flush(config, url, version):
-    receive = push._receive
-    push._receive = lambda engine, group, bucket, flush_cache: receive(engine, group, bucket, False)
+    receive = broadcast._receive
+    broadcast._receive = lambda engine, group, bucket, flush_cache: receive(engine, group, bucket, False)
     EngineControl.flush_cache = lambda self: None
     return message_of(config, url, version)
 

@@ -34,13 +34,13 @@ def faulty_push(config, url, pid, number):
     pusher = Pusher(config, actor, lambda: of_urls([url]))
     pusher.connect()
     pusher.push(1)
-    send = pusher._send_bucket
+    send = pusher._transport.send
 
     def strike(*args, **options):
         signal_server(pid, number)
         return send(*args, **options)
 
-    pusher._send_bucket = strike
+    pusher._transport.send = strike
     try:
         pusher.push(2)
     except DapoError as e:
@@ -63,7 +63,7 @@ def push_that_delivers_nothing(config, url):
     pusher = Pusher(config, actor, lambda: of_urls([url]))
     pusher.connect()
     pusher.push(1)
-    pusher._group = dist.new_group(backend="fake")
+    pusher._transport._group = dist.new_group(backend="fake")
     try:
         pusher.push(2)
     except DapoError as e:

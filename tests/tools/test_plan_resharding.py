@@ -60,6 +60,12 @@ def test_32b_on_128_gpus(qwen_32b):
     assert math.isclose(size, 65.53, rel_tol=1e-3)
 
 
+def test_through_the_disk(qwen_32b):
+    text = shown(qwen_32b, *ON_128_GPUS, "resharding.transport=disk", "--explain")
+    assert "65.53 GB in 195 files" in text and "131.1 GB in the run folder" in text and "time      not known" in text
+    assert "to all engines" not in text and "over each link" not in text and "rank of an engine" not in text
+
+
 def test_a_recipe(tmp_path):
     path = hf_folder(tmp_path / "model", "qwen3", tied=True)
     recipe = tmp_path / "my.yaml"

@@ -157,6 +157,7 @@ def test_another_nccl_is_refused(tmp_path):
     python.chmod(0o755)
     with pytest.raises(DapoError, match=rf"{python} has NCCL 2\.19\.3, {sys.executable} has .*: a weight push needs"):
         told(tmp_path, "32b", f"engine.python={python}", nodes=16)
+    told(tmp_path, "32b", f"engine.python={python}", "resharding.transport=disk", nodes=16)
     python.write_text("#!/bin/sh\necho 'ImportError: no torch' >&2; exit 1\n")
     with pytest.raises(DapoError, match="cannot import torch: ImportError: no torch"):
         told(tmp_path, "32b", f"engine.python={python}", nodes=16)

@@ -1,0 +1,49 @@
+"""A bucket's file: its bytes, a full disk, a disk that does not answer."""
+
+import resource
+from concurrent.futures import Future
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.distributed.harness import run_ranks  # first: patches megatron-core on machines without CUDA
+
+from dapo_megatron.errors import StorageError
+from dapo_megatron.resharding.disk import Writing, file_name, write_bucket
+from dapo_megatron.resharding.fill import fill
+from dapo_megatron.resharding.plan import Bucket
+
+BUCKET = Bucket(("b.weight", "a.weight"), ((30, 4), (7,)), "bfloat16")
+TENSORS = {"b.weight": torch.randn(30, 4), "a.weight": torch.randn(7)}
+
+
+def flat():
+    return fill(BUCKET, iter(TENSORS.items()), torch.device("cpu"))
+
+
+def test_a_file_holds_the_bucket(tmp_path):
+    path = tmp_path / "weights" / "1.partial" / file_name(BUCKET)
+    write_bucket(path, BUCKET, flat())
+    found = load_file(path)
+    assert found.keys() == TENSORS.keys() and path.name == "b.weight.safetensors"
+    assert all(torch.equal(found[name], tensor.bfloat16()) for name, tensor in TENSORS.items())
+
+
+def on_a_full_disk(path):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))  # as a full disk, a write fails; only this process has it
+    with pytest.raises(StorageError, match="cannot be written .*: make room on the disk of the run folder") as e:
+        write_bucket(path, BUCKET, flat())
+    return str(e.value), path.exists()
+
+
+def test_a_full_disk_is_told_with_the_file(tmp_path):
+    path = tmp_path / file_name(BUCKET)
+    ((message, exists),) = run_ranks(1, on_a_full_disk, path)
+    assert message.startswith(str(path)) and "\n" not in message and not exists
+
+
+def test_a_disk_that_does_not_answer_is_told_with_the_file(tmp_path):
+    path = tmp_path / file_name(BUCKET)
+    with pytest.raises(StorageError, match=f"{path} was not written within 1 s"):
+        Writing(path, Future(), 1).wait()
