@@ -34,7 +34,7 @@ def answered(error=None):
     return [(EngineControl(URL, 1), load)]
 
 
-def outcome(loads, receives):
+def outcome(loads, receives, timeout_s=1):
     """(what the sender said, after how many seconds it and its group were done); what the receiver got."""
     group = dist.new_group(timeout=timedelta(seconds=GLOO_S))
     if dist.get_rank() == 1:
@@ -45,7 +45,7 @@ def outcome(loads, receives):
         return got.view(torch.float32)[[0, 4 * ROWS - 1, 4 * ROWS, 6 * ROWS - 1]].tolist()
     began, said = time.monotonic(), None
     try:
-        Broadcast(BUCKET, flat(), group, loads, timeout_s=1).wait()
+        Broadcast(BUCKET, flat(), group, loads, timeout_s).wait()
     except EngineError as e:
         said = str(e)
     after = time.monotonic() - began
@@ -68,8 +68,8 @@ def test_the_deadline_is_not_the_backends():
 
 
 def test_a_refusal_is_told_at_once():
-    (said, after), _ = run_ranks(2, outcome, answered(EngineError("no session")), False)
-    assert said.endswith(f"did not arrive at {URL}: no session") and after < 1
+    (said, after), _ = run_ranks(2, outcome, answered(EngineError("no session")), False, 60)
+    assert said.endswith(f"did not arrive at {URL}: no session") and after < GLOO_S / 2
 
 
 def silent_engine():
