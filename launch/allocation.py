@@ -144,5 +144,5 @@ def _details(details: Mapping[int, str], job: int) -> str:
 
 def _variable(environment: Mapping[str, str], name: str) -> str:
     if name not in environment:
-        raise ConfigError(f"{name} is not set: this runs inside a SLURM job, from sbatch's script or under salloc")
+        raise ConfigError(f"{name} is not set: this runs inside a SLURM job, from sbatch's script")
     return environment[name]

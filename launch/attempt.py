@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dapo_megatron.config import RunConfig
-from dapo_megatron.errors import ConfigError, DapoError, Preempted, error_of_kind, told
+from dapo_megatron.errors import DapoError, Preempted, error_of_kind, told
 from dapo_megatron.observe.report import write_report
 from dapo_megatron.process import Reporter
 from dapo_megatron.run_folder import RunFolder
-from launch.job import Job, Resume, prepare_new, prepare_resume
+from launch.job import Job, Resume, not_a_folder, prepare_new, prepare_resume
 from launch.lock import locked
 from launch.processes import interruptible
 from launch.states import End, GraceOver, StopAsked
@@ -85,4 +85,4 @@ def make_folder(folder: RunFolder) -> None:
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        raise ConfigError(f"run_dir={folder.path} is a file, or lies in one: choose another run_dir=...") from None
+        raise not_a_folder(folder) from None

@@ -68,6 +68,7 @@ def _ask(
         f"--nodes={len(group.nodes)}",
         f"--ntasks={len(group.nodes)}",
         "--ntasks-per-node=1",
+        "--export=ALL",
         "--overlap",
         "--overcommit",
         "--cpu-bind=none",

@@ -19,11 +19,14 @@ from enum import StrEnum
 from dapo_megatron.observe.pace import clock
 from dapo_megatron.process import BEAT_S, FOLLOWS_ENGINES, GREETS_CONTROLLER, Exit
 from launch.attempts import REQUEUED
+from launch.lock import Holder
 from launch.look import Process, Snapshot
 from launch.states import Phase
 
 SUSPECT_S = 10 * BEAT_S
 """Silence from which a process is named."""
+PREPARE_S = 600.0
+"""For a launcher to look at the nodes and the checkpoint, before its first heartbeat."""
 
 
 class Condition(StrEnum):
@@ -67,10 +70,12 @@ def judge(seen: Snapshot) -> Verdict:
     if seen.holder is None:
         return _without_launcher(seen)
     running = [p for p in seen.processes if p.exit is None]
-    if seen.launcher is None:
-        return _runs("launcher", "the launcher prepares the run")
+    holder = (seen.holder.host, seen.holder.pid)
+    if seen.launcher is None or (seen.launcher.host, seen.launcher.pid) != holder:
+        return _prepares(seen, seen.holder)  # what an earlier launcher left is not its word
     if seen.launcher.silence_s >= seen.timeout_s:
-        return _launcher_is_gone(seen, seen.launcher)
+        silence = clock(seen.launcher.silence_s)
+        return _launcher_is_gone(seen.holder, f"{seen.launcher.place} has not beaten for {silence}")
     if silent := [p for p in (seen.launcher, *running) if p.silence_s >= SUSPECT_S]:
         return _silent(max(silent, key=lambda p: p.silence_s), seen.timeout_s)
     if failed := [p for p in seen.processes if p.exit is not None and p.exit.kind is not None]:
@@ -87,12 +92,23 @@ def _runs(culprit: str | None, line: str) -> Verdict:
     return Verdict(Condition.RUNNING, culprit, line)
 
 
+def _prepares(seen: Snapshot, holder: Holder) -> Verdict:
+    """A launcher that has not beaten yet."""
+    if seen.held_s < PREPARE_S:
+        return _runs("launcher", "the launcher prepares the run")
+    who = f"launcher (pid {holder.pid} on {holder.host})"
+    return _launcher_is_gone(holder, f"{who} has prepared the run for {clock(seen.held_s)}")
+
+
 def _without_launcher(seen: Snapshot) -> Verdict:
     if seen.launcher is not None and seen.launcher.phase == REQUEUED:
         job = f"SLURM job {seen.started.slurm_job}" if seen.started and seen.started.slurm_job else "the job"
         return Verdict(Condition.NOT_RUNNING, None, f"{job} is back in the queue: {seen.launcher.detail}")
     if seen.ended is None:
         return Verdict(Condition.NOT_RUNNING, None, "nothing runs: start it, with --resume to go on")
+    if seen.ended.kind is None and not seen.is_complete:
+        what = f"stopped at step {seen.step} of {seen.total_steps}, as the file `stop` asked"
+        return Verdict(Condition.NOT_RUNNING, None, f"{what}: --resume goes on")
     if seen.ended.kind is None:
         return Verdict(Condition.FINISHED, None, f"finished at step {seen.step} of {seen.total_steps}")
     said = _first_line(seen.ended)
@@ -101,12 +117,10 @@ def _without_launcher(seen: Snapshot) -> Verdict:
     return Verdict(Condition.FAILED, None, said)
 
 
-def _launcher_is_gone(seen: Snapshot, launcher: Process) -> Verdict:
-    line = f"{launcher.place} has not beaten for {clock(launcher.silence_s)}: it was killed, or its host is lost"
-    if seen.holder is not None and seen.holder.slurm_job is not None:
-        return Verdict(
-            Condition.NOT_RUNNING, "launcher", f"{line}; SLURM may start job {seen.holder.slurm_job} once more"
-        )
+def _launcher_is_gone(holder: Holder, line: str) -> Verdict:
+    line = f"{line}: it was killed, or its host is lost"
+    if holder.slurm_job is not None:
+        return Verdict(Condition.NOT_RUNNING, "launcher", f"{line}; SLURM may start job {holder.slurm_job} once more")
     return Verdict(Condition.FAILED, "launcher", f"{line}; --resume goes on")
 
 

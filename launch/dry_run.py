@@ -4,6 +4,7 @@ Nothing is started but the engines' Python, where they have one of their own, to
 the rows as the controller would (dapo_megatron/rollout/dry_run).
 """
 
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -23,7 +24,8 @@ from launch.job import check_new, check_resume
 from launch.plan import Cluster, make_plan, refusals
 from launch.plan_text import print_plan
 from launch.port_map import job_ports
-from launch.sbatch import Request, filled, read_script
+from launch.sbatch import Request, Script, filled, read_script
+from launch.time_limit import check_time_limit
 from launch.topology import Node, place, sides
 
 ASK_NCCL = "import torch; print('.'.join(map(str, torch.cuda.nccl.version())) if torch.version.cuda else 'none')"
@@ -75,42 +77,53 @@ def dry_run(recipe: Path, overrides: Sequence[str], options: Options, console: C
         DapoError: the reasons why the job cannot work: all but the last are printed, the last is raised.
         typer.Exit: a row of the data, or a user's function, cannot work; it is told already.
     """
-    groups, set_by_script = _requests(recipe, options)
+    script = _script(recipe, options)
+    groups, set_by_script = script.groups, script.overrides
     if options.bash:
         console.print(
             _script_text(recipe, overrides, groups, options), markup=False, highlight=False, soft_wrap=True, end=""
         )
         return
     config = load_config(recipe, [*set_by_script, *overrides])
-    gpu = _gpu(groups)
+    gpu = _gpu(groups, options.gpu_memory_gib)
     machine = replace(read_machine(), capability=gpu.capability if any(g.gpus for g in groups) else None)
     shape = check_shape(config, machine)
     checks: list[Callable[[], object]] = [
         lambda: check_data(config),
         lambda: check_run_folder(config),
         lambda: check_nccl(config, groups),
+        lambda: check_time_limit(config.launch, script.limit_s),
     ]
     if not options.shape_only:
         checks.append(lambda: check_model_files(config))
     found: list[DapoError] = [error for error in map(_error, checks) if error is not None]
     cluster = Cluster(
-        options.gpu_memory_gib or gpu.gib,
+        gpu.gib,
         options.host_memory_gib,
         options.bandwidth_gbs,
         options.tokens_per_second,
         options.response_tokens,
     )
-    placement = place(config, *sides(_nodes(groups), config.launch.engine_nodes), job_ports(config.launch.base_port, 0))
+    ports = job_ports(config.launch.base_port, 0)
+    try:
+        placement = place(config, *sides(_nodes(groups), config.launch.engine_nodes), ports)
+    except ConfigError as e:
+        raise _last_of([*found, e]) from None
     plan = make_plan(config, shape, placement, cluster)
     print_plan(plan, console)
     found += refusals(plan, shape)
-    for error in found[:-1]:
-        print(f"error: {error}", file=sys.stderr)
     if found:
-        raise found[-1]
+        raise _last_of(found)
     if not options.shape_only:
         check_rows(recipe, [*set_by_script, *overrides])
     console.print("dry run: nothing was started")
+
+
+def _last_of(errors: Sequence[DapoError]) -> DapoError:
+    """The one to raise; the others are printed."""
+    for error in errors[:-1]:
+        print(f"error: {error}", file=sys.stderr)
+    return errors[-1]
 
 
 def check_run_folder(config: RunConfig) -> None:
@@ -160,17 +173,17 @@ def _nccl(python: str) -> str:
     return done.stdout.strip()
 
 
-def _requests(recipe: Path, options: Options) -> tuple[tuple[Request, ...], tuple[str, ...]]:
-    """(groups of nodes, overrides that the script sets)."""
+def _script(recipe: Path, options: Options) -> Script:
+    """The script that would start the job, or one that asks for the nodes that the options name."""
     if (options.script is None) == (options.nodes is None):
         raise ConfigError("--dry-run needs to know the nodes: give --script slurm/x.sh, or --nodes and --gpus-per-node")
     if options.script is None:
         assert options.nodes is not None
-        return (Request(options.nodes, options.gpus_per_node, options.cpus_per_node),), ()
+        return Script((Request(options.nodes, options.gpus_per_node, options.cpus_per_node),), str(recipe), ())
     script = read_script(_text(options.script), str(options.script))
     if Path(script.recipe).name != recipe.name:
         raise ConfigError(f"{options.script} runs {script.recipe}, not {recipe}: give --recipe {script.recipe}")
-    return script.groups, script.overrides
+    return script
 
 
 def _text(script: Path) -> str:
@@ -187,7 +200,7 @@ def _script_text(recipe: Path, overrides: Sequence[str], groups: Sequence[Reques
     gpus = f"#SBATCH --gpus-per-node={group.gpus}\n" if group.gpus else ""
     head = f"#!/usr/bin/env bash\n#SBATCH --nodes={group.nodes}\n#SBATCH --ntasks-per-node=1\n{gpus}"
     head += f"#SBATCH --cpus-per-task={group.cpus}\n#SBATCH --signal=B:USR1@600\n#SBATCH --requeue\n#SBATCH --no-kill\n"
-    run = f'\nexec {sys.executable} -m launch.slurm --recipe {recipe} "$@"\n'
+    run = f'\nexec {shlex.quote(sys.executable)} -m launch.slurm --recipe {shlex.quote(str(recipe))} "$@"\n'
     return filled(head + run, overrides)
 
 
@@ -201,10 +214,16 @@ def _nodes(groups: Sequence[Request]) -> list[list[Node]]:
     return nodes
 
 
-def _gpu(groups: Sequence[Request]) -> Gpu:
-    """The smallest of the kinds that are asked for."""
+def _gpu(groups: Sequence[Request], gib: float | None) -> Gpu:
+    """The smallest of the kinds that are asked for, with the memory that is given, if it is."""
     kinds = [group.gpu_type.lower() for group in groups if group.gpu_type]
-    return min((GPUS[kind] for kind in kinds if kind in GPUS), key=lambda gpu: gpu.gib, default=GPUS["h100"])
+    if gib is None and (unknown := [kind for kind in kinds if kind not in GPUS]):
+        raise ConfigError(
+            f"the memory of a GPU called {unknown[0]} is not known here, only that of {', '.join(GPUS)}: give "
+            "--gpu-memory-gib"
+        )
+    smallest = min((GPUS[kind] for kind in kinds if kind in GPUS), key=lambda gpu: gpu.gib, default=GPUS["h100"])
+    return smallest if gib is None else replace(smallest, gib=gib)
 
 
 def _error(check: Callable[[], object]) -> DapoError | None:

@@ -56,9 +56,12 @@ def check_new(config: RunConfig, folder: RunFolder, weights: Path | None) -> Non
     """Whether a new run can begin; nothing is changed.
 
     Raises:
-        ConfigError: the folder holds a run, or `weights` is no checkpoint, or one of another model.
+        ConfigError: the folder holds a run, or cannot be one; `weights` is no checkpoint, or one of another model.
         StorageError: `weights` lacks files.
     """
+    nearest = next(path for path in (folder.path, *folder.path.parents) if path.exists())
+    if not nearest.is_dir():
+        raise not_a_folder(folder)
     if folder.metrics.exists() or store.published(folder):
         raise ConfigError(f"{folder.path} holds a run already: go on with --resume, or choose another run_dir=...")
     if weights is None:
@@ -68,6 +71,11 @@ def check_new(config: RunConfig, folder: RunFolder, weights: Path | None) -> Non
     manifest = read_manifest(weights)
     check_files(weights, manifest)
     require_model(manifest, weights, read_model(config.model.path))
+
+
+def not_a_folder(folder: RunFolder) -> ConfigError:
+    """What is wrong where a file is in the place of the run's folder, or of one above it."""
+    return ConfigError(f"run_dir={folder.path} is a file, or lies in one: choose another run_dir=...")
 
 
 def check_resume(config: RunConfig, folder: RunFolder, resume: Resume) -> None:

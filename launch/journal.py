@@ -34,10 +34,12 @@ class Journal:
             file.write(f"{datetime.now().astimezone().isoformat(timespec='seconds')} {text}\n")
 
     def decided(self, event: Event, actions: Sequence[Action]) -> None:
-        """Write down what an event led to, if to anything."""
-        if not actions:
-            return
+        """Write down what an event led to; nothing where it led to nothing, unless others look for it there."""
         reason, *_ = _reason(event).splitlines()
+        if not actions:
+            if isinstance(event, HostLost | StopAsked):
+                self.note(reason)
+            return
         line = f"{reason} -> {', '.join(map(_told, actions))}"
         self.note(line)
         if not isinstance(actions[-1], End):  # an end is told by whoever asked for the run

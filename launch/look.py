@@ -16,7 +16,7 @@ import msgspec
 from dapo_megatron.checkpoint.integrity import check_files
 from dapo_megatron.checkpoint.manifest import MANIFEST, read_manifest
 from dapo_megatron.checkpoint.published import published, step_of
-from dapo_megatron.config import load_config
+from dapo_megatron.config import TrainerConfig, load_config
 from dapo_megatron.engines.engine_set import EngineSet, read_engine_set
 from dapo_megatron.errors import ConfigError, StorageError
 from dapo_megatron.observe import catalog as m
@@ -79,6 +79,8 @@ class Snapshot:
     name: str
     step: int
     total_steps: int
+    is_complete: bool
+    """Whether nothing is left to do: all steps, or the goals of trainer.stop_at, are reached."""
     ranks: int
     """Trainer ranks that there must be."""
     timeout_s: float
@@ -92,6 +94,8 @@ class Snapshot:
     """The last start."""
     holder: Holder | None
     """The launcher that holds the folder; None: nothing runs."""
+    held_s: float
+    """Seconds for which it has held it."""
     ended: Exit | None
     """How the last launcher ended, if it said so."""
     launcher: Process | None
@@ -121,6 +125,7 @@ def look(folder: RunFolder) -> Snapshot:
         name=folder.name,
         step=int(records[-1][m.STEP]) if records else 0,
         total_steps=config.trainer.steps,
+        is_complete=_is_complete(config.trainer, records),
         ranks=config.world_size,
         timeout_s=config.deadlines.heartbeat,
         pace=pace(records, config.trainer.steps),
@@ -129,11 +134,12 @@ def look(folder: RunFolder) -> Snapshot:
         attempt=len(attempts),
         started=attempts[-1] if attempts else None,
         holder=holder,
+        held_s=_age(folder.lock, now),
         ended=read_exit(folder, "launcher"),
         launcher=next((p for p in processes if p.name == "launcher"), None),
         processes=tuple(p for p in processes if p.name != "launcher"),
         engines=read_engine_set(folder) if folder.engine_set.exists() else None,
-        engines_s=max(now - folder.engine_set.stat().st_mtime, 0) if folder.engine_set.exists() else 0,
+        engines_s=_age(folder.engine_set, now),
         log=_tail(folder.journal),
     )
 
@@ -190,6 +196,19 @@ def _process(folder: RunFolder, status: Status, written: float, now: float) -> P
         silence_s=max(now - written, 0),
         exit=read_exit(folder, status.process),
     )
+
+
+def _is_complete(trainer: TrainerConfig, records: Sequence[Record]) -> bool:
+    last = records[-1] if records else {}
+    return last.get(m.STEP, 0) >= trainer.steps or trainer.goals_reached(last)
+
+
+def _age(path: Path, now: float) -> float:
+    """Seconds since a file was written; 0: it is not there."""
+    try:
+        return max(now - path.stat().st_mtime, 0)
+    except FileNotFoundError:
+        return 0
 
 
 def _saved(folder: RunFolder, now: float) -> Saved | None:

@@ -80,7 +80,9 @@ class PortMap:
         """Raise ConfigError if there are not enough."""
         needed = ports_needed(engines_a_node, stages)
         if needed > len(self.numbers):
+            fits = ports_needed(1, stages) <= len(self.numbers)
+            remedy = "spread engine.replicas over more nodes" if fits else "lower actor.pipeline_model_parallel_size"
             raise ConfigError(
                 f"{engines_a_node} engines on one node and {stages} pipeline stages need {needed} ports, a job has "
-                f"{len(self.numbers)}: spread engine.replicas over more nodes"
+                f"{len(self.numbers)}: {remedy}"
             )

@@ -1,7 +1,7 @@
 """What a batch script asks SLURM for, and which run it starts: read from its #SBATCH lines and its last one. Pure.
 
 Only what decides the size of the job is read: --nodes, --gpus-per-node or --gres=gpu:, --ntasks-per-node with
---cpus-per-task, or --cpus-per-gpu. A line `#SBATCH hetjob` begins the next group of a heterogeneous job.
+--cpus-per-task, or --cpus-per-gpu; and --time. A line `#SBATCH hetjob` begins the next group of a heterogeneous job.
 """
 
 import re
@@ -10,9 +10,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dapo_megatron.errors import ConfigError
+from launch.time_limit import read_time
 
-SHORT = {"-N": "--nodes", "-c": "--cpus-per-task", "-n": "--ntasks", "-G": "--gpus"}
-READ = ("--nodes", "--gpus-per-node", "--gres", "--ntasks-per-node", "--cpus-per-task", "--cpus-per-gpu", "--gpus")
+SHORT = {"-N": "--nodes", "-c": "--cpus-per-task", "-n": "--ntasks", "-G": "--gpus", "-w": "--nodelist", "-t": "--time"}
+READ = ("--nodes", "--gpus-per-node", "--gres", "--ntasks-per-node", "--cpus-per-task", "--cpus-per-gpu", "--time")
+UNREAD = {
+    "--gpus": "--gpus-per-node",
+    "--gpus-per-task": "--gpus-per-node",
+    "--gpus-per-socket": "--gpus-per-node",
+    "--tres-per-node": "--gpus-per-node",
+    "--tres-per-task": "--gpus-per-node",
+    "--ntasks": "--nodes",
+    "--nodelist": "--nodes",
+}
+"""Options that change the size of a job without saying how many nodes, or GPUs of each, and the one that does."""
 MODULE = "launch.slurm"
 ARGUMENTS = '"$@"'
 """Where a script hands on what it was given itself."""
@@ -40,6 +51,8 @@ class Script:
     recipe: str
     overrides: tuple[str, ...]
     """That the script sets itself."""
+    limit_s: float | None = None
+    """The time limit of the job, or of its first group; None: it says none."""
 
 
 def read_script(text: str, where: str) -> Script:
@@ -49,13 +62,14 @@ def read_script(text: str, where: str) -> Script:
         ConfigError: `where` says what cannot be read.
     """
     groups: list[dict[str, str]] = [{}]
-    for words in _sbatch_lines(text):
-        if words == ["hetjob"]:
+    for words in _sbatch_lines(text, where):
+        if words in (["hetjob"], ["packjob"]):
             groups.append({})
         else:
             groups[-1] |= _options(words)
     recipe, overrides = _run(text, where)
-    return Script(tuple(_request(group, where) for group in groups), recipe, overrides)
+    limit_s = read_time(groups[0]["--time"], where) if "--time" in groups[0] else None
+    return Script(tuple(_request(group, where) for group in groups), recipe, overrides, limit_s)
 
 
 def filled(text: str, arguments: Sequence[str]) -> str:
@@ -63,32 +77,41 @@ def filled(text: str, arguments: Sequence[str]) -> str:
     return re.sub(rf" *{re.escape(ARGUMENTS)}", lambda _: "".join(f" {shlex.quote(a)}" for a in arguments), text)
 
 
-def _sbatch_lines(text: str) -> list[list[str]]:
+def _words(line: str, where: str) -> list[str]:
+    try:
+        return shlex.split(line, comments=True)
+    except ValueError as e:
+        raise ConfigError(f"{where}: {line.strip()!r} is no whole line of words ({e}): quote it on one line") from None
+
+
+def _sbatch_lines(text: str, where: str) -> list[list[str]]:
     """The words of each #SBATCH line; SLURM looks no further than the first command."""
     found = []
     for line in text.splitlines():
         if line.startswith("#SBATCH"):
-            found.append(shlex.split(line.removeprefix("#SBATCH"), comments=True))
+            found.append(_words(line.removeprefix("#SBATCH"), where))
         elif line.strip() and not line.lstrip().startswith("#"):
             break
     return found
 
 
 def _options(words: Sequence[str]) -> dict[str, str]:
-    """--name=value, --name value, -N value and -Nvalue, of those that are READ."""
+    """--name=value, --name value, -N value and -Nvalue, of those that are READ or UNREAD."""
     found: dict[str, str] = {}
     for i, word in enumerate(words):
         name, _, value = word.partition("=")
         if word[:2] in SHORT and not word.startswith("--"):
             name, value = SHORT[word[:2]], word[2:].removeprefix("=")
-        if name in READ:
+        if name in READ or name in UNREAD:
             found[name] = value or (words[i + 1] if i + 1 < len(words) else "")
     return found
 
 
 def _request(options: dict[str, str], where: str) -> Request:
-    if "--gpus" in options:
-        raise ConfigError(f"{where}: --gpus does not say how many a node has: write --gpus-per-node")
+    for name, instead in UNREAD.items():
+        is_of_gpus = not name.startswith("--tres") or "gpu" in options.get(name, "")
+        if name in options and is_of_gpus and instead not in options:
+            raise ConfigError(f"{where}: {name} does not say how many nodes, or GPUs of each: write {instead}")
     kind, gpus = _gpus(options, where)
 
     def number(name: str, default: int) -> int:
@@ -108,10 +131,11 @@ def _gpus(options: dict[str, str], where: str) -> tuple[str | None, int]:
     """(type, number) from h200:8 or 8; in --gres after gpu:."""
     value = options.get("--gpus-per-node")
     if value is None:
-        given = [part for part in options.get("--gres", "").split(",") if part.split(":")[0] == "gpu"]
+        parts = [part.removeprefix("gres:").removeprefix("gres/") for part in options.get("--gres", "").split(",")]
+        given = [part for part in parts if part.split(":")[0] == "gpu"]
         if not given:
             return None, 0
-        value = given[0].removeprefix("gpu").removeprefix(":") or "1"
+        value = ",".join(part.removeprefix("gpu").removeprefix(":") or "1" for part in given)
     found = re.fullmatch(r"(?:([A-Za-z][^:,]*):)?([0-9]+)", value)
     if found is None:
         raise ConfigError(f"{where}: {value!r} is no number of GPUs a node: write one, such as 8 or h200:8")
@@ -123,10 +147,12 @@ def _run(text: str, where: str) -> tuple[str, tuple[str, ...]]:
     for line in text.replace("\\\n", " ").splitlines():
         if line.lstrip().startswith("#") or MODULE not in line:
             continue
-        words = shlex.split(line, comments=True)
+        words = _words(line, where)
         if MODULE not in words:
             continue
         words = words[words.index(MODULE) + 1 :]
+        # --recipe=a.yaml as two words
+        words = [part for word in words for part in re.split(r"(?<=^--recipe)=", word)]
         if "--recipe" in words[:-1]:
             at = words.index("--recipe")
             rest = words[:at] + words[at + 2 :]

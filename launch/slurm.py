@@ -39,6 +39,7 @@ from launch.requeue import requeue
 from launch.states import End, GraceOver, Requeue, StopAsked
 from launch.steps import Steps
 from launch.supervisor import Supervisor
+from launch.time_limit import check_time_limit
 from launch.topology import Node, Placement, place, sides
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -93,6 +94,7 @@ def run_slurm(config: RunConfig) -> None:
         DapoError: why it ended, unless it is finished or goes back into the queue.
     """
     allocation = find_allocation(os.environ)
+    check_time_limit(config.launch, None if allocation.ends is None else allocation.ends - time.time())
     folder = RunFolder(Path(config.run_dir).resolve())
     make_folder(folder)
     snapshot = folder.snapshot(allocation.job_id)

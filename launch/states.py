@@ -11,7 +11,7 @@ together. They run in slots, the places that the placement plans. Each slot is o
                 ... again at that step    over        End: no progress since the last start
                 ... configuration, data   over        End: a person must mend it (a full disk too)
                 HostLost                  running     a spare host takes over: StartEngine, EndTraining, as needed
-                ... no spare host         over        Requeue without that host, or End
+                ... no spare host         over        Requeue without that host if the job may, or else End
                 StopAsked                 stopping    AskToStop
                 Finished                  over        End
     restarting  TrainingEnded             running     StartTraining
@@ -101,7 +101,7 @@ class TrainingFailed:
     kind: Kind
     message: str
     host: str | None = None
-    """Whose fault it may be; None: nobody knows."""
+    """Whose fault it may be, as that host calls itself; None: nobody knows."""
 
 
 @dataclass(frozen=True)
@@ -254,7 +254,8 @@ def _training_failed(state: State, kind: Kind, message: str, host: str | None) -
         return state, []
     if kind in OF_A_PERSON:
         return _over(state, End(kind, message))
-    state = state if host is None else _blamed(state, host)
+    if host is not None and (known := _host_called(state, host)) is not None:
+        state = _blamed(state, known)
     if state.phase is Phase.STOPPING:
         return _stopped(state, f"{state.why}; and then {message}")
     if state.restarts >= state.limits.max_restarts:
@@ -278,7 +279,9 @@ def _host_lost(state: State, host: str) -> tuple[State, list[Action]]:
     slot = state.hosts.index(host)
     state, moved = _moved_from_bad_hosts(state, [slot])
     if not moved:
-        return _given_up(state, "crash", f"{host} is lost, and no spare host is left")
+        # No fault of the run: how far it got does not matter.
+        why = f"{host} is lost, and no spare host is left"
+        return _over(state, Requeue(why, _bad_hosts(state)) if state.limits.can_requeue else End("crash", why))
     return _started_anew(state, moved, [])
 
 
@@ -295,6 +298,13 @@ def _over(state: State, action: Action) -> tuple[State, list[Action]]:
 
 def _blamed(state: State, host: str) -> State:
     return replace(state, failures={**state.failures, host: state.failures.get(host, 0) + 1})
+
+
+def _host_called(state: State, name: str) -> str | None:
+    """The host that calls itself so, perhaps with its domain, which SLURM leaves out; None: it is not of the run."""
+    if name in state.hosts:
+        return name
+    return next((host for host in state.hosts if host.partition(".")[0] == name.partition(".")[0]), None)
 
 
 def _bad_hosts(state: State) -> tuple[str, ...]:

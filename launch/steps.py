@@ -165,6 +165,7 @@ def step_command(
         *([f"--het-group={group}"] if allocation.is_heterogeneous else []),
         f"--nodes={len(nodes)}",
         f"--ntasks={len(hosts)}",
+        "--export=ALL",  # also where the script has #SBATCH --export=NONE
         "--distribution=arbitrary",  # the order of SLURM_HOSTFILE
         "--overlap",  # processes share their nodes; who may use which device is the placement's
         "--overcommit",

@@ -157,8 +157,6 @@ class Supervisor:
             yield wish
         if self._grace_ends is not None and now > self._grace_ends:
             yield GraceOver()
-        if self._state.phase is Phase.RESTARTING:
-            yield TrainingEnded()  # EndTraining has waited for it
         children = [*self._engines.values(), *self._controller, *self._trainer]
         # Where something ended, its host may be gone: then that is what happened.
         self._lost += self.backend.lost_hosts(look=bool(failed(self.folder, children)))
@@ -166,6 +164,8 @@ class Supervisor:
         self._lost.sort(key=lambda host: host not in self._state.spares)
         while self._lost:
             yield HostLost(self._lost.pop(0))
+        if self._state.phase is Phase.RESTARTING:
+            yield TrainingEnded()  # EndTraining has waited for it; the next start is on hosts that are there
         for name, child in self._engines.items():
             if child.process.poll() is not None:
                 yield EngineLost(name, str(failure(self.folder, [child])[0]))

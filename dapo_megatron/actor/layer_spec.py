@@ -20,18 +20,18 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from dapo_megatron.actor.slices import context_order, context_rows
-from dapo_megatron.errors import DapoError
+from dapo_megatron.errors import ConfigError
 
 
 def layer_spec(config: TransformerConfig, kind: str, vp_stage: int | None) -> TransformerBlockSubmodules:
     """Layers of one model chunk; `kind` is actor.layer_spec: auto, torch or transformer_engine.
 
     Raises:
-        DapoError: transformer_engine was asked for and is not installed.
+        ConfigError: transformer_engine was asked for and is not installed.
     """
     available = importlib.util.find_spec("transformer_engine") is not None
     if kind == "transformer_engine" and not available:
-        raise DapoError(
+        raise ConfigError(
             "actor.layer_spec=transformer_engine, but TransformerEngine is not installed: pip install '.[te]'"
         )
     if kind == "transformer_engine" or (kind == "auto" and available):

@@ -2,7 +2,7 @@
 
 from dapo_megatron.config import RunConfig
 from dapo_megatron.distributed.sizes import expert_tensor_parallel_size
-from dapo_megatron.errors import DapoError
+from dapo_megatron.errors import ConfigError
 from dapo_megatron.weights.families import ModelShape
 
 
@@ -10,41 +10,45 @@ def check_layout(config: RunConfig, shape: ModelShape) -> None:
     """Check the numbers of a model against the layout and the engine's context.
 
     Raises:
-        DapoError: one line that names both numbers.
+        ConfigError: one line that names both numbers.
     """
     actor = config.actor
     ranks = actor.world_size // actor.pipeline_model_parallel_size
     if ranks % (actor.expert_model_parallel_size * expert_tensor_parallel_size(actor)):
-        raise DapoError(
+        raise ConfigError(
             f"actor.expert_model_parallel_size={actor.expert_model_parallel_size} must divide the {ranks} ranks of a "
             "pipeline stage (TP x CP x DP)"
         )
     for size, option, what, count in _divisions(config, shape):
         if count % size:
-            raise DapoError(f"{option}={size} does not divide the model's {what} {count}")
+            raise ConfigError(f"{option}={size} does not divide the model's {what} {count}")
     tp = actor.tensor_model_parallel_size
     if shape.vocab <= shape.padded_vocab(tp) // tp * (tp - 1):
-        raise DapoError(f"actor.tensor_model_parallel_size={tp} leaves a rank without one of the {shape.vocab} tokens")
+        raise ConfigError(
+            f"actor.tensor_model_parallel_size={tp} leaves a rank without one of the {shape.vocab} tokens"
+        )
     if actor.expert_model_parallel_size > 1 and shape.experts is None:
-        raise DapoError(
+        raise ConfigError(
             f"actor.expert_model_parallel_size={actor.expert_model_parallel_size}, but {shape.family.architecture} "
             "has no experts"
         )
     if shape.experts is not None and actor.tensor_model_parallel_size > 1 and not actor.sequence_parallel:
-        raise DapoError("a mixture of experts under tensor parallelism needs actor.sequence_parallel=true")
+        raise ConfigError("a mixture of experts under tensor parallelism needs actor.sequence_parallel=true")
     if shape.experts is not None and shape.experts.per_token == 1 and shape.experts.renormalise:
-        raise DapoError("config.json: one expert per token with norm_topk_prob=true is not supported by megatron-core")
+        raise ConfigError(
+            "config.json: one expert per token with norm_topk_prob=true is not supported by megatron-core"
+        )
     if shape.family.post_norm and (actor.layer_spec == "transformer_engine" or config.precision.fp8 != "off"):
-        raise DapoError(
+        raise ConfigError(
             f"{shape.family.architecture} has torch's layers only: leave actor.layer_spec at auto and precision.fp8 off"
         )
     if config.engine.context_length > shape.max_positions:
-        raise DapoError(
+        raise ConfigError(
             f"engine.context_length={config.engine.context_length} exceeds the model's "
             f"max_position_embeddings={shape.max_positions}"
         )
     if shape.window is not None and config.engine.context_length > shape.window:
-        raise DapoError(
+        raise ConfigError(
             f"engine.context_length={config.engine.context_length} exceeds the model's "
             f"sliding_window={shape.window}: the trainer's attention has no window"
         )

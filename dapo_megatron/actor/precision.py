@@ -14,7 +14,7 @@ from packaging.version import Version
 
 from dapo_megatron.config import PrecisionConfig, RunConfig
 from dapo_megatron.distributed.sizes import expert_tensor_parallel_size
-from dapo_megatron.errors import DapoError
+from dapo_megatron.errors import ConfigError
 from dapo_megatron.weights.families import ModelShape
 
 
@@ -97,7 +97,7 @@ def require_precision(config: RunConfig, shape: ModelShape) -> None:
     """check_precision on this machine; looks at it only where FP8 is asked for.
 
     Raises:
-        DapoError: as check_precision.
+        ConfigError: as check_precision.
     """
     if config.precision.fp8 != "off":
         check_precision(config, shape, read_machine())
@@ -120,7 +120,7 @@ def check_precision(config: RunConfig, shape: ModelShape, machine: Machine) -> N
     """Check an FP8 config against itself, the model and the machine.
 
     Raises:
-        DapoError: one line for the first thing that is missing.
+        ConfigError: one line for the first thing that is missing.
     """
     if config.precision.fp8 != "off":
         _check_options(config, shape)
@@ -131,49 +131,53 @@ def check_precision(config: RunConfig, shape: ModelShape, machine: Machine) -> N
 def _check_options(config: RunConfig, shape: ModelShape) -> None:
     p, what = config.precision, f"precision.fp8={config.precision.fp8}"
     if config.model.dtype != "bfloat16":
-        raise DapoError(f"{what} needs model.dtype=bfloat16, not {config.model.dtype}")
+        raise ConfigError(f"{what} needs model.dtype=bfloat16, not {config.model.dtype}")
     if config.actor.layer_spec == "torch":
-        raise DapoError(f"{what} needs TransformerEngine's layers: set actor.layer_spec to auto or transformer_engine")
+        raise ConfigError(
+            f"{what} needs TransformerEngine's layers: set actor.layer_spec to auto or transformer_engine"
+        )
     layers = {"start": p.bf16_layers_at_start, "end": p.bf16_layers_at_end}
     if p.fp8 == "delayed" and any(layers.values()):
-        raise DapoError(
+        raise ConfigError(
             f"{what} cannot keep first or last layers in bfloat16 (megatron-core enters FP8 once for all layers): "
             "set precision.bf16_layers_at_start and _at_end to 0 or take another recipe"
         )
     chunks = config.actor.virtual_pipeline_model_parallel_size
     if p.fp8_param_gather and (shape.experts is not None or chunks > 1):
-        raise DapoError(
+        raise ConfigError(
             "precision.fp8_param_gather=true is not supported for a mixture of experts or an interleaved pipeline: "
             "set it to false"
         )
     stage = shape.layers // (config.actor.pipeline_model_parallel_size * chunks)
     for end, count in layers.items():
         if count > stage:
-            raise DapoError(f"precision.bf16_layers_at_{end}={count} exceeds the {stage} layers of a model chunk")
+            raise ConfigError(f"precision.bf16_layers_at_{end}={count} exceeds the {stage} layers of a model chunk")
 
 
 def _check_machine(precision: PrecisionConfig, machine: Machine) -> None:
     recipe, what = RECIPES[precision.fp8], f"precision.fp8={precision.fp8}"
     oldest = recipe.transformer_engine
     if machine.transformer_engine is None:
-        raise DapoError(
+        raise ConfigError(
             f"{what} needs TransformerEngine, which is not installed (megatron-core alone would train in bfloat16): "
             "pip install '.[te]', or set precision.fp8=off"
         )
     if Version(machine.transformer_engine) < Version(oldest):
-        raise DapoError(f"{what} needs TransformerEngine {oldest} or newer, {machine.transformer_engine} is installed")
+        raise ConfigError(
+            f"{what} needs TransformerEngine {oldest} or newer, {machine.transformer_engine} is installed"
+        )
     if machine.capability is None:
-        raise DapoError(f"{what} needs a GPU, and torch finds none: set precision.fp8=off")
+        raise ConfigError(f"{what} needs a GPU, and torch finds none: set precision.fp8=off")
     if machine.capability < recipe.capability:
-        raise DapoError(
+        raise ConfigError(
             f"{what} needs CUDA compute capability {_dotted(recipe.capability)} or higher, this GPU has "
             f"{_dotted(machine.capability)}: take {_recipes_for(machine.capability)}"
         )
     # TransformerEngine refuses MXFP8 there: its products do not exist for every layout.
     if precision.fp8 == "mxfp8" and machine.capability >= (12, 0):
-        raise DapoError(f"{what} is not supported by TransformerEngine on compute capability 12.0 or higher")
+        raise ConfigError(f"{what} is not supported by TransformerEngine on compute capability 12.0 or higher")
     if machine.cuda is None or Version(machine.cuda) < Version(recipe.cuda):
-        raise DapoError(f"{what} needs torch built for CUDA {recipe.cuda} or newer, this one is for {machine.cuda}")
+        raise ConfigError(f"{what} needs torch built for CUDA {recipe.cuda} or newer, this one is for {machine.cuda}")
 
 
 def _check_sizes(config: RunConfig, shape: ModelShape) -> None:
@@ -191,10 +195,10 @@ def _check_sizes(config: RunConfig, shape: ModelShape) -> None:
         sizes["experts' intermediate size / ETP"] = shape.experts.ffn // expert_tensor_parallel_size(config.actor)
     for name, size in sizes.items():
         if size % recipe.block:
-            raise DapoError(f"{what} needs the model's {name} to be a multiple of {recipe.block}, it is {size}")
+            raise ConfigError(f"{what} needs the model's {name} to be a multiple of {recipe.block}, it is {size}")
     # Sequence parallelism gathers quantized activations, and a block of 128 hidden values must not be cut.
     if config.precision.fp8 == "blockwise" and tp > 1 and config.actor.sequence_parallel and shape.hidden % 128:
-        raise DapoError(
+        raise ConfigError(
             f"{what} under sequence parallelism needs a hidden size that is a multiple of 128, it is {shape.hidden}: "
             "set actor.sequence_parallel=false"
         )

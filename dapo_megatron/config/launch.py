@@ -36,7 +36,8 @@ class LaunchConfig(Section):
     forget_bad_nodes_s: float = Field(21600.0, ge=0)
     """Seconds for which a SLURM job that puts itself back excludes a node on which it failed."""
     save_before_end_s: float = Field(600.0, ge=0)
-    """Seconds before a SLURM job's time limit at which it saves and goes back into the queue, if no signal came."""
+    """Seconds before a SLURM job's time limit at which it saves and goes back into the queue, if no signal came; more
+    than stop_grace_s. 0: only a signal tells."""
     engine_nodes: int | None = Field(None, ge=1)
     """Nodes of a job that run engines alone, its last ones; the others train. null: engines and trainer share the
     nodes, but never a GPU."""

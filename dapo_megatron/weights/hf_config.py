@@ -15,7 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
 from transformers import CONFIG_MAPPING
 
-from dapo_megatron.errors import DapoError
+from dapo_megatron.errors import ConfigError, DapoError
 from dapo_megatron.weights.families import FAMILIES, Experts, Family, ModelShape, RopeScaling
 from dapo_megatron.weights.hf_rope import ROPE_OPTIONS, Refusal, read_rope, show
 
@@ -89,7 +89,8 @@ def read_model(folder: str | Path) -> ModelShape:
     """Read the config.json of a Hugging Face folder; runs no code of the folder and asks nothing.
 
     Raises:
-        DapoError: the file cannot be read, or the model or one of its options is not supported, by name.
+        ConfigError: there is no such file, or the model or one of its options is not supported, by name.
+        DapoError: the disk does not give it.
     """
     path = Path(folder) / "config.json"
     raw = read_json(path, f"{folder} has no config.json: give a Hugging Face checkpoint folder")
@@ -99,23 +100,26 @@ def read_model(folder: str | Path) -> ModelShape:
         given = _check_keys(raw, family)
         return _shape(given, family)
     except Refusal as e:
-        raise DapoError(f"{path}: {e}") from None
+        raise ConfigError(f"{path}: {e}") from None
 
 
 def read_json(path: Path, absent: str) -> dict[str, Any]:
     """A file with one JSON object.
 
     Raises:
-        DapoError: it is absent (the text given), unreadable, or something else.
+        ConfigError: it is absent (the text given), or something else.
+        DapoError: the disk does not give it.
     """
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise DapoError(absent) from None
-    except (OSError, ValueError, RecursionError) as e:
+        raise ConfigError(absent) from None
+    except OSError as e:
         raise DapoError(f"{path} cannot be read as JSON: {_line(e)}") from None
+    except (ValueError, RecursionError) as e:
+        raise ConfigError(f"{path} cannot be read as JSON: {_line(e)}") from None
     if not isinstance(tree, dict):
-        raise DapoError(f"{path} must hold a JSON object, it holds a {type(tree).__name__}")
+        raise ConfigError(f"{path} must hold a JSON object, it holds a {type(tree).__name__}")
     return tree
 
 
@@ -123,7 +127,7 @@ def _refuse_remote_code(folder: Path) -> None:
     # transformers would ask on the terminal whether to run the folder's code.
     for path in (folder / "config.json", folder / "tokenizer_config.json"):
         if path.exists() and read_json(path, "").get("auto_map"):
-            raise DapoError(
+            raise ConfigError(
                 f"{path} asks for code of the folder (auto_map), which is never run: use a model without it, or remove "
                 "auto_map if transformers' own class reads this one"
             )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from dapo_megatron.errors import DapoError
+from dapo_megatron.errors import ConfigError, DapoError
 from dapo_megatron.weights.families import ModelShape
 from dapo_megatron.weights.hf_config import read_json
 from dapo_megatron.weights.table import check_names, hf_shapes, parameter_mappings, some_names
@@ -65,7 +65,7 @@ class HfFolder:
     `model.safetensors` goes before an index, as in transformers (a folder may hold both, of different ages).
 
     Raises:
-        DapoError: no safetensors, an unreadable file or index, a tensor that is not where the index says, or one that
+        ConfigError: no safetensors, an unreadable file or index, a tensor that is not where the index says, or one that
             several files hold.
     """
 
@@ -77,7 +77,7 @@ class HfFolder:
         elif (self.path / INDEX).exists():
             self.files = self._indexed()
         else:
-            raise DapoError(self._no_weights())
+            raise ConfigError(self._no_weights())
 
     def tensor(self, name: str) -> torch.Tensor:
         """One whole tensor, on the CPU, in its own type."""
@@ -122,23 +122,25 @@ class HfFolder:
         index = self.path / INDEX
         files = read_json(index, "").get("weight_map")
         if not isinstance(files, dict) or not files or not all(isinstance(f, str) for f in files.values()):
-            raise DapoError(f"{index} has no weight_map of tensor and file names: download the checkpoint again")
+            raise ConfigError(f"{index} has no weight_map of tensor and file names: download the checkpoint again")
         held: dict[str, str] = {}
         twice: set[str] = set()
         for file in sorted(set(files.values())):
             if not (self.path / file).is_file():
-                raise DapoError(f"{index} names {file}, which does not exist: download the checkpoint again")
+                raise ConfigError(f"{index} names {file}, which does not exist: download the checkpoint again")
             with self._open(file) as f:
                 twice |= held.keys() & set(f.keys())
                 held |= dict.fromkeys(f.keys(), file)
         if twice:
-            raise DapoError(
+            raise ConfigError(
                 f"{self.path}: {len(twice)} tensors are in more than one file, and readers choose differently: "
                 f"{some_names(twice)}: download the checkpoint again"
             )
         for name, file in files.items():
             if held.get(name) != file:
-                raise DapoError(f"{index} has {name} in {file}, which does not hold it: download the checkpoint again")
+                raise ConfigError(
+                    f"{index} has {name} in {file}, which does not hold it: download the checkpoint again"
+                )
         return held
 
     @contextmanager
@@ -148,20 +150,23 @@ class HfFolder:
                 yield f
         except (SafetensorError, OSError) as e:
             reason = str(e).splitlines()[0]
-            raise DapoError(f"{self.path / file} is not a readable safetensors file: {reason}") from None
+            kind = ConfigError if isinstance(e, SafetensorError) else DapoError  # a disk may be back later
+            raise kind(f"{self.path / file} is not a readable safetensors file: {reason}") from None
 
 
 def check_weights(folder: HfFolder, shape: ModelShape) -> None:
     """Account for every tensor of a checkpoint from the files' headers.
 
     Raises:
-        DapoError: a tensor is missing, unexpected, of the wrong shape or of a type that needs scales, or a tied model
+        ConfigError: a tensor is missing, unexpected, of the wrong shape or of a type that needs scales, or a tied model
             has an output layer of its own.
     """
     found = {name: (kind, size) for name, kind, size in folder.headers()}
     for name, (kind, _) in found.items():
         if kind not in FLOATS:
-            raise DapoError(f"{folder.path}: {name} has type {kind}: give a checkpoint in bfloat16, float16 or float32")
+            raise ConfigError(
+                f"{folder.path}: {name} has type {kind}: give a checkpoint in bfloat16, float16 or float32"
+            )
     check_names(set(found), shape, str(folder.path))
     wrong = [
         f"{name} has shape {found[name][1]}, config.json says {expected}"
@@ -170,10 +175,10 @@ def check_weights(folder: HfFolder, shape: ModelShape) -> None:
         if found[name][1] != expected
     ]
     if wrong:
-        raise DapoError(f"{folder.path}: {some_names(wrong, order=False)}")
+        raise ConfigError(f"{folder.path}: {some_names(wrong, order=False)}")
     embedding, head = "model.embed_tokens.weight", "lm_head.weight"
     if shape.tied and head in found and not folder.equal(embedding, head):
-        raise DapoError(
+        raise ConfigError(
             f"{folder.path}: config.json says tie_word_embeddings=true, but {head} differs from {embedding}: readers "
             "choose differently; set it to false, or remove the tensor"
         )

@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from dapo_megatron.errors import DapoError
+from dapo_megatron.errors import ConfigError
 from dapo_megatron.weights.families import ModelShape
 
 Kind = Literal["whole", "slice", "rows", "columns", "qkv", "gate_up"]
@@ -113,7 +113,7 @@ def check_names(present: set[str], shape: ModelShape, where: str) -> None:
     """Account for every tensor of a checkpoint.
 
     Raises:
-        DapoError: names the missing and the unexpected tensors.
+        ConfigError: names the missing and the unexpected tensors.
     """
     expected = hf_names(shape)
     # A tied checkpoint may repeat the embedding under the head's name; old ones carry rotary buffers.
@@ -125,7 +125,7 @@ def check_names(present: set[str], shape: ModelShape, where: str) -> None:
     if extra:
         faults.append(f"{len(extra)} tensors are not part of the model: {some_names(extra)}")
     if faults:
-        raise DapoError(f"{where}: {'; '.join(faults)}")
+        raise ConfigError(f"{where}: {'; '.join(faults)}")
 
 
 def some_names(names: Iterable[str], *, order: bool = True) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dapo_megatron.actor.layout_check import check_layout
-from dapo_megatron.errors import DapoError
+from dapo_megatron.errors import ConfigError
 from dapo_megatron.weights.families import FAMILIES, Experts, ModelShape
 from tests.tiny import run_config
 
@@ -38,7 +38,7 @@ TP, PP, EP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "expe
     ],
 )
 def test_misfits(shape, actor, says):
-    with pytest.raises(DapoError) as e:
+    with pytest.raises(ConfigError) as e:
         check_layout(run_config(Path("m"), actor=actor), shape)
     assert says in str(e.value) and "\n" not in str(e.value)
 

@@ -21,7 +21,7 @@ from dapo_megatron.actor.precision import (
 )
 from dapo_megatron.actor.packing_demands import packing_rules
 from dapo_megatron.config import PrecisionConfig, load_config
-from dapo_megatron.errors import DapoError
+from dapo_megatron.errors import ConfigError
 from dapo_megatron.weights.families import FAMILIES, ModelShape
 from tests.tiny import groups, hf_folder, packed_batch, run_config
 
@@ -51,7 +51,7 @@ def fp8_config(recipe: str = "blockwise", dtype: str = "bfloat16", actor: dict |
 
 
 def refusal(config, machine=BLACKWELL, **shape) -> str:
-    with pytest.raises(DapoError) as e:
+    with pytest.raises(ConfigError) as e:
         check_precision(config, dataclasses.replace(SHAPE, **shape), machine)
     assert "\n" not in str(e.value)
     return str(e.value)
@@ -133,7 +133,7 @@ def test_options(options, says):
 
 def test_a_gather_needs_a_recipe(tmp_path):
     (tmp_path / "r.yaml").write_text("model: {path: m}\ndata: {train: t}\n")
-    with pytest.raises(DapoError, match="fp8_param_gather needs an FP8 recipe"):
+    with pytest.raises(ConfigError, match="fp8_param_gather needs an FP8 recipe"):
         load_config(tmp_path / "r.yaml", ["precision.fp8_param_gather=true"])
 
 
@@ -231,7 +231,7 @@ def test_a_run_is_refused_before_anything_starts(tmp_path, monkeypatch, argument
     overrides = [*small, "algorithm.overlong_cache=64", f"run_dir={tmp_path}/run"]
     command = ["run", str(tmp_path / "r.yaml"), *overrides, *arguments]
     refused = CliRunner().invoke(cli.app, [*command, "precision.fp8=delayed"])
-    assert isinstance(refused.exception, DapoError) and "TransformerEngine" in str(refused.exception)
+    assert isinstance(refused.exception, ConfigError) and "TransformerEngine" in str(refused.exception)
     assert not (tmp_path / "run").exists()
     if arguments:
         assert CliRunner().invoke(cli.app, command).exit_code == 0

@@ -9,7 +9,7 @@ from dapo_megatron.engines.engine_set import EngineSet, Member
 from dapo_megatron.errors import Kind
 from dapo_megatron.process import FOLLOWS_ENGINES, GREETS_CONTROLLER, Exit
 from launch.attempts import REQUEUED, Attempt
-from launch.culprit import DOES, SUSPECT_S, Condition, judge
+from launch.culprit import DOES, PREPARE_S, SUSPECT_S, Condition, judge
 from launch.lock import Holder
 from launch.look import Process, Snapshot
 from launch.states import Phase
@@ -34,6 +34,7 @@ def run(controller="generate", trainer="generate", detail="", ranks=2, **changes
         name="run",
         step=3,
         total_steps=10,
+        is_complete=False,
         ranks=ranks,
         timeout_s=TIMEOUT_S,
         pace=None,
@@ -41,7 +42,8 @@ def run(controller="generate", trainer="generate", detail="", ranks=2, **changes
         push=None,
         attempt=1,
         started=Attempt(0.0, 0, None, None),
-        holder=Holder("host", 1, 0.0),
+        holder=Holder("host-of-launcher", 7, 0.0),
+        held_s=5000.0,
         ended=None,
         launcher=process("launcher", Phase.RUNNING),
         processes=processes,
@@ -111,7 +113,10 @@ def test_engines_are_started():
 
 
 def test_processes_are_started():
-    assert culprit(run(launcher=None))[0] == "launcher"
+    assert culprit(run(launcher=None, held_s=PREPARE_S - 1))[0] == "launcher"
+    # Of an earlier launcher: it is silent, and that says nothing of the new one.
+    old = process("launcher", Phase.RUNNING, silence_s=1e5)
+    assert culprit(run(launcher=old, holder=Holder("other", 8, 0.0), held_s=5.0))[0] == "launcher"
     assert culprit(run(processes=())) == ("controller", "controller is being started")
     assert culprit(run(processes=run().processes[:2])) == ("trainer-1", "trainer-1 is being started")
     assert culprit(run(launcher=process("launcher", Phase.RESTARTING)))[0] == "launcher"
@@ -136,8 +141,12 @@ def test_a_process_is_silent():
 def test_the_launcher_is_gone():
     seen = run(launcher=process("launcher", Phase.RUNNING, silence_s=TIMEOUT_S))
     assert judge(seen).condition == Condition.FAILED and judge(seen).culprit == "launcher"
-    in_slurm = judge(replace(seen, holder=Holder("host", 1, 0.0, 12)))
+    in_job = Holder("host-of-launcher", 7, 0.0, 12)
+    in_slurm = judge(replace(seen, holder=in_job))
     assert in_slurm.condition == Condition.NOT_RUNNING and "job 12" in in_slurm.line
+    early = run(launcher=None, held_s=PREPARE_S)
+    assert judge(early).condition == Condition.FAILED and "pid 7 on host-of-launcher" in judge(early).line
+    assert judge(replace(early, holder=in_job)).condition == Condition.NOT_RUNNING
 
 
 def test_nothing_runs():
@@ -146,7 +155,9 @@ def test_nothing_runs():
         assert verdict.culprit is None
         return verdict.condition, verdict.line
 
-    assert judged(ended=ended(None)) == (Condition.FINISHED, "finished at step 3 of 10")
+    assert judged(ended=ended(None), is_complete=True) == (Condition.FINISHED, "finished at step 3 of 10")
+    stopped = judged(ended=ended(None))
+    assert stopped == (Condition.NOT_RUNNING, "stopped at step 3 of 10, as the file `stop` asked: --resume goes on")
     assert judged(ended=ended("data", "no prompts\nmore")) == (Condition.FAILED, "no prompts")
     assert judged(ended=ended("crash", ""))[0] == Condition.FAILED
     assert judged(ended=ended("preempted", "stopped by a signal"))[0] == Condition.NOT_RUNNING
@@ -194,7 +205,7 @@ def situations(draw):
         engines=draw(st.one_of(st.none(), st.just(EngineSet(1, members)))),
         engines_s=draw(SECONDS),
         launcher=draw(st.one_of(st.none(), launcher)),
-        holder=draw(st.one_of(st.none(), st.just(Holder("host", 1, 0.0)))),
+        holder=draw(st.one_of(st.none(), st.just(Holder("host-of-launcher", 7, 0.0)))),
         ended=draw(EXITS),
     )
 

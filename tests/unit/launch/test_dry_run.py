@@ -138,6 +138,7 @@ CANNOT_WORK = {
     ),
     "no script": ([], {"nodes": None, "script": Path("nowhere.sh")}, "--script nowhere.sh: No such file"),
     "no nodes": ([], {"nodes": None}, "give --script slurm/x.sh, or --nodes"),
+    "a file for the run folder": (["run_dir=/etc/passwd/run"], {}, "run_dir=/etc/passwd/run is a file, or lies in one"),
     "no such Python": (["engine.python=/nowhere/python"], {}, "engine.python=/nowhere/python cannot be started"),
 }
 
@@ -149,6 +150,29 @@ def test_refused(tmp_path, case, capsys):
         told(tmp_path, "32b", *overrides, **({"nodes": 16} | options))
     assert says in str(e.value) and "\n" not in str(e.value)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("line", "options", "says"),
+    [
+        ("--gpus-per-node=v100:8", {}, "the memory of a GPU called v100 is not known here"),
+        ("--gpus-per-node=v100:8", {"gpu_memory_gib": 20.0}, "GPUs of 20 GiB have 15 for it"),
+        ("--gpus-per-node=8 --time=00:20:00", {}, "save_before_end_s=1500 leaves nothing of a job of 1200 s"),
+    ],
+)
+def test_a_script_that_cannot_work(tmp_path, line, options, says):
+    script = tmp_path / "x.sh"
+    run = "exec python -m launch.slurm --recipe launch/recipes/dapo_qwen2.5_32b.yaml"
+    script.write_text(f"#!/bin/bash\n#SBATCH --nodes=16 {line}\n{run}\n")
+    with pytest.raises(DapoError) as e:
+        told(tmp_path, "32b", script=script, **options)
+    assert says in str(e.value)
+
+
+def test_too_few_nodes_do_not_hide_what_else_is_wrong(tmp_path, capsys):
+    with pytest.raises(DapoError, match="leaves no node for the trainer"):
+        told(tmp_path, "32b", "data.train=nowhere.parquet", nodes=4)
+    assert capsys.readouterr().err == "error: data.train=nowhere.parquet does not exist\n"
 
 
 def test_another_nccl_is_refused(tmp_path):

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from dapo_megatron.errors import ConfigError
+from dapo_megatron.config import load_config
 from launch.sbatch import Request, filled, read_script
+from launch.time_limit import check_time_limit
 
 ROOT = Path(__file__).parents[3]
 RUN = 'exec python -m launch.slurm --recipe a.yaml "$@"\n'
@@ -28,6 +30,8 @@ GPUS = {
     "--gres=gpu:2,shard:3": (2, None),
     "--gres=shard:3,gpu:a100-80:2": (2, "a100-80"),
     "--gres=gpu": (1, None),
+    "--gres=gres:gpu:h100:4": (4, "h100"),
+    "--gpus=24 --gpus-per-node=8": (8, None),
     "--exclusive": (0, None),
 }
 CPUS = {("--cpus-per-task=16",): 16, ("-c16", "--ntasks-per-node=2"): 32, ("--ntasks-per-node=4",): 4, (): 1}
@@ -45,8 +49,15 @@ def test_cpus_of_gpus():
 
 
 def test_a_heterogeneous_job():
-    found = groups("--nodes=8", "--gpus-per-node=8", "hetjob", "--nodes=2", "--gpus-per-node=4", "--cpus-per-task=9")
-    assert found == (Request(8, 8, 1), Request(2, 4, 9))
+    for word in ("hetjob", "packjob"):
+        found = groups("--nodes=8", "--gpus-per-node=8", word, "--nodes=2", "--gpus-per-node=4", "--cpus-per-task=9")
+        assert found == (Request(8, 8, 1), Request(2, 4, 9))
+
+
+def test_the_time_limit():
+    assert read_script(script("-t 1-00:00:00"), "x.sh").limit_s == 86400
+    assert read_script(script("--time=90", "hetjob", "--time=5"), "x.sh").limit_s == 5400
+    assert read_script(script("--nodes=2"), "x.sh").limit_s is None
 
 
 def test_what_slurm_does_not_read():
@@ -60,6 +71,7 @@ def test_the_run():
     run = '.venv/bin/python -m launch.slurm \\\n  --recipe a.yaml seed=3 launch.engine_nodes=1 "$@"  # b=c\n'
     found = read_script(script(run=f"# python -m launch.slurm --recipe no.yaml\n{run}"), "x.sh")
     assert (found.recipe, found.overrides) == ("a.yaml", ("seed=3", "launch.engine_nodes=1"))
+    assert read_script(script(run=run.replace("--recipe ", "--recipe=")), "x.sh") == found
 
 
 def test_the_script_that_runs():
@@ -75,7 +87,16 @@ def test_the_script_that_runs():
         (["--nodes=2-4"], "--nodes=2-4 is not one number"),
         (["--nodes=0"], "--nodes=0"),
         (["--nodes"], "--nodes= is not one number"),
-        (["--gpus=16"], "write --gpus-per-node"),
+        (["--gpus=16"], "--gpus does not say how many nodes, or GPUs of each: write --gpus-per-node"),
+        (["--nodes=2 --gpus-per-task=8"], "write --gpus-per-node"),
+        (["--tres-per-node=gres/gpu:8"], "write --gpus-per-node"),
+        (
+            ["--ntasks=16", "--ntasks-per-node=1"],
+            "--ntasks does not say how many nodes, or GPUs of each: write --nodes",
+        ),
+        (["-w node[1-4]"], "write --nodes"),
+        (["--gres=gpu:h100:4,gpu:a100:4"], "is no number of GPUs"),
+        (["--comment=don't"], "is no whole line of words (No closing quotation)"),
         (["-G 16"], "write --gpus-per-node"),
         (["--gres=gpu:h100"], "'h100' is no number of GPUs"),
         (["--gpus-per-node=h100:4,a100:4"], "is no number of GPUs"),
@@ -97,3 +118,4 @@ def test_the_scripts_of_the_project():
     for path in (ROOT / "slurm").glob("*.sh"):
         found = read_script(path.read_text(), path.name)
         assert (ROOT / found.recipe).exists(), path
+        check_time_limit(load_config(ROOT / found.recipe, found.overrides).launch, found.limit_s)

@@ -112,10 +112,26 @@ def test_a_lost_host_is_replaced_or_left_out():
     assert actions == [EndTraining()] and found.hosts[0] == "node4" and found.phase is Phase.RESTARTING
     _, actions = after(state(), Progress(2), HostLost("node3"))
     assert actions == [Requeue("node3 is lost, and no spare host is left", ("node3",))]
-    _, actions = after(state(), HostLost("node3"))
+    _, actions = after(state(step=9, step_at_start=9), HostLost("node3"))
+    assert actions == [Requeue("node3 is lost, and no spare host is left", ("node3",))]
+    _, actions = after(state(requeue=False), Progress(2), HostLost("node3"))
     assert actions == [End("crash", "node3 is lost, and no spare host is left")]
     found, actions = after(state(spares=("node4", "node5")), HostLost("node4"))
     assert actions == [] and found.spares == ("node5",)
+
+
+def test_a_host_that_is_lost_between_two_starts_is_not_started_on():
+    found, actions = after(state(spares=("node4",)), CRASH, HostLost("node1"))
+    assert actions == [] and found.hosts[0] == "node4"
+    assert after(found, TrainingEnded())[1] == [StartTraining()]
+
+
+def test_a_host_may_call_itself_by_its_domain():
+    crash = replace(CRASH, host="node1.cluster.local")
+    found, _ = after(state(spares=("node4",)), crash, TrainingEnded(), Progress(1), crash)
+    assert found.hosts[0] == "node4"
+    found, _ = after(state(), replace(CRASH, host="elsewhere"))
+    assert found.failures == {}
 
 
 def test_a_spare_host_replaces_those_of_its_pool():

@@ -104,7 +104,7 @@ def test_a_rank_that_hangs(folder):
 @pytest.mark.parametrize(
     ("kind", "code", "says"),
     [
-        (None, 0, "finished at step 2 of 50"),
+        (None, 4, "stopped at step 2 of 50, as the file `stop` asked"),
         ("engine", 1, "no engine is left"),
         ("preempted", 4, "no engine is left: --resume goes on"),
     ],
@@ -115,6 +115,15 @@ def test_a_run_that_has_ended(folder, kind, code, says):
     Reporter(folder, "launcher").ended(kind, "no engine is left")
     got, text = shown(folder)
     assert got == code and says in text
+
+
+def test_a_run_that_has_finished(folder):
+    metrics = MetricsWriter(folder, tensorboard=False, wandb_project=None, resume_step=2)
+    metrics.write({"step": 50, "version": 50, "time": time.time()})
+    folder.exits.mkdir()
+    Reporter(folder, "launcher").ended(None, "")
+    code, text = shown(folder)
+    assert code == 0 and "finished at step 50 of 50" in text
 
 
 def test_a_job_back_in_the_queue(folder):

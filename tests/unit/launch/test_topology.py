@@ -176,7 +176,13 @@ def test_ranks_alone():
         (config(), nodes(2, 0)[:1], nodes(2, 4)[1:], "1 trainer ranks"),
         (config(), nodes(2, 4)[:1], nodes(2, 0)[1:], "engine.replicas=1 engines need"),
         (config(), [], nodes(1, 1), "have no node"),
-        (config(replicas=30), nodes(1, 0), nodes(1, 0), "30 engines on one node and 1 pipeline stages need 66 ports"),
+        (
+            config(replicas=30),
+            nodes(1, 0),
+            nodes(1, 0),
+            "and 1 pipeline stages need 66 ports.*: spread engine.replicas",
+        ),
+        (config(pp=16), nodes(1, 0), nodes(1, 0), "1 engines on one node .* need 68 ports.*: lower actor.pipeline"),
     ],
 )
 def test_what_does_not_fit_is_one_line(made, trainer, engines, says):

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 
-from dapo_megatron.errors import DapoError
+from dapo_megatron.errors import ConfigError
 from dapo_megatron.weights.families import RopeScaling
 from dapo_megatron.weights.hf_config import read_model
 from dapo_megatron.weights.rotary import scaled_frequencies
@@ -43,7 +43,7 @@ def read(folder, tree):
 
 
 def refusal(folder, tree) -> str:
-    with pytest.raises(DapoError) as e:
+    with pytest.raises(ConfigError) as e:
         read(folder, tree)
     assert "\n" not in str(e.value) and str(folder) in str(e.value)
     return str(e.value)
@@ -207,10 +207,10 @@ def test_other_families_and_broken_files(tmp_path, tree, says):
 
 
 def test_no_folder_and_no_utf8(tmp_path):
-    with pytest.raises(DapoError, match="has no config.json: give a Hugging Face checkpoint folder"):
+    with pytest.raises(ConfigError, match="has no config.json: give a Hugging Face checkpoint folder"):
         read_model(tmp_path / "absent")
     (tmp_path / "config.json").write_bytes(b'{"model_type": "\xff"}')
-    with pytest.raises(DapoError, match="cannot be read as JSON"):
+    with pytest.raises(ConfigError, match="cannot be read as JSON"):
         read_model(tmp_path)
 
 

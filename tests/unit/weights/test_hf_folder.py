@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dapo_megatron.errors import DapoError
+from dapo_megatron.errors import ConfigError
 from dapo_megatron.weights.hf_config import read_model
 from dapo_megatron.weights.hf_folder import HfFolder, check_weights
 from tests.tiny import hf_folder
@@ -19,7 +19,7 @@ def check(folder):
 
 
 def refusal(folder) -> str:
-    with pytest.raises(DapoError) as e:
+    with pytest.raises(ConfigError) as e:
         check(folder)
     assert "\n" not in str(e.value)
     return str(e.value)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from dapo_megatron.errors import DapoError
+from dapo_megatron.errors import ConfigError
 from dapo_megatron.weights.families import FAMILIES, Experts, ModelShape
 from dapo_megatron.weights.hf_config import read_model
 from dapo_megatron.weights.table import (
@@ -120,9 +120,9 @@ def test_missing_and_extra_tensors_are_named():
     shape = shape_of()
     names = hf_names(shape)
     check_names(names, shape, "here")
-    with pytest.raises(DapoError, match="1 tensors are missing: model.norm.weight"):
+    with pytest.raises(ConfigError, match="1 tensors are missing: model.norm.weight"):
         check_names(names - {"model.norm.weight"}, shape, "here")
-    with pytest.raises(DapoError, match="not part of the model: model.vision.weight"):
+    with pytest.raises(ConfigError, match="not part of the model: model.vision.weight"):
         check_names(names | {"model.vision.weight"}, shape, "here")
 
 

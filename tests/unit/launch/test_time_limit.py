@@ -1,0 +1,41 @@
+"""Time limits as sbatch takes them, and those that leave a job no room."""
+
+import pytest
+
+from dapo_megatron.config import LaunchConfig
+from dapo_megatron.errors import ConfigError
+from launch.time_limit import check_time_limit, read_time
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("90", 5400),
+        ("1:30", 90),
+        ("24:00:00", 86400),
+        ("1:02:03", 3723),
+        ("2-3", 2 * 86400 + 3 * 3600),
+        ("2-3:04", 2 * 86400 + 3 * 3600 + 240),
+        ("2-03:04:05", 2 * 86400 + 3 * 3600 + 245),
+        ("UNLIMITED", None),
+        ("infinite", None),
+    ],
+)
+def test_every_way_to_write_a_time_limit(text, seconds):
+    assert read_time(text, "x.sh") == seconds
+
+
+@pytest.mark.parametrize("text", ["", "a", "1-", "-1:00", "1:2:3:4", "1-2:3:4:5", "1.5", "24h"])
+def test_what_is_no_time_limit_is_refused(text):
+    with pytest.raises(ConfigError, match="^x.sh: --time=.* is no time limit"):
+        read_time(text, "x.sh")
+
+
+def test_a_job_has_time_to_work_and_to_save():
+    check_time_limit(LaunchConfig(save_before_end_s=600, stop_grace_s=599), 601)
+    check_time_limit(LaunchConfig(save_before_end_s=600, stop_grace_s=900), None)
+    check_time_limit(LaunchConfig(save_before_end_s=0, stop_grace_s=900), 601)
+    with pytest.raises(ConfigError, match="save_before_end_s=600 leaves nothing of a job of 600 s"):
+        check_time_limit(LaunchConfig(save_before_end_s=600), 600)
+    with pytest.raises(ConfigError, match="stop_grace_s=600 must be less than launch.save_before_end_s=600"):
+        check_time_limit(LaunchConfig(save_before_end_s=600, stop_grace_s=600), 86400)
