@@ -1,14 +1,16 @@
 """What a job of a cluster runs: this code, the configuration and the batch script, kept in the run folder for it.
 
 The launcher goes on from there, and so does everything it starts: whoever changes the code while a job waits or runs
-changes nothing of it. A requeued job keeps its number, and finds what it began with; who submits the script again gets
-the code and the recipe as they are then. Of a user's own code, the modules and packages that the config names come too.
+changes nothing of it. The job's comment in SLURM names the snapshot, so that a requeued job finds what it began with,
+whatever has become of the recipe; who submits the script again gets the code and the recipe as they are then. Of a
+user's own code, the modules and packages that the config names come too.
 
     snapshots/job_<number>/   code/   config.yaml   script.sh
 """
 
 import importlib.util
 import os
+import re
 import shutil
 import sys
 import sysconfig
@@ -19,10 +21,13 @@ from typing import NoReturn
 import yaml
 
 from dapo_megatron.config import RunConfig
+from dapo_megatron.errors import ConfigError
 from launch.slurm_calls import slurm
 
 HOME = Path(__file__).parents[1]
 PACKAGES = ("dapo_megatron", "launch")
+NOTE = "snapshot of dapo_megatron:"
+"""In a job's comment, before the snapshot's path."""
 
 
 def is_in(snapshot: Path) -> bool:
@@ -46,6 +51,38 @@ def take_snapshot(config: RunConfig, snapshot: Path, job: int) -> None:
     (aside / "config.yaml").write_text(yaml.safe_dump(config.model_dump(), sort_keys=False))
     slurm("scontrol", "write", "batch_script", str(job), str(aside / "script.sh"))
     os.replace(aside, snapshot)
+
+
+def remember(snapshot: Path, job: int) -> None:
+    """Note the snapshot in the job's comment, behind what the user has there.
+
+    Raises:
+        DapoError: SLURM refuses.
+    """
+    users = _comment(job).partition(NOTE)[0].strip()
+    slurm("scontrol", "update", f"JobId={job}", f"Comment={users} {NOTE} {snapshot}")
+
+
+def remembered(job: int) -> Path | None:
+    """The snapshot that a job began with; None: it begins.
+
+    Raises:
+        ConfigError: it is gone.
+    """
+    _, note, name = _comment(job).partition(NOTE)
+    if not note:
+        return None
+    snapshot = Path(name.strip())
+    if not snapshot.is_dir():
+        raise ConfigError(
+            f"{snapshot}, which job {job} began with, is gone: cancel the job, and submit its script again"
+        )
+    return snapshot
+
+
+def _comment(job: int) -> str:
+    found = re.search(r"^ +Comment=(.*)$", slurm("scontrol", "show", "job", str(job)), re.MULTILINE)
+    return found[1] if found else ""
 
 
 def user_code(config: RunConfig) -> list[Path]:

@@ -31,7 +31,7 @@ from launch.canary import check_nodes
 from launch.dry_run import Options, dry_run
 from launch.environment import VISIBLE, shared_environment
 from launch.job import Job
-from launch.job_snapshot import go_on_in, is_in, take_snapshot
+from launch.job_snapshot import go_on_in, is_in, remember, remembered, take_snapshot
 from launch.machine import raise_open_files_limit
 from launch.port_map import job_ports
 from launch.processes import ProcessGroup
@@ -70,7 +70,7 @@ def main(
 ) -> None:
     """Run a job on the nodes of this SLURM allocation."""
     if not plan:
-        raise typer.Exit(exit_code(lambda: run_slurm(load_config(recipe, overrides or []))))
+        raise typer.Exit(exit_code(lambda: begin(recipe, overrides or [])))
     options = Options(
         script=script,
         nodes=nodes,
@@ -87,6 +87,18 @@ def main(
     raise typer.Exit(exit_code(lambda: dry_run(recipe, overrides or [], options, Console())))
 
 
+def begin(recipe: Path, overrides: list[str]) -> None:
+    """Run one attempt of a job: by the recipe, or if it is not the first one by the snapshot that the first one took.
+
+    Raises:
+        DapoError: as run_slurm.
+    """
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is not None and (snapshot := remembered(int(job))) is not None and not is_in(snapshot):
+        go_on_in(snapshot)
+    run_slurm(load_config(recipe, overrides))
+
+
 def run_slurm(config: RunConfig) -> None:
     """Run one attempt of a job.
 
@@ -100,6 +112,7 @@ def run_slurm(config: RunConfig) -> None:
     snapshot = folder.snapshot(allocation.job_id)
     if not is_in(snapshot):
         take_snapshot(config, snapshot, allocation.job_id)
+        remember(snapshot, allocation.job_id)
         go_on_in(snapshot)
     nodes = {node.name: Node(node.name, address_of(node.name), node.gpus, node.cpus) for node in allocation.nodes}
     groups = [[nodes[node.name] for node in group.nodes] for group in allocation.groups]

@@ -8,7 +8,7 @@ together. They run in slots, the places that the placement plans. Each slot is o
                 ... too often             over        Requeue if the run got further and the job may, or else End
                 TrainingFailed            restarting  EndTraining
                 ... too often             over        Requeue if the run got further and the job may, or else End
-                ... again at that step    over        End: no progress since the last start
+                ... again at that step    over        End: no progress, unless a spare host takes over
                 ... configuration, data   over        End: a person must mend it (a full disk too)
                 HostLost                  running     a spare host takes over: StartEngine, EndTraining, as needed
                 ... no spare host         over        Requeue without that host if the job may, or else End
@@ -71,10 +71,13 @@ class State:
     """Of each host: a spare one replaces hosts of its own pool. Those that are not named are in one pool."""
     phase: Phase = Phase.RUNNING
     step: int = 0
+    """The furthest that was recorded."""
     step_at_start: int = 0
     """Of this attempt of the job."""
-    step_at_restart: int = 0
-    """Of the training's last start."""
+    recorded: int = 0
+    """The last step now: a new start of the training goes back to its checkpoint."""
+    failed_at: int | None = None
+    """What was recorded when the training failed last."""
     restarts: int = 0
     """Of the training."""
     engine_restarts: Mapping[str, int] = field(default_factory=dict)
@@ -194,7 +197,7 @@ def decide(state: State, event: Event) -> tuple[State, list[Action]]:
         return state, []
     match event:
         case Progress(step):
-            return replace(state, step=max(state.step, step)), []
+            return replace(state, step=max(state.step, step), recorded=step), []
         case StopAsked(why, comes_back):
             return _asked_to_stop(state, why, comes_back)
         case EngineLost(name, why):
@@ -204,8 +207,7 @@ def decide(state: State, event: Event) -> tuple[State, list[Action]]:
         case TrainingFailed(kind, message, host):
             return _training_failed(state, kind, message, host)
         case TrainingEnded() if state.phase is Phase.RESTARTING:
-            started = replace(state, phase=Phase.RUNNING, restarts=state.restarts + 1, step_at_restart=state.step)
-            return started, [StartTraining()]
+            return replace(state, phase=Phase.RUNNING, restarts=state.restarts + 1), [StartTraining()]
         case Finished(is_complete):
             return _finished(state, is_complete)
         case GraceOver() if state.phase is Phase.STOPPING:
@@ -261,10 +263,10 @@ def _training_failed(state: State, kind: Kind, message: str, host: str | None) -
     if state.restarts >= state.limits.max_restarts:
         limit = state.limits.max_restarts
         return _given_up(state, kind, message if limit == 0 else f"{message} (after {limit} restarts)")
-    if state.restarts and state.step <= state.step_at_restart:
-        return _over(state, End(kind, f"{message} (no progress since the last start, at step {state.step})"))
     state, moved = _moved_from_bad_hosts(state, sorted(state.training))
-    restarting, actions = _started_anew(replace(state, phase=Phase.RESTARTING), moved, [])
+    if state.failed_at == state.recorded and not moved:
+        return _over(state, End(kind, f"{message} (again at step {state.recorded}: no progress)"))
+    restarting, actions = _started_anew(replace(state, phase=Phase.RESTARTING, failed_at=state.recorded), moved, [])
     return restarting, [*actions, EndTraining()]
 
 

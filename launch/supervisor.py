@@ -101,7 +101,7 @@ class Supervisor:
             training=frozenset(hosts.index(p.node.name) for p in (*placement.ranks, placement.controller)),
             step=step,
             step_at_start=step,
-            step_at_restart=step,
+            recorded=step,
         )
         self._engines: dict[str, Child] = {}
         self._starts: dict[str, int] = {}
@@ -183,6 +183,7 @@ class Supervisor:
             if not failed(self.folder, [*self._controller, *self._trainer]):
                 return  # its exit record has come
             error, host = failure(self.folder, [*self._controller, *self._trainer])
+            yield Progress(self._step())
             yield TrainingFailed(error.kind, str(error), host)
 
     def _hanging(self, now: float) -> Iterator[Event]:

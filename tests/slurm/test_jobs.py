@@ -123,6 +123,7 @@ def test_before_the_time_limit_a_job_saves_and_comes_back(cluster):
     assert "exec .venv/bin/python -m launch.slurm" in (snapshot / "script.sh").read_text()
     code = snapshot / "code" / "launch" / "slurm.py"
     code.write_text(f"print('from the snapshot', flush=True)\n{code.read_text()}")
+    run.recipe.write_text("run_dir: [")  # somebody edits it for the next job
     cluster.run("scancel", "--batch", "--signal=USR1", str(run.job))
     said = run.finish()
     assert cluster.job(run.job)["Restarts"] == "1" and said.count("from the snapshot") == 1

@@ -89,10 +89,26 @@ def test_what_a_person_must_mend_is_not_tried_again(kind):
 
 def test_a_restart_without_progress_is_the_last():
     restarted = [CRASH, TrainingEnded()]
-    _, actions = after(state(step=4), *restarted, CRASH)
-    assert actions == [End("crash", "trainer-1 was killed (no progress since the last start, at step 4)")]
-    _, actions = after(state(step=4), *restarted, Progress(5), CRASH)
+    _, actions = after(state(), Progress(4), *restarted, CRASH)
+    assert actions == [End("crash", "trainer-1 was killed (again at step 4: no progress)")]
+    _, actions = after(state(), Progress(4), *restarted, Progress(5), CRASH)
     assert actions == [EndTraining()]
+
+
+def test_a_failure_on_the_way_back_to_where_the_last_one_was_is_another():
+    back = [Progress(49), CRASH, TrainingEnded(), Progress(40), Progress(45)]
+    _, actions = after(state(restarts=3), *back, CRASH)
+    assert actions == [EndTraining()]
+    _, actions = after(state(restarts=3), *back, CRASH, TrainingEnded(), Progress(40), Progress(45), CRASH)
+    assert actions == [End("crash", "trainer-1 was killed (again at step 45: no progress)")]
+
+
+def test_neither_a_lost_host_nor_one_that_failed_twice_is_a_lack_of_progress():
+    at = state(restarts=3, spares=("node4", "node5"))
+    _, actions = after(at, Progress(4), HostLost("node1"), TrainingEnded(), CRASH)
+    assert actions == [EndTraining()]
+    found, actions = after(at, Progress(4), CRASH, TrainingEnded(), CRASH)
+    assert actions == [EndTraining()] and found.hosts[0] == "node4"
 
 
 def test_beyond_the_limit_the_job_goes_back_into_the_queue_if_it_got_further():
