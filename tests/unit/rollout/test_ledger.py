@@ -112,17 +112,19 @@ def test_a_planted_fault_is_found(run, kind, says, capsys):
 def test_a_snapshot_that_has_lost_a_waiting_number_is_found(tmp_path):
     world = World(every_third)
     made = producer(tmp_path, world, wanted=3, rollout={"max_policy_lag": 2})
-    states = [decode_snapshot(m.state, m_step) for m_step, m in enumerate(asyncio.run(trained(made, world, 1, 4)), 1)]
+    steps = enumerate(asyncio.run(trained(made, world, 1, 4)), start=1)
+    states = [decode_snapshot(produced.state, step) for step, produced in steps]
     entries = read_ledger(tmp_path / "ledger.jsonl")
     assert [check_snapshot(entries, state) for state in states] == [[], [], [], []]
-    (lost, prompt), *rest = states[2].again
-    lame = msgspec.structs.replace(states[2], again=rest)
-    assert check_snapshot(entries, lame) == [f"number {lost} waits, and the checkpoint of step 3 does not have it"]
-    used = next(e.order for e in entries if e.fate == "kept" and e.step <= 3)
-    twice = msgspec.structs.replace(states[2], again=[*states[2].again, (used, prompt)])
-    assert check_snapshot(entries, twice) == [f"number {used} is settled, and waits in the checkpoint of step 3"]
-    other = msgspec.structs.replace(states[2], next_order=1 + states[2].next_order)
-    assert "numbers issued, the ledger" in check_snapshot(entries, other)[0]
+    told = [Entry(1, 0, "p0", "kept", 0), Entry(1, 1, "p1", "issued", -1), Entry(2, 2, "p2", "issued", -1)]
+    state = msgspec.structs.replace(states[0], step=1, next_order=2, carried=[], again=[(1, "p1")])
+    assert check_snapshot(told, state) == []  # number 2 was issued later
+    for change, says in [
+        ({"again": []}, "number 1 waits, and the checkpoint of step 1 does not have it"),
+        ({"again": [(0, "p0"), (1, "p1")]}, "number 0 is settled, and waits in the checkpoint of step 1"),
+        ({"next_order": 3}, "the checkpoint of step 1 has 3 numbers issued, the ledger 2"),
+    ]:
+        assert check_snapshot(told, msgspec.structs.replace(state, **change)) == [says]
 
 
 def test_a_prompt_missing_from_an_epoch_is_found():
