@@ -3,10 +3,14 @@
 Give `encode_array` to msgspec as enc_hook and `decode_array` as dec_hook.
 """
 
+import re
 from typing import Any
 
 import msgspec
 import numpy as np
+
+_DTYPE = re.compile(r"[<>|][biuf]\d{1,2}")
+"""What numpy.dtype.str is."""
 
 
 def encode_array(obj: Any) -> tuple[str, int, memoryview]:
@@ -31,6 +35,8 @@ def decode_array(kind: type, obj: Any) -> np.ndarray:
     if kind is not np.ndarray:
         raise NotImplementedError(f"{kind.__name__} cannot be decoded")
     name, size, raw = msgspec.convert(obj, tuple[str, int, bytes])
+    if not _DTYPE.fullmatch(name):  # numpy reads more than names, and raises what it likes
+        raise ValueError(f"{name!r} is no type of numbers or truth values")
     dtype = np.dtype(name)
     if dtype.kind == "b":
         bits = np.frombuffer(raw, np.uint8)

@@ -5,6 +5,7 @@ dumped batches               step after step, from where the run was before the 
 """
 
 import os
+import re
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from launch.topology import place_ranks
 DEADLINE_S = 3600.0
 """For a dump, and for each batch."""
 DUMP = "dump.json"
+_BATCH = re.compile(r"step_\d+\.msgpack")
 Step = dict[str, Any]
 """What dapo_megatron.trainer.replay_batches tells of a step (Replayed)."""
 
@@ -80,9 +82,9 @@ def find_batches(target: Path) -> tuple[RunFolder, list[Path]]:
     Raises:
         ConfigError: there are none, or one is missing between them.
     """
-    if target.is_file() and target.parent.name == "batches":
+    if target.is_file() and target.parent.name == "batches" and _BATCH.fullmatch(target.name):
         return RunFolder(target.parents[1]), [target]
-    found = sorted((target / "batches").glob("step_*.msgpack"))
+    found = sorted(path for path in (target / "batches").glob("step_*.msgpack") if _BATCH.fullmatch(path.name))
     if not found:
         raise ConfigError(
             f"{target} is no dump, no dumped batch and no run that holds batches (a run with "

@@ -2,7 +2,8 @@
 
     python -m tools.check_ledger runs/demo
 
-The size of the data set, by which epochs are told apart, is the newest checkpoint's, or --prompts.
+What waits must be what the newest checkpoint holds. The size of the data set, by which epochs are told apart, is that
+checkpoint's, or --prompts.
 """
 
 import argparse
@@ -13,7 +14,7 @@ from dapo_megatron.checkpoint.manifest import read_manifest
 from dapo_megatron.checkpoint.store import controller_state, published
 from dapo_megatron.data.snapshot import decode_snapshot
 from dapo_megatron.errors import DataError, exit_code
-from dapo_megatron.rollout.ledger import check_exactly_once, read_ledger
+from dapo_megatron.rollout.ledger import check_exactly_once, check_snapshot, read_ledger
 from dapo_megatron.run_folder import RunFolder
 
 
@@ -34,19 +35,22 @@ def check(folder: RunFolder, prompts: int | None) -> None:
     """
     if not folder.ledger.exists():
         raise DataError(f"{folder.ledger} does not exist: give the folder of a run")
-    if prompts is None and (checkpoints := published(folder)):
+    entries, differences = read_ledger(folder.ledger), list[str]()
+    if checkpoints := published(folder):
         newest = checkpoints[-1]
-        prompts = decode_snapshot(controller_state(newest), read_manifest(newest).step).sampler.size
-    audit = check_exactly_once(read_ledger(folder.ledger), prompts)
+        snapshot = decode_snapshot(controller_state(newest), read_manifest(newest).step)
+        prompts, differences = prompts or snapshot.sampler.size, check_snapshot(entries, snapshot)
+    audit = check_exactly_once(entries, prompts)
     epochs = "epochs are not known (no checkpoint, no --prompts)" if prompts is None else f"{audit.epochs} whole epochs"
     print(
         f"{audit.issued} prompts issued: {audit.settled} settled, the first {audit.frontier} of them without a gap; "
         f"{len(audit.waiting)} wait to be used; {epochs}"
     )
-    for problem in audit.problems[:-1]:
+    problems = [*audit.problems, *differences]
+    for problem in problems[:-1]:
         print(problem, file=sys.stderr)
-    if audit.problems:
-        raise DataError(f"{audit.problems[-1]}: {folder.ledger} does not prove that every prompt was used once")
+    if problems:
+        raise DataError(f"{problems[-1]}: {folder.ledger} does not prove that every prompt was used once")
     print("no prompt was skipped or used twice")
 
 

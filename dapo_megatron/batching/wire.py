@@ -93,7 +93,7 @@ def decode_part(data: bytes | memoryview) -> tuple[Place, Shard]:
                 f"the batch has schema {schema}, this program reads {SCHEMA}: use the version that wrote it"
             )
         part = msgspec.msgpack.decode(data, type=_Part, dec_hook=decode_array)
-    except msgspec.DecodeError as e:
+    except (msgspec.DecodeError, UnicodeDecodeError) as e:
         raise DapoError(f"{len(data)} bytes are no part of a batch: {e}") from None
     return part.place, [[_arrived(sequence) for sequence in micro_batch] for micro_batch in part.micro_batches]
 
@@ -115,27 +115,36 @@ def read_step_batch(path: Path) -> StepBatch:
     """The batch that a file of parts holds; metrics are not kept.
 
     Raises:
-        DapoError: parts are missing, torn or of another schema version.
+        DapoError: parts are missing, torn, there twice, of different steps or of another schema version.
         OSError: it cannot be read.
     """
-    found: dict[tuple[int, int], list[Shard]] = {}
-    places = []
+    found: dict[Place, Shard] = {}
     with path.open("rb") as file:
         for data in _records(file):
-            place, micro_batches = decode_part(data)
-            places.append(place)
-            found.setdefault((place.update, place.replica), []).append(micro_batches)
-    if not places:
+            try:
+                place, micro_batches = decode_part(data)
+            except DapoError as e:
+                raise DapoError(f"{path}, part {len(found)}: {e}") from None
+            if place in found:
+                raise DapoError(f"{path} has part {place.part} of update {place.update}, replica {place.replica} twice")
+            found[place] = micro_batches
+    if not found:
         raise DapoError(f"{path} holds no part of a batch")
-    first = places[0]
-    wanted = {(place.update, place.replica): place.parts for place in places}
-    for key in itertools.product(range(first.updates), range(first.replicas)):
-        if len(found.get(key, [])) != wanted.get(key):
-            raise DapoError(f"{path} is cut short: it has not all parts of update {key[0]}, replica {key[1]}")
-    mini_batches = [
-        MiniBatch([list(itertools.chain(*found[update, replica])) for replica in range(first.replicas)])
-        for update in range(first.updates)
-    ]
+    if len({(place.step, place.version, place.updates, place.replicas) for place in found}) > 1:
+        raise DapoError(f"{path} holds parts of different batches")
+    first = next(iter(found))
+    parts = {(place.update, place.replica): place.parts for place in found}
+    mini_batches = [MiniBatch([[] for _ in range(first.replicas)]) for _ in range(first.updates)]
+    for update, replica in itertools.product(range(first.updates), range(first.replicas)):
+        count = parts.get((update, replica), 0)
+        places = [
+            msgspec.structs.replace(first, update=update, replica=replica, part=p, parts=count) for p in range(count)
+        ]
+        if not count or not all(place in found for place in places):
+            raise DapoError(f"{path} is cut short: it has not all parts of update {update}, replica {replica}")
+        mini_batches[update].shards[replica] = [batch for place in places for batch in found.pop(place)]
+    if found:
+        raise DapoError(f"{path} holds a part that no batch of {first.updates} updates has")
     return StepBatch(first.step, first.version, mini_batches)
 
 
@@ -160,4 +169,10 @@ def _travelling(s: TrainingSample) -> _Sequence:
 
 
 def _arrived(s: _Sequence) -> TrainingSample:
+    responses = len(s.token_ids) - s.prompt_length
+    if s.prompt_length < 1 or not len(s.loss_mask) == len(s.logprobs) == responses:
+        raise DapoError(
+            f"a sequence of {len(s.token_ids)} tokens, {s.prompt_length} of them prompt, has {len(s.loss_mask)} truth "
+            f"values and {len(s.logprobs)} log-probs: damaged, or written by another program"
+        )
     return TrainingSample(s.token_ids, s.prompt_length, s.loss_mask, s.logprobs, s.advantage, s.weight, s.source)

@@ -19,7 +19,8 @@ class AlgorithmConfig(Section):
     dynamic_sampling: bool = True
     """Train only on groups that are neither all right nor all wrong; false trains on every group."""
     max_generation_rounds: int = Field(10, ge=1)
-    """Rounds of generation in one step before a search for mixed groups is given up with an error."""
+    """Rounds of generation in one step before a search for mixed groups is given up with an error. With
+    rollout.max_policy_lag, as many groups as a step is expected to need are a round."""
     overlong_cache: int = Field(4096, ge=0)
     """L_cache in tokens: the soft punishment grows over the last overlong_cache tokens; 0 is off."""
     overlong_filtering: bool = False

@@ -158,7 +158,7 @@ class EngineClient:
             if not attempt.cancelled() or (task is not None and task.cancelling()):  # it is this call that is cancelled
                 raise
             return [], f"{server.url}: {server.why_not}"
-        except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, TimeoutError) as e:
+        except (aiohttp.ClientError, TimeoutError) as e:
             last = f"{server.url}: {type(e).__name__} {e}".strip()
             self._serving.failed(server, last)
             return [], last

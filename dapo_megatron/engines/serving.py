@@ -177,7 +177,7 @@ class ServingEngines:
             async with session.get(server.url + "/model_info", timeout=PROBE_TIMEOUT) as reply:
                 trouble = None if reply.status == 200 else f"HTTP {reply.status}"
                 version = "" if trouble else str((await reply.json())["weight_version"])
-        except (aiohttp.ClientError, TimeoutError, KeyError, ValueError) as e:
+        except (aiohttp.ClientError, TimeoutError, KeyError, TypeError, ValueError) as e:
             trouble = f"{type(e).__name__} {e}".strip()
         if version.isdigit():
             trouble = await _trouble(server, session)

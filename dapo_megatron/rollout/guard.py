@@ -10,6 +10,7 @@ import traceback
 from typing import Any, get_args
 
 import msgspec
+import numpy as np
 
 from dapo_megatron.algorithm.reward import Verdict
 from dapo_megatron.config import RolloutConfig
@@ -46,7 +47,9 @@ class GuardedRollout:
                     response = await self._function(prompt, engine)
             except DapoError:  # the engine's own, which has retries of its own
                 raise
-            except (Exception, SystemExit) as e:  # a user's code may raise anything
+            except (Exception, SystemExit, asyncio.CancelledError) as e:  # a user's code may raise anything
+                if isinstance(e, asyncio.CancelledError) and _is_cancelled():
+                    raise
                 if deadline.expired():
                     limit = f"rollout.function_timeout_s={self._config.function_timeout_s:g}"
                     raise ConfigError(f"{where}: no response within {limit} s") from None
@@ -75,9 +78,33 @@ def checked(response: Any, prompt: Prompt, sample: int, vocab: int, where: str) 
         raise ConfigError(f"{where}: {e}") from None
     if problem := _identity_problem(found, prompt, sample) or _spans_problem(found) or _verdict_problem(found):
         raise ConfigError(f"{where}: {problem}")
-    # Lone surrogates cannot be written down.
-    found.text = found.text.encode("utf-8", "replace").decode("utf-8")
-    return found
+    return _plain(found, prompt, sample)
+
+
+def _is_cancelled() -> bool:
+    """Whether the task is: a CancelledError may also be that of a task which the user's code cancelled, and awaits."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+def _plain(r: Response, prompt: Prompt, sample: int) -> Response:
+    """Python's own types, which can be written down, for numpy's, an enumeration's or a subclass's; what scoring fills
+    in is left to it."""
+    verdicts: tuple[Verdict, ...] = get_args(Verdict)
+    return Response(
+        prompt_id=prompt.id,
+        sample=sample,
+        token_ids=r.token_ids,
+        loss_mask=r.loss_mask,
+        rollout_logprobs=r.rollout_logprobs,
+        version_spans=r.version_spans,
+        finish_reason="stop" if r.finish_reason == "stop" else "length",
+        text=r.text.encode("utf-8", "replace").decode("utf-8"),  # lone surrogates cannot be written down
+        verdict=None if r.verdict is None else verdicts[verdicts.index(r.verdict)],
+        accuracy_reward=None if r.accuracy_reward is None else float(r.accuracy_reward),
+        turns=int(r.turns),
+        token_arrays={str(name): column for name, column in r.token_arrays.items()},
+    )
 
 
 def _with_arrays(r: Response, vocab: int) -> Response:
@@ -88,6 +115,8 @@ def _with_arrays(r: Response, vocab: int) -> Response:
     }
     if not isinstance(r.token_arrays, dict):
         raise Unfit(f"token_arrays is a {type(r.token_arrays).__name__}, a dictionary is expected")
+    if not all(isinstance(name, str) for name in r.token_arrays):
+        raise Unfit("token_arrays has names that are no text")
     extra = {name: token_data.numbers(f"token_arrays[{name!r}]", value) for name, value in r.token_arrays.items()}
     n = len(columns["token_ids"])
     if n == 0:
@@ -128,8 +157,10 @@ def _verdict_problem(r: Response) -> str | None:
     if r.verdict is not None and r.verdict not in get_args(Verdict):
         return f"verdict is {r.verdict!r}, one of {', '.join(get_args(Verdict))} or None is expected"
     reward = r.accuracy_reward
-    if reward is not None and not is_finite(reward):
+    if reward is not None and not is_finite(reward.item() if isinstance(reward, np.number) else reward):
         return f"accuracy_reward is {reward!r}, a finite number or None is expected"
+    if isinstance(r.turns, bool) or not isinstance(r.turns, int | np.integer) or r.turns < 1:
+        return f"turns is {r.turns!r}, a number from 1 on is expected"
     return None
 
 

@@ -4,7 +4,7 @@ A line belongs to a rollout step, so a resumed run cuts the ledger back to its c
 is left proves that no prompt was skipped or used twice (`check_exactly_once`):
 
     number   its lines, in their order
-    17       carried, kept           settled by the last
+    17       carried, kept           settled by the last; every batch that leaves it over carries it again
     18       carried, stale          waits to be issued again, under its number
     19       all_wrong               settled
     20       unfinished, all_right   was issued again within the step, because the engines left it unfinished; settled
@@ -13,12 +13,13 @@ is left proves that no prompt was skipped or used twice (`check_exactly_once`):
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 
+from dapo_megatron.data.snapshot import Snapshot
 from dapo_megatron.errors import DataError
 from dapo_megatron.observe.jsonl import append_lines, cut_after, read_lines
 
@@ -98,17 +99,37 @@ def check_exactly_once(entries: Sequence[Entry], prompts: int | None = None) -> 
     lost = [order for order in range(issued) if order not in histories]
     settled = {order for order, lines in histories.items() if lines[-1].fate in SETTLED}
     problems = _first(f"number {order} was issued and is not in the ledger" for order in lost)
-    problems += _first(problem for order in sorted(histories) if (problem := _history_problem(order, histories[order])))
+    last = max((entry.step for entry in entries), default=0)
+    found = (_history_problem(order, histories[order], last) for order in sorted(histories))
+    problems += _first(problem for problem in found if problem)
     epochs = 0
     if prompts is not None:
-        epochs, found = _epochs({order: lines[0].prompt_id for order, lines in histories.items()}, settled, prompts)
-        problems += found
+        epochs, others = _epochs({order: lines[0].prompt_id for order, lines in histories.items()}, settled, prompts)
+        problems += others
     frontier = next((order for order in range(issued) if order not in settled), issued)
     waiting = sorted(histories.keys() - settled)
     return LedgerAudit(issued, len(settled), waiting, frontier, epochs, problems)
 
 
-def _history_problem(order: int, lines: Sequence[Entry]) -> str | None:
+def check_snapshot(entries: Sequence[Entry], snapshot: Snapshot) -> list[str]:
+    """What the controller's state in a checkpoint and the ledger up to its step tell differently, one line each.
+
+    A number that waits is known to both: whoever goes on from the checkpoint will use it.
+    """
+    audit = check_exactly_once([entry for entry in entries if entry.step <= snapshot.step])
+    where = f"the checkpoint of step {snapshot.step}"
+    problems = []
+    if audit.issued != snapshot.next_order:
+        problems.append(f"{where} has {snapshot.next_order} numbers issued, the ledger {audit.issued}")
+    known = {group.order for group in snapshot.carried} | {order for order, _ in snapshot.again}
+    waiting = set(audit.waiting)
+    problems += _first(f"number {order} waits, and {where} does not have it" for order in sorted(waiting - known))
+    problems += _first(f"number {order} is settled, and waits in {where}" for order in sorted(known - waiting))
+    return problems
+
+
+def _history_problem(order: int, lines: Sequence[Entry], last: int) -> str | None:
+    """`last` is the step of the ledger's last batch."""
     told = ", ".join(f"{e.fate} in step {e.step}" for e in lines)
     who = f"number {order} (prompt '{lines[0].prompt_id}')"
     if len(ids := {e.prompt_id for e in lines}) > 1:
@@ -122,6 +143,11 @@ def _history_problem(order: int, lines: Sequence[Entry]) -> str | None:
         before = entry.fate
     if any(a.step > b.step for a, b in pairwise(lines)):
         return f"{who} has its steps in disorder: {told}"
+    for entry, after in zip_longest(lines, lines[1:]):
+        if entry.fate == "carried" and after is not None and after.fate not in ("carried", "kept", "stale"):
+            return f"{who} was carried, and issued again though it was not stale: {told}"
+        if entry.fate == "carried" and entry.step < last and (after is None or after.step != entry.step + 1):
+            return f"{who} was carried out of step {entry.step}, and is missing from step {entry.step + 1}: {told}"
     return None
 
 

@@ -56,7 +56,7 @@ class _Flight:
     version: int
     """That was live when it was issued last."""
     round: int
-    """0 if an earlier batch left it; else one more than the lowest of those that it was issued beside."""
+    """0 if an earlier batch left it; else that of its issue (`Producer._next_round`)."""
     group: ScoredGroup | None = None
     """Finished, and not yet graded."""
     is_first: bool = False
@@ -92,6 +92,8 @@ class Producer:
         """By the event loop: when the last of those groups was finished that were there when `step` began."""
         self._round = 0
         """The highest since the last batch."""
+        self._issued = 0
+        """Groups since the last batch."""
         self._changed = asyncio.Event()
         self._error: BaseException | None = None
 
@@ -128,7 +130,7 @@ class Producer:
         seen, self._seen = sorted(self._seen, key=lambda g: g.order), []
         for flight in self._flights.values():
             flight.round, flight.is_first = 0, False
-        self._round = 0
+        self._round = self._issued = 0
         fresh_kept = sum(fate_of(g, self.config) == "kept" for g in seen)
         metrics = group_metrics(self.ledger.settle(entries), carried_in, rounds, fresh_kept, len(seen))
         return StepGroups(used, seen, metrics, await asyncio.to_thread(encode_snapshot, buffer.snapshot()))
@@ -159,11 +161,11 @@ class Producer:
     def _issue(self) -> None:
         """Issue what is missing."""
         rollout, buffer = self.config.rollout, self.buffer
-        round = 1 + min((flight.round for flight in self._flights.values()), default=self._round)
-        if round > self.config.algorithm.max_generation_rounds:
-            return
         wanted, lag, in_flight = rollout.prompts_per_step, rollout.max_policy_lag, len(self._flights)
         share = buffer.share.value if self.config.algorithm.dynamic_sampling else 1.0
+        round = self._next_round(share)
+        if round > self.config.algorithm.max_generation_rounds:
+            return
         if lag == 0:
             count = groups_to_issue(wanted - len(buffer.kept), in_flight, share, rollout.oversample_sigmas)
         else:
@@ -176,7 +178,15 @@ class Producer:
             task = asyncio.create_task(self._fly(order, prompt))
             self._flights[order] = _Flight(task, self._version, round)
             self._round = round
+            self._issued += 1
             task.add_done_callback(self._landed)
+
+    def _next_round(self, share: float) -> int:
+        """Of what is issued now. Without a lag: one more than the lowest of those it is issued beside. With one, the
+        room of the engines says how many are issued at once, so as many as a step is expected to need are a round."""
+        if self.config.rollout.max_policy_lag:
+            return 1 + self._issued // groups_to_issue(self.config.rollout.prompts_per_step, 0, share, 0.0)
+        return 1 + min((flight.round for flight in self._flights.values()), default=self._round)
 
     async def _fly(self, order: int, prompt: Prompt) -> None:
         """One group, until it is graded and replaced if need be; what is exact goes by the order of the issue."""

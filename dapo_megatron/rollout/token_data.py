@@ -64,7 +64,7 @@ def logprobs(value: object) -> np.ndarray:
 
 
 def numbers(name: str, value: object) -> np.ndarray:
-    """[n] finite numbers: a list as float32, an array as it is.
+    """[n] finite numbers: a list, or an array of objects, as float32, another array as it is.
 
     Raises:
         Unfit: no list or array, or an entry that is no finite number.
@@ -73,7 +73,8 @@ def numbers(name: str, value: object) -> np.ndarray:
     if isinstance(found, np.ndarray) and found.dtype.kind in "biu":
         return found.copy()
     _require(found, _are_finite, is_finite, f"{name}[{{}}]", "a finite number is expected")
-    return found.copy() if isinstance(found, np.ndarray) else np.array(found, np.float32)
+    typed = found.dtype if isinstance(found, np.ndarray) and found.dtype.kind == "f" else None
+    return np.array(found, typed or np.float32)
 
 
 def is_finite(value: object) -> bool:

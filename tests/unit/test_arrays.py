@@ -33,7 +33,13 @@ def test_truth_values_are_bits():
 @pytest.mark.parametrize(
     "bad",
     [("|O", 1, b"12345678"), ("no type", 0, b""), ("<i8", 1, b"123"), ("<i4", 2, b"1234"), ("|b1", 9, b"1"), 5]
-    + [("<M8[s]", 1, b"12345678"), ("<i4", 0, b"1234"), ("|b1", -9, b"")],
+    + [
+        ("<M8[s]", 1, b"12345678"),
+        ("<i4", 0, b"1234"),
+        ("|b1", -9, b""),
+        ("<\x1f4", 1, b"1234"),
+        ("<i4,<i4", 1, b"12345678"),
+    ],
 )
 def test_what_is_no_array_is_refused(bad):
     with pytest.raises(msgspec.ValidationError):

@@ -103,6 +103,45 @@ def test_a_file_of_another_kind_is_refused(tmp_path):
             read_step_batch(path)
 
 
+def parts_of_a_step(step=3):
+    """Two updates of two replicas, each of two parts."""
+    batch = StepBatch(step, 2, [MiniBatch([[[sample(1)], [sample(2)]], [[sample(3)], [sample(4)]]]) for _ in range(2)])
+    return list(ServedBatch(batch, part_tokens=1).all_encoded())
+
+
+def sample(number, mask=(True, False)):
+    ids, mask = np.arange(3, dtype=np.int32), np.array(mask)
+    return TrainingSample(ids, 1, mask, np.zeros(2, np.float32), 0.5, 0.1, ("p", number))
+
+
+def test_parts_may_stand_in_any_order_and_none_may_be_of_another_batch_or_there_twice(tmp_path):
+    path, parts = tmp_path / "step_000003.msgpack", parts_of_a_step()
+    write_parts(path, reversed(parts))
+    sources = [[s.source[1] for m in shard for s in m] for shard in read_step_batch(path).mini_batches[1].shards]
+    assert sources == [[1, 2], [3, 4]]
+    beyond = encode_part(msgspec.structs.replace(decode_part(parts[0])[0], update=7), [[sample(1)]])
+    for foreign, says in [
+        ([*parts[:-1], parts_of_a_step(4)[-1]], "parts of different batches"),
+        ([parts[0], parts[0], *parts[2:]], "part 0 of update 0, replica 0 twice"),
+        ([*parts, beyond], "a part that no batch of 2 updates has"),
+    ]:
+        write_parts(path, foreign)
+        with pytest.raises(DapoError, match=says) as e:
+            read_step_batch(path)
+        assert str(path) in str(e.value)
+
+
+def test_a_damaged_part_is_refused_with_the_name_of_its_file(tmp_path):
+    path, (first, *rest) = tmp_path / "step_000003.msgpack", parts_of_a_step()
+    short = encode_part(decode_part(first)[0], [[sample(1, mask=[True])]])
+    text = first.replace(b"\xa1p", b"\xa1\xff")  # no UTF-8
+    for damaged in (short, text):
+        assert damaged != first
+        write_parts(path, [damaged, *rest])
+        with pytest.raises(DapoError, match=r"step_000003.msgpack, part 0: "):
+            read_step_batch(path)
+
+
 def test_a_token_takes_eight_bytes_and_its_mask_a_bit():
     n = 100_000
     ids, mask, logprobs = np.arange(n, dtype=np.int32), np.ones(n - 9, np.bool_), np.zeros(n - 9, np.float32)

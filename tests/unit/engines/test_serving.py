@@ -93,6 +93,31 @@ def test_one_that_dies_is_put_aside_and_comes_back():
     asyncio.run(run())
 
 
+def test_one_that_answers_what_is_no_http_is_put_aside():
+    """Another program may listen at the port of an engine that has died."""
+
+    async def other_program(reader, writer):
+        asked = await reader.readuntil(b"\r\n\r\n")
+        body = b'{"weight_version": "3"}'
+        if asked.startswith(b"POST"):
+            writer.write(b"SSH-2.0-OpenSSH\r\n")
+        else:
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 23\r\n\r\n" + body)
+        await writer.drain()
+        writer.close()
+
+    async def run():
+        other = await asyncio.start_server(other_program, "127.0.0.1", 0)
+        async with served(Engine(7)) as url:
+            urls = [f"http://127.0.0.1:{other.sockets[0].getsockname()[1]}", url]
+            async with EngineClient(lambda: of_urls(urls), concurrency=16, timeout_s=20) as client:
+                assert await tokens(client, 32) == [7] * 32
+                assert client.asked_again > 0
+        other.close()
+
+    asyncio.run(run())
+
+
 def test_one_that_serves_what_nobody_pushed_is_not_asked():
     async def run():
         new = Engine(1, version="default")

@@ -5,13 +5,15 @@ import json
 import sys
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 
+from dapo_megatron.arrays import decode_array, encode_array
 from dapo_megatron.config import RolloutConfig
 from dapo_megatron.errors import ConfigError, EngineError
-from dapo_megatron.records import Prompt, Response, VersionSpan
+from dapo_megatron.records import Prompt, Response, ScoredGroup, VersionSpan
 from dapo_megatron.rollout.engine import Engine
 from dapo_megatron.rollout.function import load_rollout
 from dapo_megatron.rollout.guard import GuardedRollout
@@ -101,6 +103,10 @@ def test_a_good_response_passes_and_lists_become_arrays():
         (good(text=None), "text is a NoneType"),
         (good(verdict=True), "verdict is True"),
         (good(accuracy_reward=float("nan")), "accuracy_reward is nan"),
+        (good(accuracy_reward=np.float32("inf")), "accuracy_reward is np.float32(inf)"),
+        (good(turns=None), "turns is None"),
+        (good(turns=0), "turns is 0"),
+        (good(token_arrays={1: [1.0, 2.0, 3.0]}), "names that are no text"),
         (good(token_arrays=None), "token_arrays is a NoneType"),
         (good(token_arrays={"experts": [1.0, 2.0]}), "token_arrays['experts'] has 2 entries for 3 tokens"),
         (good(token_arrays={"experts": [1.0, 2.0, float("nan")]}), "token_arrays['experts'][2] is nan"),
@@ -121,6 +127,31 @@ def test_what_cannot_be_written_down_is_made_so():
     assert response.text == "a?b" and response.token_arrays["experts"].tolist() == [0.0, 1.0, 2.0]
 
 
+class Text(str):
+    pass
+
+
+class WithNotes(Response):
+    notes: object = None
+
+
+def test_numbers_of_numpy_and_types_of_ones_own_become_what_can_be_written_down():
+    """A reward that is a mean over something is a numpy number: the bank and a checkpoint must take it."""
+    fields = good(accuracy_reward=np.mean([0.5, 1.0]), turns=np.int64(2), finish_reason=np.str_("stop"))
+    fields = msgspec.structs.asdict(fields) | {"sample": np.int64(3), "prompt_id": Text("p7"), "verdict": Text("right")}
+    given = WithNotes(**fields, notes=object())
+    given.token_arrays = {"experts": np.array([1, 2, 3], object)}
+    response, _ = call(returns(given))
+    group = ScoredGroup(0, PROMPT, [response])
+    back = msgspec.json.decode(
+        msgspec.json.encode(group, enc_hook=encode_array), type=ScoredGroup, dec_hook=decode_array
+    ).responses[0]
+    assert (back.accuracy_reward, back.turns, back.sample, back.verdict) == (0.75, 2, 3, "right")
+    assert (back.prompt_id, back.finish_reason, back.text) == ("p7", "stop", "x")
+    assert back.token_arrays["experts"].tolist() == [1.0, 2.0, 3.0]
+    assert call(returns(good(accuracy_reward=np.float32(0.5))))[0].accuracy_reward == 0.5
+
+
 def flaky(failures):
     calls = []
 
@@ -131,6 +162,34 @@ def flaky(failures):
         return good()
 
     return roll
+
+
+def test_a_task_of_its_own_that_it_cancels_and_awaits_is_its_own_error():
+    """A CancelledError that nobody meant for the group would end its task without a word, and the step would wait."""
+
+    async def roll(prompt, engine):
+        tool = asyncio.ensure_future(asyncio.sleep(60))
+        tool.cancel()
+        await tool
+
+    with pytest.raises(ConfigError, match="sample 3: it raised asyncio.exceptions.CancelledError .* 2 times: mend it"):
+        call(roll, max_reissues=1)
+
+
+def test_one_that_is_cancelled_ends():
+    async def roll(prompt, engine):
+        await asyncio.sleep(60)
+
+    async def run():
+        guard = GuardedRollout(roll, RolloutConfig(function="mine:roll"), VOCAB)
+        task = asyncio.ensure_future(guard(PROMPT, Engine(None, None, None, 3)))
+        await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert guard.errors == 0
+
+    asyncio.run(run())
 
 
 def test_what_raises_is_called_again_and_counted():

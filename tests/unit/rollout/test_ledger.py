@@ -7,8 +7,9 @@ import sys
 import msgspec
 import pytest
 
+from dapo_megatron.data.snapshot import decode_snapshot
 from dapo_megatron.observe.jsonl import append_lines
-from dapo_megatron.rollout.ledger import Entry, check_exactly_once, read_ledger
+from dapo_megatron.rollout.ledger import Entry, check_exactly_once, check_snapshot, read_ledger
 from tests.unit.rollout.test_producer import PROMPTS, World, every_third, producer, trained
 from tools.check_ledger import main
 
@@ -50,7 +51,7 @@ def planted(kind, entries):
     """One line that is too many or too few, of a prompt that was settled or carried."""
     settled = next(e for e in entries if e.fate == "kept" and e.order > 10)
     last = {e.order: e for e in entries}
-    carried = next(e for e in entries if e.fate == "carried" and last[e.order] != e)
+    carried = next(e for e in entries if e.fate == "carried" and last[e.order].fate == "kept")
     match kind:
         case "used twice":
             return [*entries, msgspec.structs.replace(settled, step=30)]
@@ -69,6 +70,14 @@ def planted(kind, entries):
             return [msgspec.structs.replace(e, prompt_id="p49") if e == carried else e for e in entries]
         case "prompt twice in an epoch":
             return [msgspec.structs.replace(e, prompt_id="p0") if e.order == settled.order else e for e in entries]
+        case "carried and lost":
+            return [e for e in entries if e.order != carried.order or e == carried]
+        case "issued again though not stale":
+            return [
+                msgspec.structs.replace(e, fate="all_wrong") if e == last[carried.order] else e
+                for e in entries
+                if e.order != carried.order or e in (carried, last[carried.order])
+            ]
         case "steps in disorder":
             return [msgspec.structs.replace(e, step=31) if e == carried else e for e in entries]
     raise AssertionError(kind)
@@ -84,6 +93,8 @@ def planted(kind, entries):
         ("stale from nothing", "went stale without having been carried"),
         ("number of two prompts", "is of 2 prompts"),
         ("prompt twice in an epoch", "prompt 'p0' was issued 2 times in epoch"),
+        ("carried and lost", "and is missing from step"),
+        ("issued again though not stale", "though it was not stale"),
         ("steps in disorder", "carried in step 31, "),
     ],
 )
@@ -96,6 +107,24 @@ def test_a_planted_fault_is_found(run, kind, says, capsys):
     assert tool(run.parent, "--prompts", str(SIZE)) == 1
     out, err = capsys.readouterr()
     assert says in err and "error: " in err and "skipped or used twice" not in out
+
+
+def test_a_snapshot_that_has_lost_a_waiting_number_is_found(tmp_path):
+    world = World(every_third)
+    made = producer(tmp_path, world, wanted=3, rollout={"max_policy_lag": 2})
+    steps = enumerate(asyncio.run(trained(made, world, 1, 4)), start=1)
+    states = [decode_snapshot(produced.state, step) for step, produced in steps]
+    entries = read_ledger(tmp_path / "ledger.jsonl")
+    assert [check_snapshot(entries, state) for state in states] == [[], [], [], []]
+    told = [Entry(1, 0, "p0", "kept", 0), Entry(1, 1, "p1", "issued", -1), Entry(2, 2, "p2", "issued", -1)]
+    state = msgspec.structs.replace(states[0], step=1, next_order=2, carried=[], again=[(1, "p1")])
+    assert check_snapshot(told, state) == []  # number 2 was issued later
+    for change, says in [
+        ({"again": []}, "number 1 waits, and the checkpoint of step 1 does not have it"),
+        ({"again": [(0, "p0"), (1, "p1")]}, "number 0 is settled, and waits in the checkpoint of step 1"),
+        ({"next_order": 3}, "the checkpoint of step 1 has 3 numbers issued, the ledger 2"),
+    ]:
+        assert check_snapshot(told, msgspec.structs.replace(state, **change)) == [says]
 
 
 def test_a_prompt_missing_from_an_epoch_is_found():

@@ -8,7 +8,7 @@ import pytest
 
 from dapo_megatron.data.snapshot import decode_snapshot
 from dapo_megatron.engines.client import Unanswered
-from dapo_megatron.errors import DapoError, EngineError
+from dapo_megatron.errors import DapoError, DataError, EngineError
 from dapo_megatron.records import Prompt, ScoredGroup, VersionSpan
 from dapo_megatron.rollout.buffer import GroupBuffer
 from dapo_megatron.rollout.ledger import SETTLED, Ledger, check_exactly_once, read_ledger
@@ -122,6 +122,19 @@ def test_hopeless_search_says_what_was_seen(tmp_path):
     text = str(e.value)
     assert "after 3 rounds" in text and "0 of 4" in text and "all right" in text and "all wrong" in text
     assert "\n" not in text
+
+
+@pytest.mark.parametrize("lag", [1, 4])
+def test_a_step_may_be_many_times_larger_than_what_the_engines_have_room_for(tmp_path, lag):
+    """Two groups at a time are no round: a step of forty takes twenty times as long, and is no hopeless search."""
+    world = World(every_third)
+    few = {"max_policy_lag": lag, "concurrency": 2}
+    made = asyncio.run(trained(producer(tmp_path, world, wanted=40, rollout=few), world, 1, 3))
+    assert [len(step.groups) for step in made] == [40, 40, 40]
+    world = World(lambda p: "all_wrong")
+    with pytest.raises(DataError, match="after 10 rounds of generation only 0 of 4 groups"):
+        asyncio.run(producer(tmp_path, world, rollout=few).step(1, 0, lambda _: None))
+    assert 10 * 4 <= len(world.made) <= 10 * 4 * 4
 
 
 def test_without_dynamic_sampling_every_group_is_kept(tmp_path):
