@@ -47,7 +47,8 @@ class EngineClient:
         Args:
             read_set: who serves now.
             concurrency: most responses in flight on all engines together.
-            timeout_s: seconds for one request from the moment it has its slots, retries included.
+            timeout_s: seconds for one request, retries included, but not the waits for a slot, or for room on the
+                engines that serve while others are away.
             silence_s: seconds without a sign of life after which an engine's requests are asked of others.
             api_key: what the servers were started with.
             fresh_prefixes: use no keys and values but those of requests in flight: pushes leave old ones behind.
@@ -121,8 +122,9 @@ class EngineClient:
         found: list[Sampled] = []
         while (missing := count - len(found)) > 0:
             try:
-                async with asyncio.timeout_at(deadline):
-                    some, last = await self._ask(input_ids, params, missing, blames=tries < BLAMES)
+                async with asyncio.timeout_at(deadline) as limit:
+                    some, last = await self._ask(input_ids, params, missing, limit, blames=tries < BLAMES)
+                    deadline = limit.when() or deadline
             except TimeoutError:
                 raise Unanswered(
                     f"no response from the engines within {self.timeout_s:.0f} s (last: "
@@ -137,14 +139,15 @@ class EngineClient:
         return found
 
     async def _ask(
-        self, input_ids: list[int], params: SamplingParams, count: int, *, blames: bool
+        self, input_ids: list[int], params: SamplingParams, count: int, limit: asyncio.Timeout, *, blames: bool
     ) -> tuple[list[Sampled], str]:
         """What one engine gives: at most `count` completions, and what became of the rest.
 
         Args:
+            limit: put off by the wait for room.
             blames: whether HTTP 500 or above is the engine's fault.
         """
-        server = await self._serving.least_busy()
+        server = await self._serving.least_busy(limit)
         tokens = count * self._serving.expected_tokens(len(input_ids), params.max_new_tokens)
         server.responses += count
         server.tokens_in_flight += tokens

@@ -15,7 +15,8 @@ SGLang's /health generates a token, which would disturb exact runs and fails whi
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import aiohttp
 
@@ -92,11 +93,14 @@ class ServingEngines:
             self._follower.cancel()
             await asyncio.gather(self._follower, return_exceptions=True)  # what failed was told to those who waited
 
-    async def least_busy(self) -> Server:
+    async def least_busy(self, limit: asyncio.Timeout | None = None) -> Server:
         """The engine to ask next, that with the fewest tokens in flight; waits until one serves and has room.
 
         None gets more than its share of the concurrency, also when others are away: what it cannot run, a push's
         verification would wait for.
+
+        Args:
+            limit: does not run while those that serve have no room.
 
         Raises:
             ConfigError: the set cannot be read.
@@ -105,7 +109,9 @@ class ServingEngines:
             if self._follower is not None and self._follower.done():
                 self._follower.result()
             self._changed.clear()
-            await self._changed.wait()
+            has_no_room = any(s.serves for s in self._servers)
+            with _put_off(limit) if has_no_room and limit is not None else nullcontext():
+                await self._changed.wait()
         return min(serving, key=lambda s: s.tokens_in_flight)
 
     @property
@@ -205,6 +211,16 @@ class ServingEngines:
         elif (silence := asyncio.get_running_loop().time() - server.silent_since) >= self._silence_s:
             return f"no sign of life for {silence:.0f} s ({trouble})"
         return None
+
+
+@contextmanager
+def _put_off(limit: asyncio.Timeout) -> Iterator[None]:
+    """It does not run in this block."""
+    clock, when = asyncio.get_running_loop().time, limit.when()
+    began = clock()
+    limit.reschedule(None)
+    yield
+    limit.reschedule(None if when is None else when + clock() - began)
 
 
 async def _trouble(server: Server, session: aiohttp.ClientSession) -> str | None:

@@ -23,7 +23,7 @@ class Engine:
 
     def __init__(self, token, version="3"):
         self.token, self.version, self.asked, self.hangs = token, version, 0, False
-        self.status, self.is_stopped, self.length, self.until = 200, False, 1, None
+        self.status, self.is_stopped, self.length, self.until, self.pause_s = 200, False, 1, None, 0.0
 
     async def model_info(self, _):
         return web.json_response({"weight_version": self.version})
@@ -40,8 +40,7 @@ class Engine:
             return web.Response(status=max(self.status, 500), text="out of order")
         if self.until is not None:
             await self.until.wait()
-        if self.hangs:
-            await asyncio.sleep(30)
+        await asyncio.sleep(30 if self.hangs else self.pause_s)
         meta = {
             "finish_reason": {"type": "stop"},
             "output_token_logprobs": [[-0.5, self.token, None]] * self.length,
@@ -192,6 +191,20 @@ def test_a_request_that_every_engine_fails_at_does_not_keep_them_from_the_others
                 assert not any(s.tokens_in_flight for s in client._serving._servers)
 
     asyncio.run(asyncio.wait_for(run(), 30))
+
+
+def test_the_wait_for_room_while_another_is_away_does_not_count():
+    """An engine gets its share of two, one request at a time: the other waits for 3 s, then has 5 s for its own 3 s."""
+
+    async def run():
+        engine = Engine(7)
+        engine.pause_s = 3.0
+        async with served(engine) as url:
+            dead = "http://127.0.0.1:9"
+            async with EngineClient(lambda: of_urls([dead, url]), concurrency=2, timeout_s=5) as client:
+                assert await tokens(client, 2) == [7] * 2
+
+    asyncio.run(run())
 
 
 def test_one_that_answers_is_not_asked_whether_it_lives():
