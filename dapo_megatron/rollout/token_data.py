@@ -84,8 +84,8 @@ def is_finite(value: object) -> bool:
 
 def _are_finite(column: Column) -> bool:
     if isinstance(column, np.ndarray):
-        return column.dtype.kind == "f" and bool(np.abs(column).max() <= LARGEST)
-    return set(map(type, column)) == {float} and bool(np.abs(np.array(column)).max() <= LARGEST)
+        return column.dtype.kind == "f" and float(np.abs(column).max()) <= LARGEST
+    return set(map(type, column)) == {float} and float(np.abs(np.array(column)).max()) <= LARGEST
 
 
 def _column(name: str, value: object) -> Column:

@@ -77,6 +77,7 @@ def test_a_good_response_passes_and_lists_become_arrays():
         (good(loss_mask=[1, 0, 1]), "loss_mask[0] is 1"),
         (good(rollout_logprobs=[float("nan"), 0.0, 0.0]), "rollout_logprobs[0] is nan"),
         (good(rollout_logprobs=[0.0, float("-inf"), 0.0]), "rollout_logprobs[1] is -inf"),
+        (good(rollout_logprobs=np.array([0.0, -np.inf, 0.0], np.float16)), "rollout_logprobs[1] is -inf"),
         (good(rollout_logprobs=[0.0, None, 0.0]), "rollout_logprobs[1] is None"),
         (good(version_spans=[]), "version_spans is empty"),
         (good(version_spans=None), "version_spans is not a list"),
