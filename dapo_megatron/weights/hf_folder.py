@@ -19,8 +19,6 @@ FLOATS = ("F32", "BF16", "F16", "F64")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 """Endings of files that only unpickling reads: it can run anything, so they are never opened."""
 COMPARED_ROWS = 4096
-
-
 WEIGHTS = (
     ".safetensors",
     ".safetensors.index.json",
@@ -34,8 +32,8 @@ WEIGHTS = (
 )
 """Ends of the names of files that hold weights, or say where they are."""
 _NOT_BESIDE = (*WEIGHTS, *PICKLES, ".onnx", ".onnx_data", ".ot")
-
-
+LONGEST_NAME = 255
+"""Bytes, of a file."""
 SMALL = 64 << 20
 """Bytes: no tokenizer is larger."""
 
@@ -123,6 +121,12 @@ class HfFolder:
         files = read_json(index, "").get("weight_map")
         if not isinstance(files, dict) or not files or not all(isinstance(f, str) for f in files.values()):
             raise ConfigError(f"{index} has no weight_map of tensor and file names: download the checkpoint again")
+        for name, file in files.items():
+            if not _is_file_name(file):
+                raise ConfigError(
+                    f"{index} has {name[:100]} in {file[:100]!r}, which is no name of a file in the folder itself: "
+                    "mend the entry, or download the checkpoint again"
+                )
         held: dict[str, str] = {}
         twice: set[str] = set()
         for file in sorted(set(files.values())):
@@ -152,6 +156,10 @@ class HfFolder:
             reason = str(e).splitlines()[0]
             kind = ConfigError if isinstance(e, SafetensorError) else DapoError  # a disk may be back later
             raise kind(f"{self.path / file} is not a readable safetensors file: {reason}") from None
+
+
+def _is_file_name(name: str) -> bool:
+    return Path(name).name == name not in ("", "..") and len(name.encode("utf-8", "replace")) <= LONGEST_NAME
 
 
 def check_weights(folder: HfFolder, shape: ModelShape) -> None:

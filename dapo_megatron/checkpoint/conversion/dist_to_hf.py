@@ -87,9 +87,7 @@ def _known_layout(checkpoint: Path, like: Path | None) -> dict[str, str]:
     if like is not None:
         if not (like / SINGLE).exists() and not (like / INDEX).exists():
             return {}
-        layout = source_layout(HfFolder(like))
-        output.check_file_names(layout, like / INDEX)
-        return layout
+        return source_layout(HfFolder(like))
     path = checkpoint / output.LAYOUT
     if not path.exists():
         return {}
