@@ -32,6 +32,8 @@ WEIGHTS = (
 )
 """Ends of the names of files that hold weights, or say where they are."""
 _NOT_BESIDE = (*WEIGHTS, *PICKLES, ".onnx", ".onnx_data", ".ot")
+TWIN = "consolidated"
+"""Mistral's folders hold the weights a second time, under its own names: files that begin so."""
 LONGEST_NAME = 255
 """Bytes, of a file."""
 SMALL = 64 << 20
@@ -64,7 +66,7 @@ class HfFolder:
 
     Raises:
         ConfigError: no safetensors, an unreadable file or index, a tensor that is not where the index says, or one that
-            several files hold.
+            several files hold, or a file that nothing would read.
     """
 
     def __init__(self, path: str | Path):
@@ -72,8 +74,11 @@ class HfFolder:
         if (self.path / SINGLE).exists():
             with self._open(SINGLE) as f:
                 self.files = dict.fromkeys(f.keys(), SINGLE)
+            if not (self.path / INDEX).exists():  # otherwise the others are those of the index
+                self._refuse_strays(SINGLE)
         elif (self.path / INDEX).exists():
             self.files = self._indexed()
+            self._refuse_strays(INDEX)
         else:
             raise ConfigError(self._no_weights())
 
@@ -146,6 +151,15 @@ class HfFolder:
                     f"{index} has {name} in {file}, which does not hold it: download the checkpoint again"
                 )
         return held
+
+    def _refuse_strays(self, read: str) -> None:
+        """Raise where there is a file whose tensors nothing reads: they may be part of the model."""
+        known = set(self.files.values())
+        for path in sorted(self.path.glob("*.safetensors")):
+            if path.name not in known and not path.name.startswith((TWIN, ".")):
+                raise ConfigError(
+                    f"{path} would be left out, {read} does not have it: move it away if it is not needed"
+                )
 
     @contextmanager
     def _open(self, file: str) -> Iterator[Any]:
