@@ -50,6 +50,7 @@ def convert_dist_to_hf(
         raise ConfigError(
             f"{checkpoint} has no {MANIFEST}: give one checkpoint, such as runs/demo/checkpoints/step_000010"
         )
+    output.require_outside(out, checkpoint)
     manifest = intact_manifest(checkpoint)
     sides = like or checkpoint / HF
     if not (sides / "config.json").is_file():

@@ -74,6 +74,7 @@ def convert_hf_to_dist(source: Path, out: Path, dtype: torch.dtype | None, conso
     Raises:
         DapoError: the source is not supported, damaged or incomplete, or `out` cannot be made.
     """
+    output.require_outside(out, source)
     shape, folder = read_model(source), HfFolder(source)
     check_weights(folder, shape)
     before = source_layout(folder)
