@@ -154,6 +154,14 @@ def read_step_batch(path: Path) -> StepBatch:
     return StepBatch(first.step, first.version, mini_batches)
 
 
+def require_tokens(batch: StepBatch, vocab: int, path: Path) -> None:
+    """Raise DapoError unless a model with `vocab` tokens has all those of the batch that `path` holds."""
+    samples = (s for mini in batch.mini_batches for shard in mini.shards for micro in shard for s in micro)
+    largest = max((int(np.max(s.token_ids)) for s in samples), default=0)
+    if largest >= vocab:
+        raise DapoError(f"{path} has token {largest}, the model has {vocab}: give the run's own with model.path=")
+
+
 def _records(file: BinaryIO) -> Iterator[tuple[bytes, bool]]:
     """Each part's bytes, and whether they are those that were written."""
     size = os.fstat(file.fileno()).st_size

@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 
 from dapo_megatron.batching.batch import MiniBatch, StepBatch
 from dapo_megatron.batching.sample import TrainingSample
-from dapo_megatron.batching.wire import Place, cut, decode_part, encode_part, read_step_batch, write_parts
+from dapo_megatron.batching.wire import (
+    Place,
+    cut,
+    decode_part,
+    encode_part,
+    read_step_batch,
+    require_tokens,
+    write_parts,
+)
 from dapo_megatron.errors import DapoError
 from dapo_megatron.rollout.served import ServedBatch
 
@@ -151,6 +159,14 @@ def test_a_flipped_bit_anywhere_is_refused_with_the_name_of_the_file(tmp_path):
         with pytest.raises(DapoError, match=r"step_000003.msgpack is damaged: part \d has not the hash") as e:
             read_step_batch(path)
         assert "\n" not in str(e.value)
+
+
+def test_a_batch_of_a_larger_vocabulary_is_refused(tmp_path):
+    path = tmp_path / "step_000003.msgpack"
+    write_parts(path, parts_of_a_step())
+    require_tokens(read_step_batch(path), 3, path)
+    with pytest.raises(DapoError, match=r"step_000003.msgpack has token 2, the model has 2: "):
+        require_tokens(read_step_batch(path), 2, path)
 
 
 def test_a_token_takes_eight_bytes_and_its_mask_a_bit():
