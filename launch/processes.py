@@ -32,6 +32,11 @@ class Child:
         """The last lines of its log."""
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
 
+    def told(self) -> str | None:
+        """The one line in which it said why it failed (errors.exit_code), if it did."""
+        lines = self.log.read_text(errors="replace").splitlines()
+        return next((line.removeprefix("error: ") for line in reversed(lines) if line.startswith("error: ")), None)
+
 
 class ProcessGroup:
     """Starts children and ends all of them, with everything they started, when the block is left.

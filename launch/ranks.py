@@ -34,12 +34,14 @@ def wait_for_ranks(ranks: list[Child], what: str, deadline_s: float, check_inter
         what: they do, for errors: "the replay".
 
     Raises:
-        DapoError: one failed, with the end of its log; or it took too long.
+        DapoError: one failed, in its own line, or with the end of its log; or it took too long.
     """
     end = time.monotonic() + deadline_s
     while any(rank.process.poll() != 0 for rank in ranks):
         check_interrupt()
         if bad := [rank for rank in ranks if rank.process.poll()]:
+            if told := next((line for rank in bad if (line := rank.told())), None):
+                raise DapoError(f"{what} failed: {told}")
             raise DapoError(f"{what} failed; the end of {bad[0].log}:\n{bad[0].tail()}")
         if time.monotonic() > end:
             raise DapoError(f"{what} took more than {deadline_s:g} s: see {ranks[0].log}")

@@ -14,10 +14,12 @@ from typing import Any
 import msgspec
 import yaml
 
+from dapo_megatron.actor.layout_check import check_layout
 from dapo_megatron.checkpoint.published import published, step_of
 from dapo_megatron.config import RunConfig
 from dapo_megatron.errors import ConfigError
 from dapo_megatron.run_folder import RunFolder
+from dapo_megatron.weights.hf_config import read_model
 from launch.machine import this_machine
 from launch.ports import reserved_ports
 from launch.processes import ProcessGroup, interruptible
@@ -36,8 +38,8 @@ def replay_dump(config: RunConfig, dump: Path) -> str:
     """Run every micro-batch of the skipped updates alone; returns a table to print.
 
     Raises:
-        ConfigError: `dump` is no dump.
-        DapoError: a rank failed; with the end of its log.
+        ConfigError: `dump` is no dump, or the model does not fit the layout.
+        DapoError: a rank failed; says why, or has the end of its log.
     """
     if missing := [name for name in (DUMP, "batch.msgpack", "weights") if not (dump / name).exists()]:
         raise ConfigError(
@@ -59,7 +61,8 @@ def replay_batches(
         tell: is given each step when it is trained.
 
     Raises:
-        DapoError: a rank failed; with the end of its log.
+        ConfigError: the model does not fit the layout.
+        DapoError: a rank failed; says why, or has the end of its log.
     """
     with tempfile.TemporaryDirectory() as place:
         out, told = Path(place) / "steps.jsonl", 0
@@ -136,6 +139,7 @@ def _run(
     config: RunConfig, module: str, arguments: list[str], folder: Path, deadline_s: float, look: Callable[[], None]
 ) -> None:
     """Run a module of the trainer on all ranks; `look` is called now and then."""
+    check_layout(config, read_model(config.model.path))
     places, recipe = place_ranks(config.actor, [this_machine()]), folder / "config.yaml"
     recipe.write_text(yaml.safe_dump(config.model_dump(), sort_keys=False))
     with interruptible() as check_interrupt, reserved_ports(1) as (port,), ProcessGroup(folder) as group:

@@ -34,10 +34,6 @@ def check_layout(config: RunConfig, shape: ModelShape) -> None:
         )
     if shape.experts is not None and actor.tensor_model_parallel_size > 1 and not actor.sequence_parallel:
         raise ConfigError("a mixture of experts under tensor parallelism needs actor.sequence_parallel=true")
-    if shape.experts is not None and shape.experts.per_token == 1 and shape.experts.renormalise:
-        raise ConfigError(
-            "config.json: one expert per token with norm_topk_prob=true is not supported by megatron-core"
-        )
     if shape.family.post_norm and (actor.layer_spec == "transformer_engine" or config.precision.fp8 != "off"):
         raise ConfigError(
             f"{shape.family.architecture} has torch's layers only: leave actor.layer_spec at auto and precision.fp8 off"

@@ -1,7 +1,7 @@
 """Batches as bytes: a step travels in parts, each with some of the micro-batches of one replica in one update.
 
 A part has the sequences' own data alone, 8 bytes a token; whoever trains them derives labels, positions and weights
-by packing. A file holds all parts of a step, each after its length.
+by packing. A file holds all parts of a step, each after its length and XXH3 checksum.
 """
 
 import itertools
@@ -13,16 +13,18 @@ from typing import BinaryIO
 
 import msgspec
 import numpy as np
+import xxhash
 
 from dapo_megatron.arrays import decode_array, encode_array
 from dapo_megatron.batching.batch import MiniBatch, Shard, StepBatch
 from dapo_megatron.batching.sample import TrainingSample
 from dapo_megatron.errors import DapoError
 
-SCHEMA = 3
+SCHEMA = 4
 PART_TOKENS = 1 << 20
 """Most tokens of a part, where a micro-batch is not longer: 8 MiB, which hold an event loop up for milliseconds."""
-_LENGTH = struct.Struct("<Q")
+_PREFIX = struct.Struct("<QQ")
+"""Bytes of a part, and their XXH3 (64 bits)."""
 
 
 class Place(msgspec.Struct, frozen=True):
@@ -107,7 +109,7 @@ def write_parts(path: Path, parts: Iterable[bytes], *, append: bool = False) -> 
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab" if append else "wb") as file:
         for data in parts:
-            file.write(_LENGTH.pack(len(data)))
+            file.write(_PREFIX.pack(len(data), xxhash.xxh3_64_intdigest(data)))
             file.write(data)
 
 
@@ -115,12 +117,16 @@ def read_step_batch(path: Path) -> StepBatch:
     """The batch that a file of parts holds; metrics are not kept.
 
     Raises:
-        DapoError: parts are missing, torn, there twice, of different steps or of another schema version.
+        DapoError: parts are missing, torn, damaged, there twice, of different steps or of another schema version.
         OSError: it cannot be read.
     """
     found: dict[Place, Shard] = {}
     with path.open("rb") as file:
-        for data in _records(file):
+        for data, is_whole in _records(file):
+            if not is_whole:
+                raise DapoError(
+                    f"{path} is damaged: part {len(found)} has not the hash that was written with it (schema {SCHEMA})"
+                )
             try:
                 place, micro_batches = decode_part(data)
             except DapoError as e:
@@ -148,12 +154,21 @@ def read_step_batch(path: Path) -> StepBatch:
     return StepBatch(first.step, first.version, mini_batches)
 
 
-def _records(file: BinaryIO) -> Iterator[bytes]:
-    """Each part's bytes; of one that is torn, what is there."""
+def require_tokens(batch: StepBatch, vocab: int, path: Path) -> None:
+    """Raise DapoError unless a model with `vocab` tokens has all those of the batch that `path` holds."""
+    samples = (s for mini in batch.mini_batches for shard in mini.shards for micro in shard for s in micro)
+    largest = max((int(np.max(s.token_ids)) for s in samples), default=0)
+    if largest >= vocab:
+        raise DapoError(f"{path} has token {largest}, the model has {vocab}: give the run's own with model.path=")
+
+
+def _records(file: BinaryIO) -> Iterator[tuple[bytes, bool]]:
+    """Each part's bytes, and whether they are those that were written."""
     size = os.fstat(file.fileno()).st_size
-    while head := file.read(_LENGTH.size):
-        (length,) = _LENGTH.unpack(head.ljust(_LENGTH.size, b"\0"))
-        yield file.read(min(length, size))
+    while head := file.read(_PREFIX.size):
+        length, checksum = _PREFIX.unpack(head.ljust(_PREFIX.size, b"\0"))
+        data = file.read(min(length, size))
+        yield data, len(data) == length and xxhash.xxh3_64_intdigest(data) == checksum
 
 
 def _travelling(s: TrainingSample) -> _Sequence:

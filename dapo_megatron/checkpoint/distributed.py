@@ -18,6 +18,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as mpu
 from megatron.core.dist_checkpointing import LocalNonpersistentObject, ShardedTensor
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, maybe_load_config
 
 from dapo_megatron.actor.actor import Actor
 from dapo_megatron.checkpoint import store
@@ -27,13 +28,15 @@ from dapo_megatron.checkpoint.bucket_padding import padding_gathered
 from dapo_megatron.checkpoint.crc import without_crc
 from dapo_megatron.checkpoint.manifest import MODEL, Audit, Format, Manifest, libraries, model_numbers
 from dapo_megatron.checkpoint.random_state import random_states, sharded
+from dapo_megatron.checkpoint.safe_metadata import COMMON, METADATA, check_common, metadata_fits
 from dapo_megatron.checkpoint.train_state import TrainState
-from dapo_megatron.checkpoint.writer import Copy, copy_state, write_copy, write_parts
+from dapo_megatron.checkpoint.writer import CONFIG, Copy, copy_state, write_copy, write_parts
 from dapo_megatron.config import RunConfig
 from dapo_megatron.config.changes import config_digest
 from dapo_megatron.data.snapshot import cursor_of
 from dapo_megatron.distributed.agreement import all_agree, gather_on_first_rank, on_first_rank, sum_over_ranks
 from dapo_megatron.distributed.layout import Layout
+from dapo_megatron.errors import StorageError
 from dapo_megatron.observe import catalog as m
 from dapo_megatron.run_folder import RunFolder
 
@@ -236,8 +239,28 @@ def _zero_padding(part: Any) -> None:
 
 
 def read_state(actor: Actor, path: Path, format: Format, world: int) -> dict[str, Any]:
-    """The state dict that a checked distributed checkpoint in `path` holds for this rank."""
+    """The state dict that a checked distributed checkpoint in `path` holds for this rank; collective.
+
+    Raises:
+        StorageError: the files do not hold what a checkpoint of this format has.
+    """
+    _require_backend(path)
+    if format != "weights":
+        check_common(path, format)
     state = state_of(actor, format, is_loading=True, world=world)
-    with without_crc():
-        loaded: dict[str, Any] = dist_checkpointing.load(state, str(path))
+    with without_crc(), metadata_fits(path, f"a checkpoint of the format {format}"):
+        try:
+            loaded: dict[str, Any] = dist_checkpointing.load(state, str(path))
+        except ValueError as e:  # megatron-core's merge of what ranks share with what they do not
+            reason = " ".join(str(e).split())[:200]
+            raise StorageError(f"{path / COMMON} does not fit {path / METADATA}: {reason}") from None
     return loaded
+
+
+def _require_backend(path: Path) -> None:
+    try:
+        found = maybe_load_config(str(path))
+    except (ValueError, TypeError):  # no JSON, or not of its fields
+        found = None
+    if found != CheckpointingConfig("torch_dist", 1):
+        raise StorageError(f"{path / CONFIG} is not that of a torch_dist checkpoint: take another one")

@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from dapo_megatron.checkpoint.integrity import intact_manifest
 from dapo_megatron.checkpoint.manifest import MODEL
-from dapo_megatron.checkpoint.safe_metadata import check_objects, read_metadata
+from dapo_megatron.checkpoint.safe_metadata import check_objects, metadata_fits, read_metadata
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -70,7 +70,9 @@ def _kind(tensor: StoredTensor) -> str:
 
 def _tensor(checkpoint: Path, stored: StoredTensor) -> torch.Tensor:
     state = {stored.name: torch.empty(stored.shape, dtype=stored.dtype)}
-    dcp.load(state, storage_reader=FileSystemReader(checkpoint / MODEL), no_dist=True)  # type: ignore[attr-defined]
+    folder = checkpoint / MODEL
+    with metadata_fits(folder, stored.name):
+        dcp.load(state, storage_reader=FileSystemReader(folder), no_dist=True)  # type: ignore[attr-defined]
     return state[stored.name]
 
 

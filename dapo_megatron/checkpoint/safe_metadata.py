@@ -7,12 +7,16 @@ classes of metadata, the objects with weights_only.
 
 import io
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 
 from dapo_megatron.errors import StorageError
 
@@ -54,7 +58,7 @@ def read_metadata(path: Path) -> Metadata:
     """The metadata of the distributed checkpoint in the folder `path`.
 
     Raises:
-        StorageError: it is missing or damaged, or names anything but torch's classes of metadata.
+        StorageError: it is missing or damaged, or names anything but torch's classes of metadata, or files elsewhere.
     """
     return _read(path / METADATA, lambda data: _checked(_Unpickler(io.BytesIO(data)).load()))
 
@@ -63,16 +67,47 @@ def check_objects(path: Path) -> Metadata:
     """Read everything that torch and megatron-core would unpickle in the folder `path`; tensors are left alone.
 
     Raises:
-        StorageError: the metadata or an object is missing or damaged, or holds more than plain data and tensors.
+        StorageError: the metadata or an object is missing or damaged, or holds more than plain data and tensors, or the
+            pieces of a tensor leave gaps: torch would leave there what was before the load.
     """
     metadata = read_metadata(path)
+    for name, entry in metadata.state_dict_metadata.items():
+        if isinstance(entry, TensorStorageMetadata) and sum(prod(c.sizes) for c in entry.chunks) != prod(entry.size):
+            raise StorageError(f"{path / METADATA} is damaged: the pieces of {name} leave gaps or overlap")
     _read(path / COMMON, _load_object)
     for index, info in metadata.storage_data.items():
-        if Path(info.relative_path).name != info.relative_path:
-            raise StorageError(f"{path / METADATA} is damaged or hostile: {index.fqn} lies in {info.relative_path}")
         if isinstance(metadata.state_dict_metadata.get(index.fqn), BytesStorageMetadata):
             _read(path / info.relative_path, _load_object, info.offset, info.length)
     return metadata
+
+
+def check_common(path: Path, format: str) -> None:
+    """Raise StorageError unless what all ranks share, in the folder `path`, is that of a checkpoint of this format."""
+    found = _read(path / COMMON, _load_object)
+    optimizer, schedule = (found.get(n) if isinstance(found, dict) else None for n in ("optimizer", "schedule"))
+    if not isinstance(optimizer, dict) or not isinstance(schedule, dict):
+        raise StorageError(f"{path / COMMON} holds no state of optimizer and schedule: take another checkpoint")
+    kind = "param_state_sharding_type"
+    parts = [optimizer] if kind in optimizer else list(optimizer.values())
+    if not parts or any(not isinstance(part, dict) or part.get(kind) != format for part in parts):
+        raise StorageError(f"{path / COMMON} is not of the manifest's format {format}: take another checkpoint")
+
+
+@contextmanager
+def metadata_fits(path: Path, wanted: str) -> Iterator[None]:
+    """What torch's reader finds wrong with the folder `path` in this block, in one line.
+
+    Args:
+        wanted: is read, for the error: "a checkpoint of the format weights".
+
+    Raises:
+        StorageError: its metadata has other tensors than those that are wanted, or other places than the files.
+    """
+    try:
+        yield
+    except CheckpointException as e:  # of all ranks that failed, a traceback each
+        reason = " ".join(str(next(iter(e.failures.values()))[0]).split())[:200]
+        raise StorageError(f"{path / METADATA} does not fit {wanted}: {reason}") from None
 
 
 def _load_object(data: bytes) -> Any:
@@ -95,4 +130,17 @@ def _read(file: Path, load: Callable[[bytes], Any], start: int = 0, length: int 
 def _checked(metadata: Any) -> Metadata:
     if not isinstance(metadata, Metadata):
         raise pickle.UnpicklingError(f"it holds a {type(metadata).__name__}")
+    entries, places = metadata.state_dict_metadata, metadata.storage_data
+    if not _maps(entries, str, TensorStorageMetadata | BytesStorageMetadata):
+        raise pickle.UnpicklingError("it does not say which tensors there are")
+    if not _maps(places, MetadataIndex, _StorageInfo):
+        raise pickle.UnpicklingError("it does not say where the tensors lie")
+    for index, info in places.items():
+        name = info.relative_path
+        if not isinstance(name, str) or Path(name).name != name or name == "..":
+            raise pickle.UnpicklingError(f"{index.fqn} lies in {name}, outside the checkpoint")
     return metadata
+
+
+def _maps(found: Any, keys: Any, values: Any) -> bool:
+    return isinstance(found, dict) and all(isinstance(k, keys) and isinstance(v, values) for k, v in found.items())

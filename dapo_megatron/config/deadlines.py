@@ -1,5 +1,7 @@
 """The ladder of deadlines: whoever waits gives up before those that wait for it, and so says what it waited for.
 
+request         the controller, for a response from its slot on                               < function
+function        the controller, for one call of a rollout function, but for waits for slots
 engine_call     a trainer rank, for one control call to an engine or one bucket of a push     < collective
 batch_part      a replica's first rank, for a part of its batch                               < collective
 heartbeat       the launcher, for a sign of life of every process                             <= collective
@@ -9,6 +11,9 @@ engine_start    the launcher and trainer rank 0, for the first one              
 batch           trainer rank 0, for the controller's next batch                               < waiting
 waiting         the other ranks, while rank 0 waits for these
 saving          the threads that write a checkpoint, for the disk and each other
+
+A request and a function have no order with `batch`: a step takes as long as its slots and reissued groups need, and
+with a lag no single response holds a batch up.
 """
 
 from dataclasses import dataclass
@@ -16,6 +21,7 @@ from dataclasses import dataclass
 from dapo_megatron.config.checkpoint import CheckpointConfig
 from dapo_megatron.config.engines import EngineConfig
 from dapo_megatron.config.launch import LaunchConfig
+from dapo_megatron.config.rollout import RolloutConfig
 from dapo_megatron.config.trainer import TrainerConfig
 
 
@@ -23,6 +29,8 @@ from dapo_megatron.config.trainer import TrainerConfig
 class Deadlines:
     """All in seconds; the table above says who has each, and which comes first."""
 
+    request: float
+    function: float
     engine_call: float
     batch_part: float
     heartbeat: float
@@ -35,13 +43,24 @@ class Deadlines:
 
     @classmethod
     def of(
-        cls, engine: EngineConfig, trainer: TrainerConfig, checkpoint: CheckpointConfig, launch: LaunchConfig
+        cls,
+        rollout: RolloutConfig,
+        engine: EngineConfig,
+        trainer: TrainerConfig,
+        checkpoint: CheckpointConfig,
+        launch: LaunchConfig,
     ) -> "Deadlines":
         """What the sections say, and what follows from it where they say nothing.
 
         Raises:
             ValueError: one that must come first does not.
         """
+        if rollout.request_timeout_s >= rollout.function_timeout_s:
+            raise ValueError(
+                f"rollout.request_timeout_s={rollout.request_timeout_s:g} must be less than rollout.function_timeout_s="
+                f"{rollout.function_timeout_s:g}: a request that is not answered is issued again, a function that does "
+                "not return ends the run"
+            )
         collective = trainer.collective_timeout_s
         engine_call = engine.call_timeout_s or collective / 2
         if engine_call >= collective:
@@ -56,6 +75,8 @@ class Deadlines:
                 f"{collective:g}: the launcher names a process that hangs before the ranks that wait for it give up"
             )
         return cls(
+            request=rollout.request_timeout_s,
+            function=rollout.function_timeout_s,
             engine_call=engine_call,
             batch_part=collective / 2,
             heartbeat=heartbeat,

@@ -25,7 +25,8 @@ class RolloutConfig(Section):
     function: str = "dapo_megatron.rollout.single_turn:rollout"
     """package.module:async function(prompt, engine) -> Response."""
     function_timeout_s: float = Field(7200.0, gt=0)
-    """Seconds for one response of rollout.function, all its requests and turns included."""
+    """Seconds for one response of rollout.function, all its turns included, but not the waits of its requests for a
+    slot. More than request_timeout_s: a request that takes its time does not end the run."""
     on_error: Literal["reissue", "stop"] = "reissue"
     """When rollout.function raises: call it again for the same sample, or end the run."""
     max_reissues: int = Field(3, ge=0)

@@ -90,7 +90,7 @@ class RunConfig(Section):
     @property
     def deadlines(self) -> Deadlines:
         """Who waits how long."""
-        return Deadlines.of(self.engine, self.trainer, self.checkpoint, self.launch)
+        return Deadlines.of(self.rollout, self.engine, self.trainer, self.checkpoint, self.launch)
 
     def derived(self) -> dict[str, int | str]:
         """Values that follow from the options, for `config --explain`."""

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Self
 
 import aiohttp
+import msgspec
 
 from dapo_megatron.engines.cache_keys import CacheKeys
 from dapo_megatron.engines.engine_set import EngineSet
@@ -99,13 +100,14 @@ class EngineClient:
         """
         if count > self.concurrency:
             raise ValueError(f"{count} samples in one request, {self.concurrency} may be in flight")
-        held = 0
+        held, began = 0, asyncio.get_running_loop().time()
         try:
             async with self._turn:  # two that each wait for several slots would wait for each other
                 while held < count:
                     await self._slots.acquire()
                     held += 1
-            return await self._until_answered(input_ids, params, count)
+            waited_s = asyncio.get_running_loop().time() - began
+            return await self._until_answered(input_ids, params, count, waited_s)
         finally:
             for _ in range(held):
                 self._slots.release()
@@ -116,7 +118,10 @@ class EngineClient:
             raise RuntimeError("EngineClient is used outside its `async with`")
         return self._open
 
-    async def _until_answered(self, input_ids: list[int], params: SamplingParams, count: int) -> list[Sampled]:
+    async def _until_answered(
+        self, input_ids: list[int], params: SamplingParams, count: int, waited_s: float
+    ) -> list[Sampled]:
+        """`waited_s` is the wait for slots."""
         loop = asyncio.get_running_loop()
         pause, last, tries, deadline = 0.1, "", 0, loop.time() + self.timeout_s
         found: list[Sampled] = []
@@ -124,13 +129,14 @@ class EngineClient:
             try:
                 async with asyncio.timeout_at(deadline) as limit:
                     some, last = await self._ask(input_ids, params, missing, limit, blames=tries < BLAMES)
-                    deadline = limit.when() or deadline
+                    before, deadline = deadline, limit.when() or deadline
+                    waited_s += deadline - before
             except TimeoutError:
                 raise Unanswered(
                     f"no response from the engines within {self.timeout_s:.0f} s (last: "
                     f"{last or self._serving.why_none()}): see logs/latest/engine-*.log"
                 ) from None
-            found += some
+            found += [msgspec.structs.replace(s, waited_s=waited_s) for s in some]
             tries += 1
             if len(some) < missing:
                 self.asked_again += 1

@@ -40,6 +40,8 @@ class Sampled(msgspec.Struct, eq=False):
     """[n] float32, natural log."""
     version_spans: list[VersionSpan]
     finish_reason: Literal["stop", "length"]
+    waited_s: float = 0.0
+    """Seconds until its request had a slot, and room on an engine."""
 
 
 class _FinishReason(msgspec.Struct):

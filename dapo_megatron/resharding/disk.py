@@ -3,9 +3,12 @@
 weights/7.partial/    each stage's sender writes one safetensors file a bucket, through to the disk
 weights/7/            the same folder, with an index, when all stages are written: every engine loads it; it stays
                       until every engine has loaded the next one
+
+Whatever else is in weights/ stays there.
 """
 
 import os
+import re
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from math import prod
@@ -26,6 +29,9 @@ from dapo_megatron.run_folder import RunFolder
 from dapo_megatron.weights.families import ModelShape
 from dapo_megatron.weights.hf_folder import INDEX
 from dapo_megatron.weights.hf_writer import index_text, make_header
+
+_VERSION = re.compile(r"\d+(\.partial)?")
+"""Names of the folders that are made here."""
 
 
 class DiskTransport:
@@ -67,14 +73,14 @@ class DiskTransport:
                 failures.append(str(e))
         if failures:
             raise EngineError(f"{folder} was not loaded (do all engines see it there?): {'; '.join(failures)}")
-        for other in self._folder.weights.iterdir():
-            if other != folder:
-                shutil.rmtree(other)
+        remove_versions(self._folder.weights, but=folder)
 
     def close(self) -> None:
         """Remove all folders, those of a killed run too: nobody loads them any more."""
-        if self._is_first:
-            shutil.rmtree(self._folder.weights, ignore_errors=True)
+        if self._is_first and self._folder.weights.exists():
+            remove_versions(self._folder.weights)
+            if not any(self._folder.weights.iterdir()):
+                self._folder.weights.rmdir()
 
     def _publish(self, version: int) -> Path:
         partial, final = self._folder.partial_weights(version), self._folder.pushed_weights(version)
@@ -117,6 +123,16 @@ class Writing:
             raise StorageError(
                 f"{self._path} was not written within {self._timeout_s:.0f} s: look after the disk of the run folder"
             ) from None
+
+
+def remove_versions(weights: Path, but: Path | None = None) -> None:
+    """Remove the folders of versions, whole or partial, from the folder `weights`.
+
+    What a file system holds on to (NFS, a file that an engine has mapped) goes after the next push.
+    """
+    for path in weights.iterdir():
+        if path != but and _VERSION.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def file_name(bucket: Bucket) -> str:

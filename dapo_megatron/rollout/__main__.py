@@ -39,14 +39,13 @@ async def _serve(reporter: "Reporter", config_path: Path, address: str) -> None:
     from dapo_megatron.rpc import RpcServer
 
     config, keys = load_config(config_path), read_keys(reporter.folder)
-    r = config.rollout
     link = RpcServer(address, keys)
     async with (
         grading_pool(config) as grading,
         EngineClient(
             lambda: read_engine_set(reporter.folder),
             concurrency=config.concurrency,
-            timeout_s=r.request_timeout_s,
+            timeout_s=config.deadlines.request,
             silence_s=config.deadlines.engine,
             api_key=keys.engine_api_key,
             fresh_prefixes=config.keeps_kv,

@@ -44,7 +44,11 @@ class GuardedRollout:
         for attempt in range(1, tries + 1):
             try:
                 async with asyncio.timeout(self._config.function_timeout_s) as deadline:
-                    response = await self._function(prompt, engine)
+                    engine.deadline = deadline
+                    try:
+                        response = await self._function(prompt, engine)
+                    finally:
+                        engine.deadline = None
             except DapoError:  # the engine's own, which has retries of its own
                 raise
             except (Exception, SystemExit, asyncio.CancelledError) as e:  # a user's code may raise anything

@@ -19,13 +19,14 @@ import psutil
 import torch
 import torch.distributed as dist
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from dapo_megatron.actor.model import policy_module, transformer_config
 from dapo_megatron.config import RunConfig
 from dapo_megatron.distributed.layout import init_parallel
-from dapo_megatron.errors import DapoError, exit_code
+from dapo_megatron.errors import ConfigError, DapoError, exit_code
 from dapo_megatron.weights.families import ModelShape
 from dapo_megatron.weights.hf_config import read_model
 from dapo_megatron.weights.hf_folder import HfFolder, check_weights
@@ -91,7 +92,11 @@ def _require_memory(files: HfFolder, shape: ModelShape) -> None:
 def _transformers_logprobs(folder: Path, shape: ModelShape, sequences: list[torch.Tensor]) -> torch.Tensor:
     """[positions, vocabulary] float32."""
     transformers.utils.logging.disable_progress_bar()
-    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (StrictDataclassError, AttributeError, IndexError, TypeError, ValueError) as e:  # a value it does not expect
+        reason = " ".join(str(e).split())[:200]
+        raise ConfigError(f"{folder / 'config.json'} is refused by transformers: {reason}") from None
     if shape.rope_scaling is not None and "attn_factor" in dict(shape.rope_scaling.options):
         config.rope_parameters["attention_factor"] = scaled_frequencies(shape)[1]
     model = transformers.AutoModelForCausalLM.from_pretrained(

@@ -26,6 +26,7 @@ from dapo_megatron.actor.packing_demands import packing_rules
 from dapo_megatron.actor.training_objective import PolicyObjective
 from dapo_megatron.batching.batch import MicroBatch
 from dapo_megatron.batching.packing import pack_shard
+from dapo_megatron.batching.wire import require_tokens
 from dapo_megatron.checkpoint.load import load_weights
 from dapo_megatron.config import RunConfig, load_config
 from dapo_megatron.distributed.layout import init_parallel
@@ -63,6 +64,7 @@ def _replay(config: RunConfig, dump_path: Path, out: Path) -> None:
     dump, batch = read_dump(dump_path)
     layout = init_parallel(config)
     actor = Actor(config, read_model(config.model.path), layout)
+    require_tokens(batch, actor.shape.vocab, dump_path)
     load_weights(actor, dump_path / WEIGHTS)
     rules = packing_rules(config)
     rows = [

@@ -26,15 +26,17 @@ from dapo_megatron.actor.training_objective import PolicyObjective
 from dapo_megatron.batching.batch import Shard, StepBatch
 from dapo_megatron.batching.build import spread
 from dapo_megatron.batching.packing_rules import PackingRules
-from dapo_megatron.batching.wire import read_step_batch
+from dapo_megatron.batching.wire import read_step_batch, require_tokens
 from dapo_megatron.checkpoint.load import load_checkpoint, load_weights
 from dapo_megatron.checkpoint.manifest import read_manifest
 from dapo_megatron.checkpoint.train_state import TrainState
 from dapo_megatron.config import RunConfig, load_config
 from dapo_megatron.distributed.layout import Layout, init_parallel
-from dapo_megatron.errors import exit_code
+from dapo_megatron.errors import DapoError, exit_code
+from dapo_megatron.run_folder import RunFolder
 from dapo_megatron.trainer.loop import train_batch
 from dapo_megatron.trainer.replica_batch import ReplicaBatch
+from dapo_megatron.weights.families import ModelShape
 from dapo_megatron.weights.hf_config import read_model
 
 FOR_EVER = 10**9
@@ -70,10 +72,23 @@ def _replay(config: RunConfig, paths: Sequence[Path], begin: Path | None, out: P
     actor = Actor(config, read_model(config.model.path), layout)
     state = begin_with(config, actor, begin)
     for path in paths:
-        state, replayed = replay_batch(config, actor, state, read_step_batch(path))
+        state, replayed = replay_batch(config, actor, state, read_dumped(path, actor.shape))
         if layout.rank == 0:
             with out.open("ab") as file:
                 file.write(msgspec.json.encode(replayed) + b"\n")
+
+
+def read_dumped(path: Path, shape: ModelShape) -> StepBatch:
+    """A dumped batch that this model can train.
+
+    Raises:
+        DapoError: it is damaged, of another step than its name says, or of a larger vocabulary.
+    """
+    batch = read_step_batch(path)
+    if path.name != (name := RunFolder(path.parents[1]).batch(batch.step).name):
+        raise DapoError(f"{path} holds the batch {name}: rename it, or move it away")
+    require_tokens(batch, shape.vocab, path)
+    return batch
 
 
 def begin_with(config: RunConfig, actor: Actor, begin: Path | None) -> TrainState:

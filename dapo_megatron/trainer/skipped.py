@@ -125,6 +125,9 @@ def read_dump(path: Path) -> tuple[Dump, StepBatch]:
     """
     try:
         dump = msgspec.json.decode((path / DUMP).read_bytes(), type=Dump)
-        return dump, read_step_batch(path / BATCH)
+        batch = read_step_batch(path / BATCH)
     except (OSError, msgspec.MsgspecError) as e:
         raise StorageError(f"{path} is no dump of skipped updates ({e}): give a folder under <run_dir>/dumps") from None
+    if beyond := [u.update for u in dump.updates if not 0 <= u.update < len(batch.mini_batches)]:
+        raise StorageError(f"{path / DUMP} names update {beyond[0]}, {BATCH} has {len(batch.mini_batches)}: damaged")
+    return dump, batch

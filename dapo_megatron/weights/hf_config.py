@@ -226,6 +226,8 @@ def _scaling(rope: dict[str, Any]) -> RopeScaling | None:
 def _experts(hf: Any) -> Experts:
     if hf.num_experts_per_tok > hf.num_experts:
         raise Refusal(f"num_experts_per_tok={hf.num_experts_per_tok} exceeds num_experts={hf.num_experts}")
+    if hf.num_experts_per_tok == 1 and hf.norm_topk_prob:
+        raise Refusal("num_experts_per_tok=1 with norm_topk_prob=true is not supported by megatron-core")
     return Experts(hf.num_experts, hf.num_experts_per_tok, hf.moe_intermediate_size, hf.norm_topk_prob)
 
 

@@ -19,8 +19,6 @@ FLOATS = ("F32", "BF16", "F16", "F64")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 """Endings of files that only unpickling reads: it can run anything, so they are never opened."""
 COMPARED_ROWS = 4096
-
-
 WEIGHTS = (
     ".safetensors",
     ".safetensors.index.json",
@@ -34,8 +32,10 @@ WEIGHTS = (
 )
 """Ends of the names of files that hold weights, or say where they are."""
 _NOT_BESIDE = (*WEIGHTS, *PICKLES, ".onnx", ".onnx_data", ".ot")
-
-
+TWIN = "consolidated"
+"""Mistral's folders hold the weights a second time, under its own names: files that begin so."""
+LONGEST_NAME = 255
+"""Bytes, of a file."""
 SMALL = 64 << 20
 """Bytes: no tokenizer is larger."""
 
@@ -66,7 +66,7 @@ class HfFolder:
 
     Raises:
         ConfigError: no safetensors, an unreadable file or index, a tensor that is not where the index says, or one that
-            several files hold.
+            several files hold, or a file that nothing would read.
     """
 
     def __init__(self, path: str | Path):
@@ -74,8 +74,11 @@ class HfFolder:
         if (self.path / SINGLE).exists():
             with self._open(SINGLE) as f:
                 self.files = dict.fromkeys(f.keys(), SINGLE)
+            if not (self.path / INDEX).exists():  # otherwise the others are those of the index
+                self._refuse_strays(SINGLE)
         elif (self.path / INDEX).exists():
             self.files = self._indexed()
+            self._refuse_strays(INDEX)
         else:
             raise ConfigError(self._no_weights())
 
@@ -123,6 +126,12 @@ class HfFolder:
         files = read_json(index, "").get("weight_map")
         if not isinstance(files, dict) or not files or not all(isinstance(f, str) for f in files.values()):
             raise ConfigError(f"{index} has no weight_map of tensor and file names: download the checkpoint again")
+        for name, file in files.items():
+            if not _is_file_name(file):
+                raise ConfigError(
+                    f"{index} has {name[:100]} in {file[:100]!r}, which is no name of a file in the folder itself: "
+                    "mend the entry, or download the checkpoint again"
+                )
         held: dict[str, str] = {}
         twice: set[str] = set()
         for file in sorted(set(files.values())):
@@ -143,6 +152,15 @@ class HfFolder:
                 )
         return held
 
+    def _refuse_strays(self, read: str) -> None:
+        """Raise where there is a file whose tensors nothing reads: they may be part of the model."""
+        known = set(self.files.values())
+        for path in sorted(self.path.glob("*.safetensors")):
+            if path.name not in known and not path.name.startswith((TWIN, ".")):
+                raise ConfigError(
+                    f"{path} would be left out, {read} does not have it: move it away if it is not needed"
+                )
+
     @contextmanager
     def _open(self, file: str) -> Iterator[Any]:
         try:
@@ -152,6 +170,10 @@ class HfFolder:
             reason = str(e).splitlines()[0]
             kind = ConfigError if isinstance(e, SafetensorError) else DapoError  # a disk may be back later
             raise kind(f"{self.path / file} is not a readable safetensors file: {reason}") from None
+
+
+def _is_file_name(name: str) -> bool:
+    return Path(name).name == name not in ("", "..") and len(name.encode("utf-8", "replace")) <= LONGEST_NAME
 
 
 def check_weights(folder: HfFolder, shape: ModelShape) -> None:

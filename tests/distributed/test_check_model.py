@@ -54,6 +54,17 @@ def test_a_difference_fails_and_a_large_model_is_not_begun(tmp_path):
     assert "the check needs 0.0 GiB of memory (float32), 0.0 are free" in errors[1]
 
 
+def test_a_config_that_transformers_refuses_is_one_line(tmp_path):
+    path = hf_folder(tmp_path)
+    config = json.loads((path / "config.json").read_text())
+    for odd, name in [({"use_cache": 3}, "use_cache"), ({"dtype": "x"}, "torch")]:  # the trainer has no use for these
+        (path / "config.json").write_text(json.dumps(config | odd))
+        done = run("-m", "dapo_megatron.cli", "check", str(path))
+        (line,) = done.stderr.splitlines()
+        assert done.returncode == 1 and line.startswith(f"error: {path}/config.json is refused by transformers: ")
+        assert name in line
+
+
 def test_an_unsupported_model_is_one_line(tmp_path):
     done = run("-m", "dapo_megatron.cli", "check", str(tmp_path))
     assert done.returncode == 1

@@ -3,6 +3,7 @@
 import os
 import pickle
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -210,8 +211,98 @@ def test_a_shard_outside_the_checkpoint_is_refused(run):
     index, info = next(iter(metadata.storage_data.items()))
     metadata.storage_data[index] = type(info)("../../step_000002/model/__0_0.distcp", info.offset, info.length)
     (model / ".metadata").write_bytes(pickle.dumps(metadata))
-    with pytest.raises(StorageError, match="lies in"):
+    with pytest.raises(StorageError, match="outside the checkpoint"):
         check_objects(model)
+
+
+def with_format(path: Path, format: str) -> None:
+    (path / MANIFEST).write_bytes(encode_manifest(msgspec.structs.replace(read_manifest(path), format=format)))
+
+
+def with_metadata(path: Path, change) -> None:
+    metadata = read_metadata(path / "model")
+    change(metadata)
+    (path / "model/.metadata").write_bytes(pickle.dumps(metadata))
+
+
+def without(metadata, name: str, *parts: str) -> None:
+    """Leave out what `name` is part of, from all, or from some parts of the metadata."""
+    for part in parts or ("state_dict_metadata", "storage_data"):
+        kept = {k: v for k, v in getattr(metadata, part).items() if name not in getattr(k, "fqn", k)}
+        setattr(metadata, part, kept)
+
+
+def first(entries):
+    return next(k for k in entries if getattr(k, "fqn", k).startswith("embedding"))
+
+
+def elsewhere(metadata, **changes: object) -> None:
+    index = first(metadata.storage_data)
+    metadata.storage_data[index] = replace(metadata.storage_data[index], **changes)
+
+
+def with_common(path: Path, change) -> None:
+    common = torch.load(path / "model/common.pt", weights_only=False)
+    change(common)
+    torch.save(common, path / "model/common.pt")
+
+
+METADATA, COMMON, CONFIG = "model/.metadata", "model/common.pt", "model/metadata.json"
+CONTRADICTIONS = {
+    "another format": (COMMON, lambda p: with_format(p, "fully_reshardable")),
+    "no weights": (METADATA, lambda p: with_metadata(p, lambda m: without(m, "decoder"))),
+    "no optimizer": (METADATA, lambda p: with_metadata(p, lambda m: without(m, "optimizer"))),
+    "no random states": (METADATA, lambda p: with_metadata(p, lambda m: without(m, "random"))),
+    "no places": (METADATA, lambda p: with_metadata(p, lambda m: without(m, "decoder", "storage_data"))),
+    "nothing": (METADATA, lambda p: with_metadata(p, lambda m: without(m, ""))),
+    "places None": (METADATA, lambda p: with_metadata(p, lambda m: setattr(m, "storage_data", None))),
+    "tensors None": (METADATA, lambda p: with_metadata(p, lambda m: setattr(m, "state_dict_metadata", None))),
+    "a tensor that is a number": (
+        METADATA, lambda p: with_metadata(p, lambda m: m.state_dict_metadata.update({first(m.state_dict_metadata): 5}))
+    ),
+    "another shape": (METADATA, lambda p: with_metadata(
+        p, lambda m: setattr(m.state_dict_metadata[first(m.state_dict_metadata)], "size", torch.Size([1, 2, 3])))),
+    "a piece less": (METADATA, lambda p: with_metadata(
+        p, lambda m: m.state_dict_metadata[first(m.state_dict_metadata)].chunks.pop())),
+    "a place beyond the end": (METADATA, lambda p: with_metadata(
+        p, lambda m: elsewhere(m, offset=10**9))),
+    "a file that is not there": (METADATA, lambda p: with_metadata(
+        p, lambda m: elsewhere(m, relative_path="__7_0.distcp"))),
+    "a file 5": (METADATA, lambda p: with_metadata(p, lambda m: elsewhere(m, relative_path=5))),
+    "the folder above": (METADATA, lambda p: with_metadata(p, lambda m: elsewhere(m, relative_path=".."))),
+    "common of weights": (COMMON, lambda p: torch.save({}, p / COMMON)),
+    "common that is a list": (COMMON, lambda p: torch.save([1], p / COMMON)),
+    "common without a schedule": (COMMON, lambda p: with_common(p, lambda c: c.pop("schedule"))),
+    "common of another format": (COMMON, lambda p: with_common(
+        p, lambda c: c["optimizer"].update(param_state_sharding_type="fully_reshardable"))),
+    "common without a format": (COMMON, lambda p: with_common(p, lambda c: c["optimizer"].clear())),
+    "common with groups": (COMMON, lambda p: with_common(
+        p, lambda c: c["optimizer"].update(optimizer={"param_groups": []}))),
+    "zarr": (CONFIG, lambda p: (p / CONFIG).write_text('{"sharded_backend": "zarr"}')),
+    "no JSON": (CONFIG, lambda p: (p / CONFIG).write_text("{")),
+    "another JSON": (CONFIG, lambda p: (p / CONFIG).write_text("{}")),
+}  # fmt: skip
+
+
+def errors_of(config, folder):
+    actor, told = actor_on_rank(config), {}
+    for name in CONTRADICTIONS:
+        with pytest.raises(StorageError) as e:
+            load_checkpoint(actor, RunFolder(folder / name).checkpoint(3))
+        told[name] = str(e.value)
+    return told
+
+
+def test_files_that_contradict_the_manifest_are_one_line(original, tmp_path):
+    """Signed anew, so that no hash tells."""
+    for name, (_, change) in CONTRADICTIONS.items():
+        path = RunFolder(tmp_path / name).checkpoint(3)
+        shutil.copytree(original[0] / "checkpoints" / "step_000003", path)
+        change(path)
+        signed_anew(path)
+    for told in run_ranks(2, errors_of, original[1], tmp_path):
+        for name, (where, _) in CONTRADICTIONS.items():
+            assert where in told[name] and "\n" not in told[name] and len(told[name]) < 700, (name, told[name])
 
 
 def test_half_written_and_half_removed_ones_are_put_in_order(run):

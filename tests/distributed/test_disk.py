@@ -2,17 +2,20 @@
 
 import resource
 from concurrent.futures import Future
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.distributed.harness import run_ranks  # first: patches megatron-core on machines without CUDA
+from tests.distributed.harness import actor_on_rank, run_ranks  # first: patches megatron-core on machines without CUDA
+from tests.tiny import hf_folder, run_config
 
 from dapo_megatron.errors import StorageError
-from dapo_megatron.resharding.disk import Writing, file_name, write_bucket
+from dapo_megatron.resharding.disk import DiskTransport, Writing, file_name, write_bucket
 from dapo_megatron.resharding.fill import fill
 from dapo_megatron.resharding.plan import Bucket
+from dapo_megatron.run_folder import RunFolder
 
 BUCKET = Bucket(("b.weight", "a.weight"), ((30, 4), (7,)), "bfloat16")
 TENSORS = {"b.weight": torch.randn(30, 4), "a.weight": torch.randn(7)}
@@ -41,6 +44,32 @@ def test_a_full_disk_is_told_with_the_file(tmp_path):
     path = tmp_path / file_name(BUCKET)
     ((message, exists),) = run_ranks(1, on_a_full_disk, path)
     assert message.startswith(str(path)) and "\n" not in message and not exists
+
+
+def push_beside_strangers(config):
+    """What is in the folder of weights after each of two commits to no engines, and in the end."""
+    actor, folder = actor_on_rank(config), RunFolder(Path(config.run_dir)).weights
+    folder.mkdir(parents=True)
+    (folder / "notes.txt").write_text("mine")
+    (folder / ".nfs0000000001").touch()
+    (folder / "7.d").mkdir()
+    (folder / "8").symlink_to(folder.parent)
+    (folder / "6.partial").mkdir()
+    transport, seen = DiskTransport(config, actor.shape, actor.layout), []
+    for version in (601, 602):
+        (folder / f"{version}.partial").mkdir()
+        transport.commit(version)
+        seen.append(sorted(p.name for p in folder.iterdir()))
+    transport.close()
+    return [*seen, sorted(p.name for p in folder.iterdir())]
+
+
+def test_what_is_not_ours_disturbs_no_push_and_stays(tmp_path):
+    config = run_config(hf_folder(tmp_path / "hf", layers=1), resharding={"transport": "disk"})
+    (seen,) = run_ranks(1, push_beside_strangers, config.model_copy(update={"run_dir": str(tmp_path / "run")}))
+    strangers = [".nfs0000000001", "7.d", "8", "notes.txt"]
+    assert seen == [sorted([*strangers, "601"]), sorted([*strangers, "602"]), strangers]
+    assert (tmp_path / "run" / "weights" / "notes.txt").read_text() == "mine"
 
 
 def test_a_disk_that_does_not_answer_is_told_with_the_file(tmp_path):

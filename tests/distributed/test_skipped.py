@@ -1,5 +1,6 @@
 """A non-finite gradient is skipped on every rank, and too many in a row leave a dump that finds the micro-batch."""
 
+import json
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -7,6 +8,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 
 from tests.distributed.harness import actor_on_rank, run_ranks  # first: patches megatron-core on machines without CUDA
@@ -14,9 +16,10 @@ from tests.distributed.test_actor import replica_batch
 from tests.tiny import hf_folder, run_config
 
 from dapo_megatron.actor.training_objective import PolicyObjective
+from dapo_megatron.batching.wire import Place, encode_part, write_parts
 from dapo_megatron.checkpoint.integrity import intact_manifest
 from dapo_megatron.checkpoint.train_state import TrainState
-from dapo_megatron.errors import DapoError
+from dapo_megatron.errors import DapoError, StorageError
 from dapo_megatron.trainer.loop import train_step
 from dapo_megatron.trainer.skipped import count_skipped, read_dump
 
@@ -114,6 +117,15 @@ def test_what_is_no_dump_is_one_line(tmp_path):
         capture_output=True, text=True, timeout=180,
     )  # fmt: skip
     assert found.returncode == 1 and "is no dump, no dumped batch and no run that holds batches" in found.stderr
+
+
+def test_a_dump_of_an_update_that_its_batch_has_not_is_refused(tmp_path):
+    update = {"update": 2, "grad_norm": "inf", "loss": "1", "micro_batches": []}
+    (tmp_path / "dump.json").write_text(json.dumps({"step": 1, "version": 0, "in_a_row": 1, "updates": [update]}))
+    part = Place(step=1, version=0, update=0, updates=1, replica=0, replicas=1, part=0, parts=1)
+    write_parts(tmp_path / "batch.msgpack", [encode_part(part, [])])
+    with pytest.raises(StorageError, match=r"dump.json names update 2, batch.msgpack has 1: damaged"):
+        read_dump(tmp_path)
 
 
 def test_the_count_starts_anew_after_a_finite_update():

@@ -4,14 +4,15 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from dapo_megatron.config import CheckpointConfig, EngineConfig, LaunchConfig, TrainerConfig
+from dapo_megatron.config import CheckpointConfig, EngineConfig, LaunchConfig, RolloutConfig, TrainerConfig
 from dapo_megatron.config.deadlines import Deadlines
 
 SECONDS = st.floats(0.5, 1e5)
 
 
-def of(engine=None, trainer=None, checkpoint=None, launch=None):
+def of(engine=None, trainer=None, checkpoint=None, launch=None, rollout=None):
     return Deadlines.of(
+        RolloutConfig(**rollout or {}),
         EngineConfig(**engine or {}),
         TrainerConfig(**trainer or {}),
         CheckpointConfig(**checkpoint or {}),
@@ -49,5 +50,10 @@ def test_what_is_not_said_follows_from_the_rest():
 def test_one_that_comes_too_late_is_refused():
     with pytest.raises(ValueError, match=r"engine.call_timeout_s=30 must be less than"):
         of({"call_timeout_s": 30}, {"collective_timeout_s": 30})
+    of(rollout={"request_timeout_s": 7199})
+    with pytest.raises(
+        ValueError, match=r"rollout.request_timeout_s=7200 must be less than rollout.function_timeout_s=7"
+    ):
+        of(rollout={"request_timeout_s": 7200})
     with pytest.raises(ValueError, match=r"launch.heartbeat_timeout_s=31 must not exceed"):
         of(trainer={"collective_timeout_s": 30}, launch={"heartbeat_timeout_s": 31})

@@ -50,6 +50,7 @@ def convert_dist_to_hf(
         raise ConfigError(
             f"{checkpoint} has no {MANIFEST}: give one checkpoint, such as runs/demo/checkpoints/step_000010"
         )
+    output.require_outside(out, checkpoint)
     manifest = intact_manifest(checkpoint)
     sides = like or checkpoint / HF
     if not (sides / "config.json").is_file():
@@ -87,9 +88,7 @@ def _known_layout(checkpoint: Path, like: Path | None) -> dict[str, str]:
     if like is not None:
         if not (like / SINGLE).exists() and not (like / INDEX).exists():
             return {}
-        layout = source_layout(HfFolder(like))
-        output.check_file_names(layout, like / INDEX)
-        return layout
+        return source_layout(HfFolder(like))
     path = checkpoint / output.LAYOUT
     if not path.exists():
         return {}

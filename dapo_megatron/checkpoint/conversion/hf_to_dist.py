@@ -74,10 +74,10 @@ def convert_hf_to_dist(source: Path, out: Path, dtype: torch.dtype | None, conso
     Raises:
         DapoError: the source is not supported, damaged or incomplete, or `out` cannot be made.
     """
+    output.require_outside(out, source)
     shape, folder = read_model(source), HfFolder(source)
     check_weights(folder, shape)
     before = source_layout(folder)
-    output.check_file_names(before, source / INDEX)
     kept = hf_names(shape) | ({"lm_head.weight"} & folder.files.keys())
     own = {name: entry.dtype for header in before.values() for name, entry in parse_header(header).items()}
     types = {name: dtype or own[name] for name in kept}

@@ -133,6 +133,12 @@ def one_ahead(items: Iterator[T]) -> Generator[T, None, None]:
             yield item
 
 
+def require_outside(out: Path, source: Path) -> None:
+    """Raise a DapoError where the output would become a part of what is converted."""
+    if source.resolve() in out.resolve().parents:
+        raise DapoError(f"{out} lies in {source}, which is converted: choose a folder elsewhere")
+
+
 def require_room(path: Path, needed: int) -> None:
     """Raise a StorageError where the disk has not that many bytes."""
     if (free := shutil.disk_usage(path).free) < needed:

@@ -25,7 +25,7 @@ class StoredWeights:
     """The weights in the `model` folder of a checkpoint, of a run or converted; the optimizer's state is passed over.
 
     Raises:
-        DapoError: `.metadata` cannot be read or names files elsewhere.
+        StorageError: `.metadata` cannot be read or names files elsewhere.
     """
 
     def __init__(self, folder: Path):
@@ -36,11 +36,6 @@ class StoredWeights:
             for key, entry in metadata.state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata) and key.startswith(WEIGHT_PREFIXES)
         }
-        for index, info in metadata.storage_data.items():
-            if Path(info.relative_path).name != info.relative_path:
-                raise DapoError(
-                    f"{folder / '.metadata'} has {index.fqn} in {info.relative_path}, outside the checkpoint"
-                )
         self._reader = FileSystemReader(folder)
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
 

@@ -58,7 +58,7 @@ async def _survey(config: RunConfig, folder: RunFolder, prompts: int, output: Pa
             EngineClient(
                 lambda: read_engine_set(folder),
                 concurrency=config.concurrency,
-                timeout_s=config.rollout.request_timeout_s,
+                timeout_s=config.deadlines.request,
                 silence_s=config.deadlines.engine,
                 api_key=read_keys(folder).engine_api_key,
             ) as client,

@@ -30,7 +30,6 @@ TP, PP, EP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "expe
         (SHAPE, {EP: 2, "data_parallel_size": 2}, "has no experts"),
         (MOE, {EP: 4, "data_parallel_size": 4}, "experts 6"),
         (MOE, {TP: 4}, "experts' intermediate size 30"),
-        (replace(MOE, experts=Experts(6, 1, 32, True)), {}, "one expert per token"),
         (MOE, {TP: 2, "sequence_parallel": False}, "needs actor.sequence_parallel=true"),
         (replace(SHAPE, max_positions=256), {}, "max_position_embeddings=256"),
         (OLMO2, {"layer_spec": "transformer_engine"}, "Olmo2ForCausalLM has torch's layers only"),

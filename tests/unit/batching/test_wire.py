@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 
 from dapo_megatron.batching.batch import MiniBatch, StepBatch
 from dapo_megatron.batching.sample import TrainingSample
-from dapo_megatron.batching.wire import Place, cut, decode_part, encode_part, read_step_batch, write_parts
+from dapo_megatron.batching.wire import (
+    Place,
+    cut,
+    decode_part,
+    encode_part,
+    read_step_batch,
+    require_tokens,
+    write_parts,
+)
 from dapo_megatron.errors import DapoError
 from dapo_megatron.rollout.served import ServedBatch
 
@@ -88,10 +96,10 @@ def test_a_file_of_parts_is_the_batch(tmp_path_factory, batch, limit):
     whole = path.read_bytes()
     ends = {0}
     for part in served.all_encoded():
-        ends.add(max(ends) + 8 + len(part))
+        ends.add(max(ends) + 16 + len(part))
     for end in sorted({*ends, *(e - 1 for e in ends if e), *(e + 3 for e in ends)} - {len(whole), len(whole) + 3}):
         path.write_bytes(whole[:end])
-        with pytest.raises(DapoError, match="cut short|holds no part|no part of a batch"):
+        with pytest.raises(DapoError, match="cut short|holds no part|is damaged"):
             read_step_batch(path)
 
 
@@ -99,7 +107,7 @@ def test_a_file_of_another_kind_is_refused(tmp_path):
     path = tmp_path / "old.msgpack"
     for data in (b"", msgspec.msgpack.encode({"schema": 2, "step": 1, "mini_batches": []}), b"\xff" * 8, b"\0" * 8):
         path.write_bytes(data)
-        with pytest.raises(DapoError, match="no part of a batch"):
+        with pytest.raises(DapoError, match=r"old.msgpack (is damaged|holds no part of a batch)"):
             read_step_batch(path)
 
 
@@ -142,6 +150,25 @@ def test_a_damaged_part_is_refused_with_the_name_of_its_file(tmp_path):
             read_step_batch(path)
 
 
+def test_a_flipped_bit_anywhere_is_refused_with_the_name_of_the_file(tmp_path):
+    path = tmp_path / "step_000003.msgpack"
+    write_parts(path, parts_of_a_step())
+    whole = path.read_bytes()
+    for at in range(len(whole)):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :])
+        with pytest.raises(DapoError, match=r"step_000003.msgpack is damaged: part \d has not the hash") as e:
+            read_step_batch(path)
+        assert "\n" not in str(e.value)
+
+
+def test_a_batch_of_a_larger_vocabulary_is_refused(tmp_path):
+    path = tmp_path / "step_000003.msgpack"
+    write_parts(path, parts_of_a_step())
+    require_tokens(read_step_batch(path), 3, path)
+    with pytest.raises(DapoError, match=r"step_000003.msgpack has token 2, the model has 2: "):
+        require_tokens(read_step_batch(path), 2, path)
+
+
 def test_a_token_takes_eight_bytes_and_its_mask_a_bit():
     n = 100_000
     ids, mask, logprobs = np.arange(n, dtype=np.int32), np.ones(n - 9, np.bool_), np.zeros(n - 9, np.float32)
@@ -155,7 +182,7 @@ def test_lists_travel_as_arrays():
 
 
 def test_another_schema_is_refused_before_anything_else_is_read():
-    with pytest.raises(DapoError, match="schema 99, this program reads 3"):
+    with pytest.raises(DapoError, match="schema 99, this program reads 4"):
         decode_part(msgspec.msgpack.encode({"schema": 99, "micro_batches": "changed"}))
 
 

@@ -99,6 +99,15 @@ def test_faults_of_the_source_are_one_line_before_anything_is_written(tmp_path, 
     assert says in refusal(lambda: there(path, tmp_path / "dist"), tmp_path / "dist")
 
 
+def test_an_output_inside_of_what_is_converted_is_refused(tmp_path):
+    path = hf_folder(tmp_path / "hf", "qwen3", False)
+    inside = path / "sub" / "dist"
+    assert f"{inside} lies in {path}" in refusal(lambda: there(path, inside), inside)
+    there(path, tmp_path / "dist")
+    inside = tmp_path / "hf" / ".." / "dist" / "hf2"
+    assert "which is converted: choose a folder elsewhere" in refusal(lambda: back(tmp_path / "dist", inside), inside)
+
+
 def move_out(layout):
     (header,) = json.loads(layout.read_text()).values()
     layout.write_text(json.dumps({"../x": header}))

@@ -12,6 +12,7 @@ import torch
 
 from dapo_megatron.arrays import decode_array, encode_array
 from dapo_megatron.config import RolloutConfig
+from dapo_megatron.engines.wire import Sampled, SamplingParams
 from dapo_megatron.errors import ConfigError, EngineError
 from dapo_megatron.records import Prompt, Response, ScoredGroup, VersionSpan
 from dapo_megatron.rollout.engine import Engine
@@ -227,6 +228,62 @@ def test_a_function_that_leaves_or_never_returns_ends_in_one_line():
         call(leaves, on_error="stop")
     with pytest.raises(ConfigError, match="no response within rollout.function_timeout_s=0.05 s"):
         call(waits, function_timeout_s=0.05)
+
+
+class Sampler:
+    """Each request takes its seconds, and the first of them until it has a slot."""
+
+    def __init__(self, *takes):
+        self.takes = list(takes)
+
+    async def generate(self, input_ids, params):
+        waited_s, sampling_s = self.takes.pop(0)
+        await asyncio.sleep(waited_s + sampling_s)
+        if sampling_s < 0:
+            raise EngineError("gone")
+        return Sampled(np.array([4]), np.array([0.0]), [], "stop", waited_s)
+
+
+def call_with(sampler, function, limit_s):
+    guard = GuardedRollout(function, RolloutConfig(function="mine:roll", function_timeout_s=limit_s), VOCAB)
+    return asyncio.run(guard(PROMPT, Engine(sampler, None, SamplingParams(9), 3)))
+
+
+def test_the_waits_for_a_slot_do_not_count_and_all_else_does():
+    async def three_turns(prompt, engine):
+        for _ in range(3):
+            await engine.generate([1])
+            await asyncio.sleep(0.01)
+        return good()
+
+    call_with(Sampler((0.5, 0.01), (0.0, 0.01), (0.5, 0.01)), three_turns, 0.4)
+    with pytest.raises(ConfigError, match="no response within rollout.function_timeout_s=0.4 s"):
+        call_with(Sampler((0.5, 0.01), (0.0, 0.6), (0.5, 0.01)), three_turns, 0.4)
+
+
+def test_a_function_that_goes_on_after_a_failed_request_has_its_deadline():
+    async def roll(prompt, engine):
+        with pytest.raises(EngineError):
+            await engine.generate([1])
+        await asyncio.sleep(60)
+
+    with pytest.raises(ConfigError, match="no response within"):
+        call_with(Sampler((0.1, -0.1)), roll, 0.2)
+
+
+def test_a_request_that_outlives_its_function_disturbs_nobody():
+    async def roll(prompt, engine):
+        tasks.append(asyncio.ensure_future(engine.generate([1])))
+        await asyncio.sleep(0)
+        return good()
+
+    async def run():
+        guard = GuardedRollout(roll, RolloutConfig(function="mine:roll"), VOCAB)
+        await guard(PROMPT, Engine(Sampler((0.05, 0.0)), None, SamplingParams(9), 3))
+        assert (await tasks[0]).waited_s == 0.05
+
+    tasks = []
+    asyncio.run(run())
 
 
 def test_the_engines_own_errors_pass():

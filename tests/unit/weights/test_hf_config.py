@@ -191,6 +191,7 @@ def test_what_is_not_known_is_refused_by_name(tmp_path, change, says):
         (MOE | {"decoder_sparse_step": 2}, "decoder_sparse_step=2 is not supported: only 1"),
         (MOE | {"mlp_only_layers": [0]}, "mlp_only_layers=[0]"),
         (MOE | {"num_experts_per_tok": 5}, "num_experts_per_tok=5 exceeds num_experts=4"),
+        (MOE | {"num_experts_per_tok": 1, "norm_topk_prob": True}, "num_experts_per_tok=1 with norm_topk_prob=true"),
         (MOE | {"shared_expert_intermediate_size": 8}, "shared_expert_intermediate_size=8"),
         ({k: v for k, v in LLAMA.items() if k != "hidden_size"}, "hidden_size is missing"),
         ({k: v for k, v in LLAMA.items() if k != "model_type"}, "model_type null"),

@@ -103,6 +103,33 @@ def test_a_tensor_that_the_index_leaves_out_is_not_overlooked(tmp_path):
     assert "model.vision.weight" in refusal(path)
 
 
+@pytest.mark.parametrize(
+    "file", ["a" * 300, "ü" * 200, "{outside}", "../out.safetensors", "sub/a.safetensors", "..", ""]
+)
+def test_an_entry_of_the_index_that_is_no_name_in_the_folder(tmp_path, file):
+    path = hf_folder(tmp_path / "hf")
+    where = split(path, {NORM: file.format(outside=tmp_path / "out.safetensors")})
+    for place in (tmp_path, path / "sub"):
+        place.mkdir(exist_ok=True)
+        for name in ("out.safetensors", "a.safetensors"):
+            (place / name).write_bytes((path / where[NORM]).read_bytes())
+    says = refusal(path)
+    assert f"has {NORM} in " in says and "no name of a file in the folder itself" in says and len(says) < 400
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_file_that_nothing_reads_is_refused(tmp_path, several):
+    path = hf_folder(tmp_path)
+    if several:
+        split(path)
+    for twin in ("consolidated.safetensors", "consolidated-00001-of-00002.safetensors"):  # Mistral's copies
+        save_file({"norm.weight": torch.ones(64)}, path / twin)
+    check(path)
+    save_file({"model.vision.weight": torch.ones(2)}, path / "adapter.safetensors")
+    read = "model.safetensors.index.json" if several else "model.safetensors"
+    assert f"{path / 'adapter.safetensors'} would be left out, {read} does not have it" in refusal(path)
+
+
 def test_no_weights_and_torn_weights(tmp_path):
     path = hf_folder(tmp_path)
     file = path / "model.safetensors"
