@@ -61,8 +61,7 @@ def find_allocation(environment: Mapping[str, str]) -> Allocation:
         ConfigError: not inside a job.
         DapoError: scontrol failed, or did not answer.
     """
-    job = _variable(environment, "SLURM_JOB_ID")
-    shown = slurm("scontrol", "--details", "show", "job", job)
+    shown = slurm("scontrol", "--details", "show", "job", str(job_number(environment)))
     return read_allocation(environment, shown, lambda nodes: slurm("scontrol", "show", "hostnames", nodes).split())
 
 
@@ -77,16 +76,26 @@ def read_allocation(environment: Mapping[str, str], shown: str, expand: Callable
         ConfigError: not a batch script's environment.
         DapoError: the environment and `shown` are not of the same job.
     """
-    job = int(_variable(environment, "SLURM_JOB_ID"))
-    size = int(environment.get("SLURM_HET_SIZE", 0))
+    job = job_number(environment)
+    size = _number(environment, "SLURM_HET_SIZE", 0)
     details = _by_job(shown)
     groups = [_group(environment, f"_HET_GROUP_{i}", details, expand) for i in range(size)]
     return Allocation(
         job,
-        int(environment.get("SLURM_RESTART_COUNT", 0)),
+        _number(environment, "SLURM_RESTART_COUNT", 0),
         tuple(groups or [_group(environment, "", details, expand)]),
         _end(_details(details, job)),
     )
+
+
+def job_number(environment: Mapping[str, str], suffix: str = "") -> int:
+    """The number of the job, or of the component of a heterogeneous one that `suffix` names.
+
+    Raises:
+        ConfigError: not inside a job.
+    """
+    _variable(environment, name := f"SLURM_JOB_ID{suffix}")
+    return _number(environment, name, 0)
 
 
 def expand_counts(text: str) -> list[int]:
@@ -107,7 +116,7 @@ def expand_counts(text: str) -> list[int]:
 def _group(
     environment: Mapping[str, str], suffix: str, details: Mapping[int, str], expand: Callable[[str], list[str]]
 ) -> Group:
-    job = int(_variable(environment, f"SLURM_JOB_ID{suffix}"))
+    job = job_number(environment, suffix)
     names = expand(_variable(environment, f"SLURM_JOB_NODELIST{suffix}"))
     cpus = expand_counts(_variable(environment, f"SLURM_JOB_CPUS_PER_NODE{suffix}"))
     gpus = _gpus(_details(details, job), expand)
@@ -143,6 +152,16 @@ def _details(details: Mapping[int, str], job: int) -> str:
 
 
 def _variable(environment: Mapping[str, str], name: str) -> str:
-    if name not in environment:
+    if not (value := environment.get(name, "").strip()):
         raise ConfigError(f"{name} is not set: this runs inside a SLURM job, from sbatch's script")
-    return environment[name]
+    return value
+
+
+def _number(environment: Mapping[str, str], name: str, default: int) -> int:
+    """The default where the variable is empty: so does a script unset it that cannot do without its name."""
+    value = environment.get(name, "").strip()
+    if not value:
+        return default
+    if not value.isascii() or not value.isdigit():
+        raise ConfigError(f"{name}={value} is no number: SLURM sets it, see who changes it in the batch script")
+    return int(value)

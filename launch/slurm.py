@@ -24,7 +24,7 @@ from dapo_megatron.config import RunConfig, load_config
 from dapo_megatron.errors import ConfigError, Preempted, exit_code
 from dapo_megatron.observe.report import write_report
 from dapo_megatron.run_folder import RunFolder
-from launch.allocation import Allocation, find_allocation
+from launch.allocation import Allocation, find_allocation, job_number
 from launch.attempt import Asked, asked_by_signals, attempt, make_folder, raise_end
 from launch.attempts import open_logs
 from launch.canary import check_nodes
@@ -93,8 +93,8 @@ def begin(recipe: Path, overrides: list[str]) -> None:
     Raises:
         DapoError: as run_slurm.
     """
-    job = os.environ.get("SLURM_JOB_ID")
-    if job is not None and (snapshot := remembered(int(job))) is not None and not is_in(snapshot):
+    in_job = bool(os.environ.get("SLURM_JOB_ID"))
+    if in_job and (snapshot := remembered(job_number(os.environ))) is not None and not is_in(snapshot):
         go_on_in(snapshot)
     run_slurm(load_config(recipe, overrides))
 

@@ -1,13 +1,17 @@
 """What SLURM told real jobs (tests/slurm/record.py recorded it) is read as what those jobs had."""
 
 import itertools
+import re
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given, strategies as st
 
 from dapo_megatron.errors import ConfigError, DapoError
 from launch.allocation import Allocation, Group, Node, expand_counts, find_allocation, read_allocation
+from launch.slurm import begin
+from tests.tiny import run_config
 
 RECORDED = Path(__file__).parent / "recorded"
 MADE = {
@@ -84,6 +88,29 @@ def test_a_variable_that_is_missing_is_named(name):
         read_allocation(environment, shown, expand)
 
 
+@pytest.mark.parametrize("name", ["SLURM_RESTART_COUNT", "SLURM_HET_SIZE"])
+@pytest.mark.parametrize("empty", ["", " "])
+def test_an_empty_number_is_as_good_as_none(name, empty):
+    environment, shown, expand = recorded("plain")
+    read = read_allocation(environment, shown, expand)
+    assert read_allocation(environment | {name: empty}, shown, expand) == read and read.restarts == 0
+
+
+@pytest.mark.parametrize("name", ["SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURM_JOB_CPUS_PER_NODE"])
+def test_an_empty_variable_is_missing(name):
+    environment, shown, expand = recorded("plain")
+    with pytest.raises(ConfigError, match=f"{name} is not set"):
+        read_allocation(environment | {name: ""}, shown, expand)
+
+
+@pytest.mark.parametrize("name", ["SLURM_RESTART_COUNT", "SLURM_HET_SIZE", "SLURM_JOB_ID", "SLURM_JOB_ID_HET_GROUP_1"])
+@pytest.mark.parametrize("value", ["one", "-1", "1.0", "4+1", "\u0664"])
+def test_what_is_no_number_is_named(name, value):
+    environment, shown, expand = recorded("het")
+    with pytest.raises(ConfigError, match=f"^{name}={re.escape(value)} is no number: [^\n]+$"):
+        read_allocation(environment | {name: value}, shown, expand)
+
+
 def test_answers_about_other_nodes_or_jobs_are_refused():
     environment, shown, expand = recorded("uneven")
     with pytest.raises(DapoError, match="nothing of job 9"):
@@ -98,6 +125,15 @@ def test_answers_about_other_nodes_or_jobs_are_refused():
 def test_outside_of_a_job_nothing_is_asked():
     with pytest.raises(ConfigError, match="SLURM_JOB_ID is not set: this runs inside a SLURM job"):
         find_allocation({})
+
+
+@pytest.mark.parametrize(("job", "says"), [("", " is not set"), ("4+1", "=4\\+1 is no number")])
+def test_the_launcher_tells_of_a_job_that_has_no_number(job, says, monkeypatch, tmp_path):
+    monkeypatch.setenv("SLURM_JOB_ID", job)
+    recipe = tmp_path / "run.yaml"
+    recipe.write_text(yaml.safe_dump(run_config("nowhere").model_dump()))
+    with pytest.raises(ConfigError, match=f"SLURM_JOB_ID{says}"):
+        begin(recipe, [])
 
 
 def compressed(counts):
