@@ -66,6 +66,10 @@ class RunFolder:
         """What a job of a cluster runs: code, configuration, batch script."""
         return self.path / "snapshots" / f"job_{job}"
 
+    def added_exclusions(self, job: int) -> Path:
+        """Nodes that a job of a cluster excludes, beside those that its user does, for each of its groups."""
+        return self.snapshot(job) / "added_exclusions.json"
+
     @property
     def metrics(self) -> Path:
         """One line a step."""

@@ -62,7 +62,12 @@ def find_allocation(environment: Mapping[str, str]) -> Allocation:
         DapoError: scontrol failed, or did not answer.
     """
     shown = slurm("scontrol", "--details", "show", "job", str(job_number(environment)))
-    return read_allocation(environment, shown, lambda nodes: slurm("scontrol", "show", "hostnames", nodes).split())
+    return read_allocation(environment, shown, host_names)
+
+
+def host_names(nodes: str) -> list[str]:
+    """node[1-2] -> node1, node2, as SLURM does it."""
+    return slurm("scontrol", "show", "hostnames", nodes).split()
 
 
 def read_allocation(environment: Mapping[str, str], shown: str, expand: Callable[[str], list[str]]) -> Allocation:
@@ -70,7 +75,7 @@ def read_allocation(environment: Mapping[str, str], shown: str, expand: Callable
 
     Args:
         shown: `scontrol --details show job`, with times as Unix times (SLURM_TIME_FORMAT=%s).
-        expand: `scontrol show hostnames` of a node list: node[1-2] -> node1, node2.
+        expand: host_names.
 
     Raises:
         ConfigError: not a batch script's environment.
@@ -78,7 +83,7 @@ def read_allocation(environment: Mapping[str, str], shown: str, expand: Callable
     """
     job = job_number(environment)
     size = _number(environment, "SLURM_HET_SIZE", 0)
-    details = _by_job(shown)
+    details = by_job(shown)
     groups = [_group(environment, f"_HET_GROUP_{i}", details, expand) for i in range(size)]
     return Allocation(
         job,
@@ -140,7 +145,8 @@ def _end(details: str) -> float | None:
     return float(found[1]) if found else None
 
 
-def _by_job(shown: str) -> dict[int, str]:
+def by_job(shown: str) -> dict[int, str]:
+    """What `scontrol show job` says of each group of a job, by its own number."""
     jobs = re.split(r"^JobId=([0-9]+)", shown, flags=re.MULTILINE)
     return {int(job): details for job, details in zip(jobs[1::2], jobs[2::2], strict=True)}
 

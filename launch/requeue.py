@@ -1,21 +1,31 @@
 """A job goes back into the queue, without the nodes that failed it; they are forgotten after a while."""
 
 import os
-import re
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
 from dapo_megatron.errors import DapoError
 from dapo_megatron.run_folder import RunFolder
-from launch.allocation import Allocation
+from launch.allocation import Allocation, host_names
+from launch.exclusions import (
+    by_user,
+    excluded,
+    failed_lately,
+    read_requests,
+    remembered,
+)
+from launch.journal import Journal
 from launch.slurm_calls import slurm
 from launch.states import Requeue
 
 REQUEUED_S = 120.0
 """For SLURM to end this script after it has put the job back."""
+T = TypeVar("T")
 
 
 def requeue(allocation: Allocation, folder: RunFolder, end: Requeue, forget_s: float) -> None:
@@ -24,15 +34,20 @@ def requeue(allocation: Allocation, folder: RunFolder, end: Requeue, forget_s: f
     Raises:
         DapoError: SLURM refuses, or does not end it.
     """
-    job = str(allocation.job_id)
     # SLURM ends this script as soon as it is told, and takes a list of nodes only of a job that waits.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    before = _excluded(job)
+    job = allocation.job_id
     bad = remember(folder, end.exclude)
-    nodes = excluded(before, bad, time.time(), forget_s)
-    slurm("scontrol", "requeue", job)
+    before = read_requests(allocation, slurm("scontrol", "show", "job", str(job)), host_names)
+    added = _read(folder, folder.added_exclusions(job), dict[str, list[str]])
+    requests = [by_user(request, added.get(request.job, [])) for request in before]
+    failed = failed_lately(bad, time.time(), forget_s)
+    lists = {request.job: excluded(request, failed) for request in requests}
+    _write(folder.added_exclusions(job), {r.job: sorted(set(lists[r.job]) - set(r.excluded)) for r in requests})
+    waiting = [request.job for request in before if set(lists[request.job]) != set(request.excluded)]
+    slurm("scontrol", "requeue", str(job))
     ends = time.monotonic() + REQUEUED_S
-    while nodes != before and not _exclude(job, nodes) and time.monotonic() < ends:
+    while (waiting := [w for w in waiting if not _exclude(w, lists[w])]) and time.monotonic() < ends:
         time.sleep(0.5)
     time.sleep(max(0.0, ends - time.monotonic()))
     raise DapoError(f"SLURM has put job {job} back, and has not ended it for {REQUEUED_S:.0f} s")
@@ -40,34 +55,9 @@ def requeue(allocation: Allocation, folder: RunFolder, end: Requeue, forget_s: f
 
 def remember(folder: RunFolder, failed: Sequence[str]) -> dict[str, float]:
     """Write down that nodes have failed; returns {node: Unix time of its last failure} of all that ever did."""
-    bad = remembered(_read(folder), failed, time.time())
-    aside = folder.bad_nodes.with_suffix(".new")
-    aside.write_bytes(msgspec.json.encode(bad))
-    os.replace(aside, folder.bad_nodes)
+    bad = remembered(_read(folder, folder.bad_nodes, dict[str, float]), failed, time.time())
+    _write(folder.bad_nodes, bad)
     return bad
-
-
-def remembered(bad: Mapping[str, float], failed: Sequence[str], now: float) -> dict[str, float]:
-    """{node: Unix time of its last failure}, with those that failed now. Pure."""
-    return {**bad, **dict.fromkeys(failed, now)}
-
-
-def excluded(before: Sequence[str], bad: Mapping[str, float], now: float, forget_s: float) -> list[str]:
-    """Nodes that the job must not get: what its user excluded, and those that failed it lately. Pure.
-
-    Args:
-        before: what it was not to get so far.
-        bad: when each node that failed it did so for the last time.
-    """
-    by_user = [node for node in before if node not in bad]
-    return by_user + [node for node, failed in bad.items() if now - failed < forget_s]
-
-
-def _excluded(job: str) -> list[str]:
-    found = re.search(r"\bExcNodeList=(\S+)", slurm("scontrol", "show", "job", job))
-    if found is None or found[1] == "(null)":
-        return []
-    return slurm("scontrol", "show", "hostnames", found[1]).split()
 
 
 def _exclude(job: str, nodes: Sequence[str]) -> bool:
@@ -78,7 +68,18 @@ def _exclude(job: str, nodes: Sequence[str]) -> bool:
     return True
 
 
-def _read(folder: RunFolder) -> dict[str, float]:
-    if not folder.bad_nodes.exists():
-        return {}
-    return msgspec.json.decode(folder.bad_nodes.read_bytes(), type=dict[str, float])
+def _read(folder: RunFolder, path: Path, kind: type[T]) -> T:
+    """What a file holds; nothing where it is not there."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=kind)
+    except FileNotFoundError:
+        return kind()
+    except msgspec.MsgspecError as e:
+        Journal(folder).note(f"{path} cannot be read ({e}): nodes that failed before are forgotten")
+        return kind()
+
+
+def _write(path: Path, what: object) -> None:
+    aside = path.with_suffix(".new")
+    aside.write_bytes(msgspec.json.encode(what))
+    os.replace(aside, path)
