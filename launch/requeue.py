@@ -13,9 +13,12 @@ from dapo_megatron.errors import DapoError
 from dapo_megatron.run_folder import RunFolder
 from launch.allocation import Allocation, host_names
 from launch.exclusions import (
+    Request,
+    affordable,
     by_user,
     excluded,
     failed_lately,
+    fit_nodes,
     read_requests,
     remembered,
 )
@@ -41,7 +44,7 @@ def requeue(allocation: Allocation, folder: RunFolder, end: Requeue, forget_s: f
     before = read_requests(allocation, slurm("scontrol", "show", "job", str(job)), host_names)
     added = _read(folder, folder.added_exclusions(job), dict[str, list[str]])
     requests = [by_user(request, added.get(request.job, [])) for request in before]
-    failed = failed_lately(bad, time.time(), forget_s)
+    failed = _affordable(folder, failed_lately(bad, time.time(), forget_s), requests)
     lists = {request.job: excluded(request, failed) for request in requests}
     _write(folder.added_exclusions(job), {r.job: sorted(set(lists[r.job]) - set(r.excluded)) for r in requests})
     waiting = [request.job for request in before if set(lists[request.job]) != set(request.excluded)]
@@ -58,6 +61,25 @@ def remember(folder: RunFolder, failed: Sequence[str]) -> dict[str, float]:
     bad = remembered(_read(folder, folder.bad_nodes, dict[str, float]), failed, time.time())
     _write(folder.bad_nodes, bad)
     return bad
+
+
+def _affordable(folder: RunFolder, lately: Sequence[str], requests: Sequence[Request]) -> list[str]:
+    """Those that the job can do without; launcher.log tells of the others."""
+    if not lately:
+        return []
+    try:
+        fit = {p: fit_nodes(_nodes_of(p)) for p in {request.partition for request in requests}}
+    except DapoError as e:  # better on any nodes than held for ever, or not at all
+        Journal(folder).note(f"{', '.join(lately)} failed, and not excluded: {e}")
+        return []
+    found = affordable(lately, requests, fit)
+    if spared := [node for node in lately if node not in found]:
+        Journal(folder).note(f"{', '.join(spared)} failed, and not excluded: too few nodes would be left for the job")
+    return found
+
+
+def _nodes_of(partition: str) -> str:
+    return slurm("sinfo", "--noheader", "--Node", f"--partition={partition}", "--format=%N|%T")
 
 
 def _exclude(job: str, nodes: Sequence[str]) -> bool:

@@ -43,3 +43,9 @@ def test_each_group_of_a_heterogeneous_job_keeps_what_its_user_excludes(cluster)
     groups = ("--nodes=1", "--exclude=node1", ":", "--nodes=1", "--exclude=node3,node4")
     starts, log = nodes_of_both_starts(cluster, "groups", ["node2"], *groups)
     assert starts == [["node2", "node1"], ["node3", "node1"]] and not log
+
+
+def test_a_job_that_needs_all_nodes_comes_back_on_all(cluster):
+    starts, log = nodes_of_both_starts(cluster, "all", ["node2"], "--nodes=4")
+    assert starts == [["node1", "node2", "node3", "node4"]] * 2
+    assert "node2 failed, and not excluded: too few nodes would be left for the job" in log

@@ -18,18 +18,20 @@ SCRIPT = """#!/bin/bash
 case "$*" in
   "show job"*) cat {folder}/shown ;;
   "show hostnames"*) echo "${{@: -1}}" | tr , "\\n" ;;
+  --noheader*) {sinfo} printf "node1|idle\\nnode2|idle\\nnode3|mixed\\nnode4|{state}\\n" ;;
   *) echo "$*" >>{folder}/told ;;
 esac
 """
 
 
-def told(monkeypatch, folder, name, by_users, bad):
+def told(monkeypatch, folder, name, by_users, bad, state="idle", sinfo=""):
     """What SLURM is told, without the requeue itself, of a recorded job whose groups' users excluded nodes."""
     environment, shown, expand = recorded(name)
     users = iter(by_users)
     (folder / "shown").write_text(re.sub(r"(?<=ExcNodeList=)\(null\)", lambda _: next(users), shown))
-    (folder / "scontrol").write_text(SCRIPT.format(folder=folder))
-    (folder / "scontrol").chmod(0o755)
+    for command in ("scontrol", "sinfo"):
+        (folder / command).write_text(SCRIPT.format(folder=folder, state=state, sinfo=sinfo))
+        (folder / command).chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
     monkeypatch.setattr(module, "REQUEUED_S", 0.0)
     (folder / "told").unlink(missing_ok=True)
@@ -68,6 +70,24 @@ def test_what_the_user_excluded_stays_when_the_failures_there_are_forgotten(monk
     assert told(monkeypatch, tmp_path, "requeued", ["node3"], ("node4",)) == ["update JobId=6 ExcNodeList=node3,node4"]
     RunFolder(tmp_path).bad_nodes.write_text('{"node3":1.0,"node4":1.0}')
     assert told(monkeypatch, tmp_path, "requeued", ["node3,node4"], ()) == ["update JobId=6 ExcNodeList=node3"]
+
+
+def test_where_too_few_nodes_would_be_left_none_is_excluded(monkeypatch, tmp_path):
+    assert told(monkeypatch, tmp_path, "requeued", ["(null)"], ("node3",), state="drained") == [
+        "update JobId=6 ExcNodeList=node3"
+    ]
+    assert told(monkeypatch, tmp_path, "requeued", ["node3"], ("node2",), state="down*") == [
+        "update JobId=6 ExcNodeList=node2"
+    ]
+    (line,) = RunFolder(tmp_path).journal.read_text().splitlines()
+    assert line.partition(" ")[2] == "node3 failed, and not excluded: too few nodes would be left for the job"
+
+
+def test_where_sinfo_fails_the_job_comes_back_on_any_nodes(monkeypatch, tmp_path):
+    monkeypatch.setattr("launch.slurm_calls.PAUSE_S", 0.0)
+    assert told(monkeypatch, tmp_path, "requeued", ["node4"], ("node3",), sinfo="echo no >&2; exit 1;") == []
+    (line,) = RunFolder(tmp_path).journal.read_text().splitlines()
+    assert "node3 failed, and not excluded: `sinfo " in line and line.endswith("` failed: no")
 
 
 @pytest.mark.parametrize("text", ["", '{"node1":', "[]"])
