@@ -129,6 +129,11 @@ CANNOT_WORK = {
     "engine context": (["engine.context_length=20480"], {}, "exceed engine.context_length=20480"),
     "context of the model": (["engine.context_length=131073"], {}, "max_position_embeddings=131072"),
     "a missing data file": (["data.train=nowhere.parquet"], {}, "data.train=nowhere.parquet does not exist"),
+    "a missing image": (
+        ["launch.container={runtime: pyxis, image: /nowhere/dapo.sqsh}"],
+        {},
+        "launch.container.image=/nowhere/dapo.sqsh does not exist",
+    ),
     "no weights": ([], {"shape_only": False}, "safetensors"),
     "mini-batch": (["trainer.mini_batch_prompts=48"], {}, "mini_batch_prompts=48 must divide"),
     "another recipe": (
@@ -173,6 +178,12 @@ def test_too_few_nodes_do_not_hide_what_else_is_wrong(tmp_path, capsys):
     with pytest.raises(DapoError, match="leaves no node for the trainer"):
         told(tmp_path, "32b", "data.train=nowhere.parquet", nodes=4)
     assert capsys.readouterr().err == "error: data.train=nowhere.parquet does not exist\n"
+
+
+def test_an_image_of_a_registry_is_left_to_the_nodes(tmp_path):
+    assert "nothing was started" in told(
+        tmp_path, "32b", "launch.container={runtime: apptainer, image: docker://ubuntu}", nodes=16
+    )
 
 
 def test_another_nccl_is_refused(tmp_path):
