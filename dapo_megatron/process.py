@@ -103,6 +103,7 @@ class Reporter:
         s = self._status
         record = Exit(s.process, s.host, s.pid, kind, message, s.phase, time.time())
         with contextlib.suppress(OSError):
+            self.folder.exits.mkdir(exist_ok=True)  # of a run that ends before any process has begun
             _replace(self.folder.exit(self.process), msgspec.json.encode(record))
 
     def _beat(self) -> None:

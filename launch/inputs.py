@@ -29,6 +29,17 @@ def check_inputs(config: RunConfig, machine: Machine | None = None) -> None:
     check_model_files(config)
 
 
+def check_job_inputs(config: RunConfig) -> None:
+    """Check what a SLURM job reads, on its first node; raises as check_inputs.
+
+    In a container the paths of data and model are its own, and controller and ranks look for them there.
+    """
+    if config.launch.container is None:
+        check_inputs(config)
+    else:
+        check_image(config)
+
+
 def check_image(config: RunConfig) -> None:
     """Raise ConfigError where the image of the job's container is a file that does not exist."""
     container = config.launch.container

@@ -30,7 +30,8 @@ from launch.attempts import open_logs
 from launch.canary import check_nodes
 from launch.dry_run import Options, dry_run
 from launch.environment import VISIBLE, shared_environment
-from launch.job import Job
+from launch.inputs import check_job_inputs
+from launch.job import Job, Resume
 from launch.job_snapshot import go_on_in, is_in, remember, remembered, take_snapshot
 from launch.machine import raise_open_files_limit
 from launch.port_map import job_ports
@@ -131,7 +132,8 @@ def run_slurm(config: RunConfig) -> None:
     raise_open_files_limit(config.concurrency)
     end: End | Requeue | None = None
     try:
-        with attempt(config, folder, "latest" if folder.config.exists() else None, None, allocation.job_id) as job:
+        resume: Resume | None = "latest" if folder.config.exists() else None
+        with attempt(config, folder, resume, None, allocation.job_id, check_job_inputs) as job:
             end = _supervised(config, folder, job, allocation, plan, slots, spares)
             if isinstance(end, Requeue):
                 raise Preempted(f"back into the queue: {end.why}")

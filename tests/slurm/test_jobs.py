@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks.chaos import check
 from dapo_megatron.observe.metrics import read_metrics
+from dapo_megatron.process import read_exit
 from dapo_megatron.run_folder import RunFolder
 from tests.launch.conftest import recipe
 from tests.slurm.cluster import REPOSITORY
@@ -235,4 +236,5 @@ def test_what_a_person_must_mend_is_one_line(cluster):
     run = Run(cluster, "wrong", model={"path": "/nowhere"})
     said = run.finish("FAILED")
     (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
-    assert "/nowhere" in line
+    assert "/nowhere" in line and read_exit(run.folder, "launcher").kind == "configuration"
+    assert cluster.job(run.job)["Restarts"] == "0" and not run.folder.step("engine-0").parent.exists()
