@@ -66,9 +66,9 @@ class RunFolder:
         """What a job of a cluster runs: code, configuration, batch script."""
         return self.path / "snapshots" / f"job_{job}"
 
-    def added_exclusions(self, job: int) -> Path:
-        """Nodes that a job of a cluster excludes, beside those that its user does, for each of its groups."""
-        return self.snapshot(job) / "added_exclusions.json"
+    def requeues(self, job: int) -> Path:
+        """What a job of a cluster remembers of how it went back into the queue."""
+        return self.snapshot(job) / "requeues.json"
 
     @property
     def metrics(self) -> Path:

@@ -14,7 +14,7 @@ from dapo_megatron.errors import DapoError, exit_code
 from dapo_megatron.run_folder import RunFolder
 from launch.hosts import nodes_of
 from launch.journal import Journal
-from launch.requeue import remember
+from launch.requeue import count_failure, remember
 from launch.slurm_calls import slurm
 
 LOOK_S = 5.0
@@ -55,6 +55,7 @@ def watch(folder: RunFolder, job: int, restarts: int, launcher_host: str) -> Non
         return
     Journal(folder).note(f"{launcher_host} is lost, and the launcher with it -> back into the queue")
     remember(folder, [launcher_host])
+    count_failure(folder, job)
     slurm("scontrol", "requeue", str(job))
 
 

@@ -31,6 +31,15 @@ REQUEUED_S = 120.0
 T = TypeVar("T")
 
 
+class Requeues(msgspec.Struct):
+    """How a job went back into the queue so far."""
+
+    failures: int = 0
+    """Those that count against launch.max_requeues."""
+    added: dict[str, list[str]] = {}
+    """Nodes that each group excludes beside those that its user does, by Request.job."""
+
+
 def requeue(allocation: Allocation, folder: RunFolder, end: Requeue, forget_s: float) -> None:
     """Put the job back into the queue, and wait for SLURM to end this script.
 
@@ -42,11 +51,12 @@ def requeue(allocation: Allocation, folder: RunFolder, end: Requeue, forget_s: f
     job = allocation.job_id
     bad = remember(folder, end.exclude)
     before = read_requests(allocation, slurm("scontrol", "show", "job", str(job)), host_names)
-    added = _read(folder, folder.added_exclusions(job), dict[str, list[str]])
-    requests = [by_user(request, added.get(request.job, [])) for request in before]
+    earlier = _read(folder, folder.requeues(job), Requeues)
+    requests = [by_user(request, earlier.added.get(request.job, [])) for request in before]
     failed = _affordable(folder, failed_lately(bad, time.time(), forget_s), requests)
     lists = {request.job: excluded(request, failed) for request in requests}
-    _write(folder.added_exclusions(job), {r.job: sorted(set(lists[r.job]) - set(r.excluded)) for r in requests})
+    added = {r.job: sorted(set(lists[r.job]) - set(r.excluded)) for r in requests}
+    _write(folder.requeues(job), Requeues(earlier.failures + end.is_failure, added))
     waiting = [request.job for request in before if set(lists[request.job]) != set(request.excluded)]
     slurm("scontrol", "requeue", str(job))
     ends = time.monotonic() + REQUEUED_S
@@ -54,6 +64,17 @@ def requeue(allocation: Allocation, folder: RunFolder, end: Requeue, forget_s: f
         time.sleep(0.5)
     time.sleep(max(0.0, ends - time.monotonic()))
     raise DapoError(f"SLURM has put job {job} back, and has not ended it for {REQUEUED_S:.0f} s")
+
+
+def failures(folder: RunFolder, job: int) -> int:
+    """How often a job went back into the queue after a failure; who preempted it, or a time limit, is none."""
+    return _read(folder, folder.requeues(job), Requeues).failures
+
+
+def count_failure(folder: RunFolder, job: int) -> None:
+    """Write down that a job goes back into the queue after a failure."""
+    earlier = _read(folder, folder.requeues(job), Requeues)
+    _write(folder.requeues(job), msgspec.structs.replace(earlier, failures=earlier.failures + 1))
 
 
 def remember(folder: RunFolder, failed: Sequence[str]) -> dict[str, float]:
@@ -97,7 +118,7 @@ def _read(folder: RunFolder, path: Path, kind: type[T]) -> T:
     except FileNotFoundError:
         return kind()
     except msgspec.MsgspecError as e:
-        Journal(folder).note(f"{path} cannot be read ({e}): nodes that failed before are forgotten")
+        Journal(folder).note(f"{path} cannot be read ({e}): earlier failures are forgotten")
         return kind()
 
 

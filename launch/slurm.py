@@ -21,6 +21,7 @@ import typer
 from rich.console import Console
 
 from dapo_megatron.config import RunConfig, load_config
+from dapo_megatron.config.launch import LaunchConfig
 from dapo_megatron.errors import ConfigError, Preempted, exit_code
 from dapo_megatron.observe.report import write_report
 from dapo_megatron.run_folder import RunFolder
@@ -36,8 +37,8 @@ from launch.job_snapshot import go_on_in, is_in, remember, remembered, take_snap
 from launch.machine import raise_open_files_limit
 from launch.port_map import job_ports
 from launch.processes import ProcessGroup
-from launch.requeue import requeue
-from launch.states import End, GraceOver, Requeue, StopAsked
+from launch.requeue import failures, requeue
+from launch.states import End, GraceOver, Limits, Requeue, StopAsked
 from launch.steps import Steps
 from launch.supervisor import Supervisor
 from launch.time_limit import check_time_limit
@@ -145,6 +146,14 @@ def run_slurm(config: RunConfig) -> None:
     print(f"report: {write_report(folder)}", flush=True)
 
 
+def _limits(launch: LaunchConfig, failures: int) -> Limits:
+    """
+    Args:
+        failures: that have put the job back into the queue so far.
+    """
+    return Limits(launch.max_restarts, can_requeue=launch.max_requeues > 0, can_fail=failures < launch.max_requeues)
+
+
 def _pools(allocation: Allocation) -> dict[str, tuple[int, int]]:
     """Nodes can replace each other that have as many GPUs, in one group: a step cannot span groups."""
     return {node.name: (i, node.gpus) for i, group in enumerate(allocation.groups) for node in group.nodes}
@@ -182,7 +191,7 @@ def _supervised(
             shared=shared,
             pools=_pools(allocation),
             ends=allocation.ends,
-            can_requeue=allocation.restarts < config.launch.max_requeues,
+            limits=_limits(config.launch, failures(folder, allocation.job_id)),
         )
         try:
             return supervisor.run(_also_by_clock(by_signals, allocation.ends, config.launch.save_before_end_s))

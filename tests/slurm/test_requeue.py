@@ -17,7 +17,7 @@ allocation, folder = find_allocation(os.environ), RunFolder(Path(sys.argv[1]))
 print([node.name for node in allocation.nodes], flush=True)
 if not allocation.restarts:
     folder.snapshot(allocation.job_id).mkdir(parents=True)
-    requeue(allocation, folder, Requeue("it failed", tuple(sys.argv[2:])), 3600.0)
+    requeue(allocation, folder, Requeue("it failed", tuple(sys.argv[2:]), True), 3600.0)
 """
 
 

@@ -6,11 +6,13 @@ import signal
 
 import pytest
 
+from dapo_megatron.config.launch import LaunchConfig
 from dapo_megatron.errors import DapoError
 from dapo_megatron.run_folder import RunFolder
 from launch import requeue as module
 from launch.allocation import read_allocation
-from launch.requeue import remember, requeue
+from launch.requeue import count_failure, failures, remember, requeue
+from launch.slurm import _limits
 from launch.states import Requeue
 from tests.unit.launch.test_allocation import recorded
 
@@ -24,7 +26,7 @@ esac
 """
 
 
-def told(monkeypatch, folder, name, by_users, bad, state="idle", sinfo=""):
+def told(monkeypatch, folder, name, by_users, bad, state="idle", sinfo="", is_failure=True):
     """What SLURM is told, without the requeue itself, of a recorded job whose groups' users excluded nodes."""
     environment, shown, expand = recorded(name)
     users = iter(by_users)
@@ -39,7 +41,7 @@ def told(monkeypatch, folder, name, by_users, bad, state="idle", sinfo=""):
     allocation = read_allocation(environment, shown, expand)
     run.snapshot(allocation.job_id).mkdir(parents=True, exist_ok=True)
     with pytest.raises(DapoError, match=f"has put job {allocation.job_id} back, and has not ended it"):
-        requeue(allocation, run, Requeue("it failed", bad), 3600.0)
+        requeue(allocation, run, Requeue("it failed", bad, is_failure), 3600.0)
     lines = (folder / "told").read_text().splitlines()
     assert lines[0] == f"requeue {allocation.job_id}"
     return lines[1:]
@@ -96,3 +98,27 @@ def test_a_damaged_list_of_bad_nodes_stops_no_requeue(monkeypatch, tmp_path, tex
     assert told(monkeypatch, tmp_path, "requeued", ["(null)"], ("node3",)) == ["update JobId=6 ExcNodeList=node3"]
     (line,) = RunFolder(tmp_path).journal.read_text().splitlines()
     assert f"{RunFolder(tmp_path).bad_nodes} cannot be read (" in line
+
+
+def test_failures_are_counted_for_each_job_and_time_limits_are_not(monkeypatch, tmp_path):
+    folder = RunFolder(tmp_path)
+    assert failures(folder, 6) == 0
+    for is_failure, count in ((True, 1), (False, 1), (True, 2)):
+        told(monkeypatch, tmp_path, "requeued", ["(null)"], (), is_failure=is_failure)
+        assert failures(folder, 6) == count
+    told(monkeypatch, tmp_path, "requeued", ["(null)"], ("node3",))
+    count_failure(folder, 6)  # the launcher's deputy
+    assert failures(folder, 6) == 4 and failures(folder, 7) == 0
+    # What the job had excluded itself is still known.
+    assert told(monkeypatch, tmp_path, "requeued", ["node4,node3"], (), sinfo="exit 1;") == [
+        "update JobId=6 ExcNodeList=node4"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("limit", "failed", "limits"),
+    [(2, 0, (True, True)), (2, 1, (True, True)), (2, 2, (True, False)), (0, 0, (False, False))],
+)
+def test_max_requeues_is_of_failures(limit, failed, limits):
+    found = _limits(LaunchConfig(max_requeues=limit), failed)
+    assert (found.can_requeue, found.can_fail) == limits
