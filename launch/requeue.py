@@ -9,9 +9,10 @@ from typing import TypeVar
 
 import msgspec
 
-from dapo_megatron.errors import DapoError
+from dapo_megatron.errors import DapoError, Preempted
 from dapo_megatron.run_folder import RunFolder
 from launch.allocation import Allocation, host_names
+from launch.ending import read_ending
 from launch.exclusions import (
     Request,
     affordable,
@@ -44,13 +45,17 @@ def requeue(allocation: Allocation, folder: RunFolder, end: Requeue, forget_s: f
     """Put the job back into the queue, and wait for SLURM to end this script.
 
     Raises:
+        Preempted: it was cancelled, or preempted, meanwhile.
         DapoError: SLURM refuses, or does not end it.
     """
     # SLURM ends this script as soon as it is told, and takes a list of nodes only of a job that waits.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     job = allocation.job_id
     bad = remember(folder, end.exclude)
-    before = read_requests(allocation, slurm("scontrol", "show", "job", str(job)), host_names)
+    shown = slurm("scontrol", "show", "job", str(job))
+    if read_ending(shown) == "cancelled or preempted":
+        raise Preempted(f"job {job} was cancelled or preempted while it ended: it is not put back from here")
+    before = read_requests(allocation, shown, host_names)
     earlier = _read(folder, folder.requeues(job), Requeues)
     requests = [by_user(request, earlier.added.get(request.job, [])) for request in before]
     failed = _affordable(folder, failed_lately(bad, time.time(), forget_s), requests)

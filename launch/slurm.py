@@ -6,7 +6,8 @@ second generates. A run folder that holds a run is gone on with: so does who sub
 
     SIGUSR1 (#SBATCH --signal=B:USR1@600), or `launch.save_before_end_s` before the time limit
                     the run saves, and the job goes back into the queue
-    SIGTERM         the run saves as long as SLURM lets it; a preempted job is put back by SLURM itself
+    SIGTERM         the run saves as long as SLURM lets it; at the time limit the job goes back into the queue; a
+                    preempted one is put back by SLURM itself
 """
 
 import os
@@ -30,6 +31,7 @@ from launch.attempt import Asked, asked_by_signals, attempt, make_folder, raise_
 from launch.attempts import open_logs
 from launch.canary import check_nodes
 from launch.dry_run import Options, dry_run
+from launch.ending import ending
 from launch.environment import VISIBLE, shared_environment
 from launch.inputs import check_job_inputs
 from launch.job import Job, Resume
@@ -43,6 +45,8 @@ from launch.steps import Steps
 from launch.supervisor import Supervisor
 from launch.time_limit import check_time_limit
 from launch.topology import Node, Placement, place, sides
+
+TERMINATED = StopAsked("SIGTERM: the job is cancelled or preempted", comes_back=False)
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -175,7 +179,7 @@ def _supervised(
     towards = None if config.launch.interface is not None else placement.controller.node.address
     signals = {
         signal.SIGUSR1: StopAsked("SIGUSR1: the time limit is near", comes_back=True),
-        signal.SIGTERM: StopAsked("SIGTERM: the job is cancelled or preempted", comes_back=False),
+        signal.SIGTERM: TERMINATED,
         signal.SIGINT: StopAsked("a signal", comes_back=False),
     }
     with asked_by_signals(signals) as by_signals, ProcessGroup(open_logs(folder)) as group:
@@ -194,9 +198,22 @@ def _supervised(
             limits=_limits(config.launch, failures(folder, allocation.job_id)),
         )
         try:
-            return supervisor.run(_also_by_clock(by_signals, allocation.ends, config.launch.save_before_end_s))
+            asked = _explained(by_signals, allocation.job_id)
+            return supervisor.run(_also_by_clock(asked, allocation.ends, config.launch.save_before_end_s))
         finally:
             steps.close()
+
+
+def _explained(asked: Asked, job: int) -> Asked:
+    """What signals ask for; a SIGTERM of the time limit wants the job back, also while SIGUSR1's save is under way."""
+
+    def look() -> StopAsked | GraceOver | None:
+        wish = asked()
+        if wish == TERMINATED and ending(job) == "time limit":
+            return StopAsked("SIGTERM: the time limit is reached", comes_back=True)
+        return wish
+
+    return look
 
 
 def _also_by_clock(asked: Asked, ends: float | None, before_s: float) -> Asked:

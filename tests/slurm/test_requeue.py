@@ -2,7 +2,10 @@
 
 import sys
 
+import pytest
+
 from tests.slurm.cluster import REPOSITORY
+from tests.slurm.test_jobs import by_make_test_slurm
 
 CODE = """
 import os
@@ -49,3 +52,47 @@ def test_a_job_that_needs_all_nodes_comes_back_on_all(cluster):
     starts, log = nodes_of_both_starts(cluster, "all", ["node2"], "--nodes=4")
     assert starts == [["node1", "node2", "node3", "node4"]] * 2
     assert "node2 failed, and not excluded: too few nodes would be left for the job" in log
+
+
+ENDING = """
+import os
+import signal
+import time
+from launch.ending import ending
+
+job, asked = int(os.environ["SLURM_JOB_ID"]), []
+signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
+print(ending(job), flush=True)
+while not asked:
+    time.sleep(0.1)
+print(ending(job), flush=True)
+"""
+
+
+def endings(cluster, end, *options):
+    """What a job learns at its beginning and at its SIGTERM."""
+    (cluster.shared / "ending.py").write_text(ENDING)
+    script = f"export PYTHONPATH={REPOSITORY}\nexec {sys.executable} {cluster.shared}/ending.py"
+    job = cluster.sbatch(script, "--open-mode=append", *options)
+
+    def said():
+        return [
+            line
+            for line in cluster.output(job).splitlines()
+            if line in ("None", "time limit", "cancelled or preempted")
+        ]
+
+    cluster.wait_until(said, 30, "the job to begin")
+    end(job)
+    cluster.wait_until(lambda: len(said()) > 1, 150, "SIGTERM")
+    return said()
+
+
+def test_a_cancelled_job_knows_why_it_ends(cluster):
+    assert endings(cluster, lambda job: cluster.run("scancel", str(job))) == ["None", "cancelled or preempted"]
+
+
+@by_make_test_slurm
+@pytest.mark.parametrize("options", [("--time=1",), ("--time=1", ":", "--time=1")])
+def test_a_job_at_its_time_limit_knows_why_it_ends(cluster, options):
+    assert endings(cluster, lambda job: None, *options) == ["None", "time limit"]

@@ -7,7 +7,7 @@ import signal
 import pytest
 
 from dapo_megatron.config.launch import LaunchConfig
-from dapo_megatron.errors import DapoError
+from dapo_megatron.errors import DapoError, Preempted
 from dapo_megatron.run_folder import RunFolder
 from launch import requeue as module
 from launch.allocation import read_allocation
@@ -122,3 +122,16 @@ def test_failures_are_counted_for_each_job_and_time_limits_are_not(monkeypatch, 
 def test_max_requeues_is_of_failures(limit, failed, limits):
     found = _limits(LaunchConfig(max_requeues=limit), failed)
     assert (found.can_requeue, found.can_fail) == limits
+
+
+@pytest.mark.parametrize(("reason", "error"), [("None", Preempted), ("TimeLimit", DapoError)])
+def test_a_job_that_is_cancelled_while_it_ends_is_not_put_back(monkeypatch, tmp_path, reason, error):
+    told(monkeypatch, tmp_path, "requeued", ["(null)"], ())
+    (tmp_path / "told").unlink()
+    shown = (tmp_path / "shown").read_text()
+    (tmp_path / "shown").write_text(
+        shown.replace("JobState=RUNNING Reason=None", f"JobState=COMPLETING Reason={reason}")
+    )
+    with pytest.raises(DapoError) as e:
+        requeue(read_allocation(*recorded("requeued")), RunFolder(tmp_path), Requeue("it failed", (), True), 3600.0)
+    assert type(e.value) is error and (tmp_path / "told").exists() == (error is DapoError)
