@@ -50,7 +50,10 @@ def attempt(
 
 @contextmanager
 def asked_by_signals(numbers: dict[signal.Signals, StopAsked]) -> Iterator[Asked]:
-    """What signals ask for: each for its stop, and SIGTERM or Ctrl-C for the second time for an end at once."""
+    """What signals ask for: each for its stop, and SIGTERM or Ctrl-C for the second time for an end at once.
+
+    One that is blocked is heard inside the block, also if it came before.
+    """
     waiting: list[StopAsked | GraceOver] = []
     urgent = 0
 
@@ -62,9 +65,11 @@ def asked_by_signals(numbers: dict[signal.Signals, StopAsked]) -> Iterator[Asked
             waiting.append(GraceOver())
 
     before = {number: signal.signal(number, hear) for number in numbers}
+    mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
     try:
         yield lambda: waiting.pop(0) if waiting else None
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for number, handler in before.items():
             signal.signal(number, handler)
 

@@ -76,6 +76,8 @@ def main(
 ) -> None:
     """Run a job on the nodes of this SLURM allocation."""
     if not plan:
+        # Its default is to end the process: it waits until somebody hears it, in the snapshot's launcher too.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
         raise typer.Exit(exit_code(lambda: begin(recipe, overrides or [])))
     options = Options(
         script=script,
