@@ -41,7 +41,7 @@ class Allocation:
     groups: tuple[Group, ...]
     """In the order of --het-group; a plain job has one."""
     ends: float | None
-    """Unix time of the job's time limit; None: it has none."""
+    """Unix time of the job's time limit, the first of its groups'; None: it has none."""
 
     @property
     def is_heterogeneous(self) -> bool:
@@ -84,13 +84,11 @@ def read_allocation(environment: Mapping[str, str], shown: str, expand: Callable
     job = job_number(environment)
     size = _number(environment, "SLURM_HET_SIZE", 0)
     details = by_job(shown)
-    groups = [_group(environment, f"_HET_GROUP_{i}", details, expand) for i in range(size)]
-    return Allocation(
-        job,
-        _number(environment, "SLURM_RESTART_COUNT", 0),
-        tuple(groups or [_group(environment, "", details, expand)]),
-        _end(_details(details, job)),
-    )
+    suffixes = [f"_HET_GROUP_{i}" for i in range(size)] or [""]
+    groups = tuple(_group(environment, suffix, details, expand) for suffix in suffixes)
+    # SLURM ends a group at its own limit, and leaves the others alone.
+    ends = [end for group in groups if (end := _end(_details(details, group.job_id))) is not None]
+    return Allocation(job, _number(environment, "SLURM_RESTART_COUNT", 0), groups, min(ends, default=None))
 
 
 def job_number(environment: Mapping[str, str], suffix: str = "") -> int:

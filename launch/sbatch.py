@@ -52,7 +52,7 @@ class Script:
     overrides: tuple[str, ...]
     """That the script sets itself."""
     limit_s: float | None = None
-    """The time limit of the job, or of its first group; None: it says none."""
+    """The time limit of the job, the shortest of its groups'; None: it says none."""
 
 
 def read_script(text: str, where: str) -> Script:
@@ -68,8 +68,9 @@ def read_script(text: str, where: str) -> Script:
         else:
             groups[-1] |= _options(words)
     recipe, overrides = _run(text, where)
-    limit_s = read_time(groups[0]["--time"], where) if "--time" in groups[0] else None
-    return Script(tuple(_request(group, where) for group in groups), recipe, overrides, limit_s)
+    limits = [limit for g in groups if "--time" in g and (limit := read_time(g["--time"], where)) is not None]
+    requests = tuple(_request(group, where) for group in groups)
+    return Script(requests, recipe, overrides, min(limits, default=None))
 
 
 def filled(text: str, arguments: Sequence[str]) -> str:

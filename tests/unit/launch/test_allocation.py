@@ -51,6 +51,16 @@ def test_the_end_is_the_start_and_the_time_limit():
     assert read_allocation(environment, unlimited, expand).ends is None
 
 
+@pytest.mark.parametrize("first", ["900", "Unknown", "901"])
+@pytest.mark.parametrize("second", ["900", "Unknown", "901"])
+def test_a_heterogeneous_job_ends_with_the_first_of_its_groups(first, second):
+    environment, shown, expand = recorded("het_requeued")
+    ends = iter([first, second])
+    shown = re.sub(r"(?<= EndTime=)\S+", lambda _: next(ends), shown)
+    limits = [float(end) for end in (first, second) if end != "Unknown"]
+    assert read_allocation(environment, shown, expand).ends == (min(limits) if limits else None)
+
+
 @pytest.mark.parametrize(
     ("gres", "gpus"),
     [
