@@ -40,6 +40,8 @@ class Allocation:
     """How often the job was requeued and started again."""
     groups: tuple[Group, ...]
     """In the order of --het-group; a plain job has one."""
+    can_requeue: bool
+    """Whether SLURM puts it back when asked to: not with --no-requeue."""
     ends: float | None
     """Unix time of the job's time limit, the first of its groups'; None: it has none."""
 
@@ -88,7 +90,9 @@ def read_allocation(environment: Mapping[str, str], shown: str, expand: Callable
     groups = tuple(_group(environment, suffix, details, expand) for suffix in suffixes)
     # SLURM ends a group at its own limit, and leaves the others alone.
     ends = [end for group in groups if (end := _end(_details(details, group.job_id))) is not None]
-    return Allocation(job, _number(environment, "SLURM_RESTART_COUNT", 0), groups, min(ends, default=None))
+    restarts = _number(environment, "SLURM_RESTART_COUNT", 0)
+    can_requeue = re.search(r"^ +Requeue=0 ", _details(details, job), re.MULTILINE) is None
+    return Allocation(job, restarts, groups, can_requeue, min(ends, default=None))
 
 
 def job_number(environment: Mapping[str, str], suffix: str = "") -> int:

@@ -36,6 +36,7 @@ from launch.environment import VISIBLE, shared_environment
 from launch.inputs import check_job_inputs
 from launch.job import Job, Resume
 from launch.job_snapshot import go_on_in, is_in, remember, remembered, take_snapshot
+from launch.journal import Journal
 from launch.machine import raise_open_files_limit
 from launch.port_map import job_ports
 from launch.processes import ProcessGroup
@@ -152,12 +153,12 @@ def run_slurm(config: RunConfig) -> None:
     print(f"report: {write_report(folder)}", flush=True)
 
 
-def _limits(launch: LaunchConfig, failures: int) -> Limits:
-    """
-    Args:
-        failures: that have put the job back into the queue so far.
-    """
-    return Limits(launch.max_restarts, can_requeue=launch.max_requeues > 0, can_fail=failures < launch.max_requeues)
+def _limits(launch: LaunchConfig, allocation: Allocation, folder: RunFolder) -> Limits:
+    if not allocation.can_requeue and launch.max_requeues > 0:
+        Journal(folder).note(f"SLURM does not put job {allocation.job_id} back: it was submitted with --no-requeue")
+    can_requeue = allocation.can_requeue and launch.max_requeues > 0
+    can_fail = failures(folder, allocation.job_id) < launch.max_requeues
+    return Limits(launch.max_restarts, can_requeue=can_requeue, can_fail=can_fail)
 
 
 def _pools(allocation: Allocation) -> dict[str, tuple[int, int]]:
@@ -197,7 +198,7 @@ def _supervised(
             shared=shared,
             pools=_pools(allocation),
             ends=allocation.ends,
-            limits=_limits(config.launch, failures(folder, allocation.job_id)),
+            limits=_limits(config.launch, allocation, folder),
         )
         try:
             asked = _explained(by_signals, allocation.job_id)

@@ -83,6 +83,14 @@ def test_gpus_of_every_type_are_counted(gres, gpus):
     assert {n.gpus for n in read_allocation(environment, changed, expand).nodes} == {gpus}
 
 
+def test_a_job_that_slurm_does_not_put_back_is_known(tmp_path):
+    environment, shown, expand = recorded("het")
+    assert read_allocation(environment, shown, expand).can_requeue
+    assert not read_allocation(environment, shown.replace("Requeue=1", "Requeue=0"), expand).can_requeue
+    named = shown.replace("JobName=het", "JobName=x Requeue=0")
+    assert named != shown and read_allocation(environment, named, expand).can_requeue
+
+
 def test_a_name_that_looks_like_an_answer_is_not_one():
     environment, shown, expand = recorded("plain")
     changed = shown.replace("JobName=plain", "JobName=x EndTime=1 Nodes=y GRES=gpu:3(IDX:0-2)")
@@ -171,4 +179,4 @@ def test_what_is_no_list_of_counts_is_refused(text):
 
 def test_an_allocation_is_a_value():
     with pytest.raises(AttributeError):
-        Allocation(1, 0, (), None).job_id = 2
+        Allocation(1, 0, (), True, None).job_id = 2

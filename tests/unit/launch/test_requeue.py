@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+from dataclasses import replace
 
 import pytest
 
@@ -119,9 +120,16 @@ def test_failures_are_counted_for_each_job_and_time_limits_are_not(monkeypatch, 
     ("limit", "failed", "limits"),
     [(2, 0, (True, True)), (2, 1, (True, True)), (2, 2, (True, False)), (0, 0, (False, False))],
 )
-def test_max_requeues_is_of_failures(limit, failed, limits):
-    found = _limits(LaunchConfig(max_requeues=limit), failed)
-    assert (found.can_requeue, found.can_fail) == limits
+def test_max_requeues_is_of_failures(tmp_path, limit, failed, limits):
+    folder, allocation = RunFolder(tmp_path), read_allocation(*recorded("requeued"))
+    folder.snapshot(allocation.job_id).mkdir(parents=True)
+    for _ in range(failed):
+        count_failure(folder, allocation.job_id)
+    launch = LaunchConfig(max_requeues=limit)
+    found = _limits(launch, allocation, folder)
+    assert (found.can_requeue, found.can_fail) == limits and not folder.journal.exists()
+    assert not _limits(launch, replace(allocation, can_requeue=False), folder).can_requeue
+    assert folder.journal.exists() == (limit > 0)
 
 
 @pytest.mark.parametrize(("reason", "error"), [("None", Preempted), ("TimeLimit", DapoError)])
