@@ -45,7 +45,7 @@ def watch(folder: RunFolder, job: int, restarts: int, launcher_host: str) -> Non
     """Wait until SLURM calls a host down, and put the job back, if this attempt of it still runs.
 
     Raises:
-        DapoError: SLURM does not put the job back.
+        DapoError: SLURM does not put the job back (--no-requeue): it is cancelled, because nobody watches it.
     """
     while not _is_down(launcher_host):
         if _is_over(job, restarts):
@@ -56,7 +56,12 @@ def watch(folder: RunFolder, job: int, restarts: int, launcher_host: str) -> Non
     Journal(folder).note(f"{launcher_host} is lost, and the launcher with it -> back into the queue")
     remember(folder, [launcher_host])
     count_failure(folder, job)
-    slurm("scontrol", "requeue", str(job))
+    try:
+        slurm("scontrol", "requeue", str(job))
+    except DapoError as e:
+        Journal(folder).note(f"{e} -> the job is cancelled")
+        slurm("scancel", str(job))
+        raise
 
 
 def is_running(shown: str, restarts: int) -> bool:
