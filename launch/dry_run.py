@@ -189,9 +189,14 @@ def _script(recipe: Path, options: Options) -> Script:
 
 def _text(script: Path) -> str:
     try:
-        return script.read_text()
+        text = script.read_bytes().decode(errors="replace")  # comments may have any encoding
     except OSError as e:
         raise ConfigError(f"--script {script}: {e.strerror}") from None
+    if "\r\n" in text:
+        raise ConfigError(
+            f"--script {script} has DOS line breaks (\\r\\n), which sbatch refuses: write it with \\n alone"
+        )
+    return text
 
 
 def _script_text(recipe: Path, overrides: Sequence[str], groups: Sequence[Request], options: Options) -> str:

@@ -30,6 +30,7 @@ SIZES_7B = {
     "num_attention_heads": 28,
     "num_key_value_heads": 4,
 }
+RUN_32B = "exec python -m launch.slurm --recipe launch/recipes/dapo_qwen2.5_32b.yaml"
 MODELS = {"32b": QWEN, "7b": QWEN | SIZES_7B}
 OPTIONS = Options(
     script=None,
@@ -167,11 +168,20 @@ def test_refused(tmp_path, case, capsys):
 )
 def test_a_script_that_cannot_work(tmp_path, line, options, says):
     script = tmp_path / "x.sh"
-    run = "exec python -m launch.slurm --recipe launch/recipes/dapo_qwen2.5_32b.yaml"
-    script.write_text(f"#!/bin/bash\n#SBATCH --nodes=16 {line}\n{run}\n")
+    script.write_text(f"#!/bin/bash\n#SBATCH --nodes=16 {line}\n{RUN_32B}\n")
     with pytest.raises(DapoError) as e:
         told(tmp_path, "32b", script=script, **options)
     assert says in str(e.value)
+
+
+def test_a_script_of_another_system(tmp_path):
+    script = tmp_path / "x.sh"
+    text = f"#!/bin/bash\n# caf\xe9\n#SBATCH --nodes=16 --gpus-per-node=8\n{RUN_32B}\n".encode("latin-1")
+    script.write_bytes(text)
+    assert "node16" in told(tmp_path, "32b", script=script)
+    script.write_bytes(text.replace(b"\n", b"\r\n"))
+    with pytest.raises(DapoError, match=rf"--script {script} has DOS line breaks \(\\r\\n\), which sbatch refuses"):
+        told(tmp_path, "32b", script=script)
 
 
 def test_too_few_nodes_do_not_hide_what_else_is_wrong(tmp_path, capsys):

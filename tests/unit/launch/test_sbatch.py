@@ -127,3 +127,23 @@ def test_the_scripts_of_the_project():
 def test_the_time_limit_is_the_shortest_of_the_groups(first, second, limit_s):
     lines = f"#SBATCH --time={first}\n#SBATCH hetjob\n#SBATCH --time={second}\n"
     assert read_script(f"{lines}exec python -m launch.slurm --recipe a.yaml", "x.sh").limit_s == limit_s
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        'python -m launch.slurm --recipe a.yaml "x.y=[1, 2]" z=3 "$@"; echo code=$?',
+        'python -m launch.slurm --recipe a.yaml x.y="[1, 2]" z=3; status=$?',
+        "srun --mem=1 python -m launch.slurm --recipe a.yaml 'x.y=[1, 2]' z=3 2>&1 | tee --output=x log=1",
+        "python -m launch.slurm --recipe=a.yaml 'x.y=[1, 2]' z=3 >out=1 && done=1",
+        "A=1 python -m launch.slurm 'x.y=[1, 2]' z=3 --recipe a.yaml & B=2  # C=3",
+    ],
+)
+def test_the_launchers_arguments_end_where_the_shell_ends_them(line):
+    found = read_script(script(run=line), "x.sh")
+    assert (found.recipe, found.overrides) == ("a.yaml", ("x.y=[1, 2]", "z=3"))
+
+
+def test_a_quoted_operator_is_no_end():
+    found = read_script(script(run="python -m launch.slurm --recipe a.yaml 'x=a;b' y='p|q'"), "x.sh")
+    assert found.overrides == ("x=a;b", "y=p|q")
