@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
@@ -26,6 +27,9 @@ GREETS_CONTROLLER = "waits for the controller"
 """Detail of a trainer rank in its phase "start" until the controller has read its data."""
 FAILED_BEATS = 10
 """Heartbeats in a row that could not be written before the process ends: the launcher would take it for hung."""
+
+
+T = TypeVar("T")
 
 
 class Status(msgspec.Struct):
@@ -103,6 +107,7 @@ class Reporter:
         s = self._status
         record = Exit(s.process, s.host, s.pid, kind, message, s.phase, time.time())
         with contextlib.suppress(OSError):
+            self.folder.exits.mkdir(exist_ok=True)  # of a run that ends before any process has begun
             _replace(self.folder.exit(self.process), msgspec.json.encode(record))
 
     def _beat(self) -> None:
@@ -163,18 +168,33 @@ def run_reported(reporter: Reporter, program: Callable[[], object]) -> int:
 
 
 def read_statuses(folder: RunFolder) -> list[Status]:
-    """Statuses of all processes that ever wrote one, by name."""
+    """Statuses of all processes that ever wrote one, by name; one that cannot be read is not there yet."""
     found = []
     for path in sorted(folder.statuses.glob("*.json")):
-        with contextlib.suppress(OSError):  # another node replaces it at this moment: the next look sees it
-            found.append(msgspec.json.decode(path.read_bytes(), type=Status))
+        # Another node replaces it at this moment, or crashed while it did: the next look, or heartbeat, mends it.
+        with contextlib.suppress(OSError, StorageError):
+            found.append(read_status(path))
     return found
 
 
+def read_status(path: Path) -> Status:
+    """What one process does.
+
+    Raises:
+        StorageError: the file is no status, or half of one.
+        FileNotFoundError: there is none.
+    """
+    return _decoded(path, Status)
+
+
 def read_exit(folder: RunFolder, process: str) -> Exit | None:
-    """How a process ended; None where it left no word (it was killed, or runs)."""
+    """How a process ended; None where it left no word (it was killed, or runs).
+
+    Raises:
+        StorageError: what it left is no record, or half of one.
+    """
     try:
-        return msgspec.json.decode(folder.exit(process).read_bytes(), type=Exit)
+        return _decoded(folder.exit(process), Exit)
     except FileNotFoundError:
         return None
 
@@ -183,6 +203,13 @@ def clear(folder: RunFolder) -> None:
     """Remove what an earlier start of the run left: it is not about the processes that are started now."""
     for old in (*folder.statuses.glob("*.json"), *folder.exits.glob("*.json")):
         old.unlink()
+
+
+def _decoded(path: Path, kind: type[T]) -> T:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=kind)
+    except msgspec.MsgspecError as e:
+        raise StorageError(f"{path} cannot be read ({e}): a crash cut it off; remove it") from None
 
 
 def _replace(path: Path, data: bytes) -> None:

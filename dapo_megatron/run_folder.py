@@ -66,6 +66,10 @@ class RunFolder:
         """What a job of a cluster runs: code, configuration, batch script."""
         return self.path / "snapshots" / f"job_{job}"
 
+    def requeues(self, job: int) -> Path:
+        """What a job of a cluster remembers of how it went back into the queue."""
+        return self.snapshot(job) / "requeues.json"
+
     @property
     def metrics(self) -> Path:
         """One line a step."""

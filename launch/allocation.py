@@ -40,8 +40,10 @@ class Allocation:
     """How often the job was requeued and started again."""
     groups: tuple[Group, ...]
     """In the order of --het-group; a plain job has one."""
+    can_requeue: bool
+    """Whether SLURM puts it back when asked to: not with --no-requeue."""
     ends: float | None
-    """Unix time of the job's time limit; None: it has none."""
+    """Unix time of the job's time limit, the first of its groups'; None: it has none."""
 
     @property
     def is_heterogeneous(self) -> bool:
@@ -61,9 +63,13 @@ def find_allocation(environment: Mapping[str, str]) -> Allocation:
         ConfigError: not inside a job.
         DapoError: scontrol failed, or did not answer.
     """
-    job = _variable(environment, "SLURM_JOB_ID")
-    shown = slurm("scontrol", "--details", "show", "job", job)
-    return read_allocation(environment, shown, lambda nodes: slurm("scontrol", "show", "hostnames", nodes).split())
+    shown = slurm("scontrol", "--details", "show", "job", str(job_number(environment)))
+    return read_allocation(environment, shown, host_names)
+
+
+def host_names(nodes: str) -> list[str]:
+    """node[1-2] -> node1, node2, as SLURM does it."""
+    return slurm("scontrol", "show", "hostnames", nodes).split()
 
 
 def read_allocation(environment: Mapping[str, str], shown: str, expand: Callable[[str], list[str]]) -> Allocation:
@@ -71,22 +77,32 @@ def read_allocation(environment: Mapping[str, str], shown: str, expand: Callable
 
     Args:
         shown: `scontrol --details show job`, with times as Unix times (SLURM_TIME_FORMAT=%s).
-        expand: `scontrol show hostnames` of a node list: node[1-2] -> node1, node2.
+        expand: host_names.
 
     Raises:
         ConfigError: not a batch script's environment.
         DapoError: the environment and `shown` are not of the same job.
     """
-    job = int(_variable(environment, "SLURM_JOB_ID"))
-    size = int(environment.get("SLURM_HET_SIZE", 0))
-    details = _by_job(shown)
-    groups = [_group(environment, f"_HET_GROUP_{i}", details, expand) for i in range(size)]
-    return Allocation(
-        job,
-        int(environment.get("SLURM_RESTART_COUNT", 0)),
-        tuple(groups or [_group(environment, "", details, expand)]),
-        _end(_details(details, job)),
-    )
+    job = job_number(environment)
+    size = _number(environment, "SLURM_HET_SIZE", 0)
+    details = by_job(shown)
+    suffixes = [f"_HET_GROUP_{i}" for i in range(size)] or [""]
+    groups = tuple(_group(environment, suffix, details, expand) for suffix in suffixes)
+    # SLURM ends a group at its own limit, and leaves the others alone.
+    ends = [end for group in groups if (end := _end(_details(details, group.job_id))) is not None]
+    restarts = _number(environment, "SLURM_RESTART_COUNT", 0)
+    can_requeue = re.search(r"^ +Requeue=0 ", _details(details, job), re.MULTILINE) is None
+    return Allocation(job, restarts, groups, can_requeue, min(ends, default=None))
+
+
+def job_number(environment: Mapping[str, str], suffix: str = "") -> int:
+    """The number of the job, or of the component of a heterogeneous one that `suffix` names.
+
+    Raises:
+        ConfigError: not inside a job.
+    """
+    _variable(environment, name := f"SLURM_JOB_ID{suffix}")
+    return _number(environment, name, 0)
 
 
 def expand_counts(text: str) -> list[int]:
@@ -107,7 +123,7 @@ def expand_counts(text: str) -> list[int]:
 def _group(
     environment: Mapping[str, str], suffix: str, details: Mapping[int, str], expand: Callable[[str], list[str]]
 ) -> Group:
-    job = int(_variable(environment, f"SLURM_JOB_ID{suffix}"))
+    job = job_number(environment, suffix)
     names = expand(_variable(environment, f"SLURM_JOB_NODELIST{suffix}"))
     cpus = expand_counts(_variable(environment, f"SLURM_JOB_CPUS_PER_NODE{suffix}"))
     gpus = _gpus(_details(details, job), expand)
@@ -131,7 +147,8 @@ def _end(details: str) -> float | None:
     return float(found[1]) if found else None
 
 
-def _by_job(shown: str) -> dict[int, str]:
+def by_job(shown: str) -> dict[int, str]:
+    """What `scontrol show job` says of each group of a job, by its own number."""
     jobs = re.split(r"^JobId=([0-9]+)", shown, flags=re.MULTILINE)
     return {int(job): details for job, details in zip(jobs[1::2], jobs[2::2], strict=True)}
 
@@ -143,6 +160,16 @@ def _details(details: Mapping[int, str], job: int) -> str:
 
 
 def _variable(environment: Mapping[str, str], name: str) -> str:
-    if name not in environment:
+    if not (value := environment.get(name, "").strip()):
         raise ConfigError(f"{name} is not set: this runs inside a SLURM job, from sbatch's script")
-    return environment[name]
+    return value
+
+
+def _number(environment: Mapping[str, str], name: str, default: int) -> int:
+    """The default where the variable is empty: so does a script unset it that cannot do without its name."""
+    value = environment.get(name, "").strip()
+    if not value:
+        return default
+    if not value.isascii() or not value.isdigit():
+        raise ConfigError(f"{name}={value} is no number: SLURM sets it, see who changes it in the batch script")
+    return int(value)

@@ -21,28 +21,39 @@ Asked = Callable[[], StopAsked | GraceOver | None]
 
 @contextmanager
 def attempt(
-    config: RunConfig, folder: RunFolder, resume: Resume | None, weights: Path | None, slurm_job: int | None = None
+    config: RunConfig,
+    folder: RunFolder,
+    resume: Resume | None,
+    weights: Path | None,
+    slurm_job: int | None = None,
+    check: Callable[[RunConfig], None] = lambda _: None,
 ) -> Iterator[Job]:
     """The job to start inside the block, whose error, or good end, is written down.
 
+    Args:
+        check: raises DapoError, also written down, where the run cannot start; nothing of it is in the folder then, so
+            that data or model can still be changed.
+
     Raises:
-        DapoError: the run folder is taken, or its checkpoint is damaged.
+        DapoError: the run folder is taken, or its checkpoint is damaged; as `check`.
         KeyboardInterrupt: Ctrl-C or SIGTERM.
     """
     make_folder(folder)
     with interruptible(), locked(folder.lock, slurm_job):
+        with _error_written(folder):
+            check(config)
         job = prepare_new(config, folder, weights) if resume is None else prepare_resume(config, folder, resume)
-        try:
+        with _error_written(folder):
             yield job
-        except (DapoError, OSError, KeyboardInterrupt) as e:
-            _leave_word(folder, e)
-            raise
         Reporter(folder, "launcher").ended(None, "")
 
 
 @contextmanager
 def asked_by_signals(numbers: dict[signal.Signals, StopAsked]) -> Iterator[Asked]:
-    """What signals ask for: each for its stop, and SIGTERM or Ctrl-C for the second time for an end at once."""
+    """What signals ask for: each for its stop, and SIGTERM or Ctrl-C for the second time for an end at once.
+
+    One that is blocked is heard inside the block, also if it came before.
+    """
     waiting: list[StopAsked | GraceOver] = []
     urgent = 0
 
@@ -54,9 +65,11 @@ def asked_by_signals(numbers: dict[signal.Signals, StopAsked]) -> Iterator[Asked
             waiting.append(GraceOver())
 
     before = {number: signal.signal(number, hear) for number in numbers}
+    mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
     try:
         yield lambda: waiting.pop(0) if waiting else None
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -69,6 +82,15 @@ def raise_end(end: End) -> None:
     """
     if end.kind is not None:
         raise error_of_kind(end.kind, end.message)
+
+
+@contextmanager
+def _error_written(folder: RunFolder) -> Iterator[None]:
+    try:
+        yield
+    except (DapoError, OSError, KeyboardInterrupt) as e:
+        _leave_word(folder, e)
+        raise
 
 
 def _leave_word(folder: RunFolder, error: DapoError | OSError | KeyboardInterrupt) -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import msgspec
 
-from dapo_megatron.observe.jsonl import append_lines, read_lines
+from dapo_megatron.errors import DataError
+from dapo_megatron.observe.jsonl import read_lines
 from dapo_megatron.run_folder import RunFolder
 from launch.lock import read_holder
 from launch.states import End, Requeue, State
@@ -39,15 +40,25 @@ def open_logs(folder: RunFolder) -> Path:
 
 
 def note_attempt(folder: RunFolder, step: int, ends: float | None) -> None:
-    """Write down that the run is started; the caller holds its lock."""
+    """Write down that the run is started, all at once; the caller holds its lock."""
     holder = read_holder(folder.lock)
     attempt = Attempt(time.time(), step, holder.slurm_job if holder else None, ends)
-    append_lines(folder.attempts, [msgspec.structs.asdict(attempt)])
+    aside = folder.attempts.with_suffix(".new")
+    # What a crash left half-written is no line; behind it, this one would be none either.
+    aside.write_bytes(b"".join(msgspec.json.encode(a) + b"\n" for a in (*read_attempts(folder), attempt)))
+    os.replace(aside, folder.attempts)
 
 
 def read_attempts(folder: RunFolder) -> list[Attempt]:
-    """All starts of a run, in order."""
-    return [msgspec.convert(row, Attempt) for row in read_lines(folder.attempts)]
+    """All starts of a run, in order.
+
+    Raises:
+        DataError: a line is none.
+    """
+    try:
+        return [msgspec.convert(row, Attempt) for row in read_lines(folder.attempts)]
+    except msgspec.ValidationError as e:
+        raise DataError(f"{folder.attempts} has a line that is no start of a run ({e}): remove it") from None
 
 
 def told_restarts(state: State) -> str:

@@ -1,8 +1,16 @@
 """The processes of a SLURM job in containers: options of srun for pyxis, a command before the command for apptainer."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from dapo_megatron.config.launch import ContainerConfig
+
+
+def image_file(container: ContainerConfig) -> Path | None:
+    """The file that the image is; None: a registry has it. Pure."""
+    image = container.image
+    is_file = image.startswith(("/", ".")) or image.endswith((".sqsh", ".sif"))
+    return Path(image) if is_file and "://" not in image else None
 
 
 def in_container(

@@ -14,7 +14,7 @@ from dapo_megatron.errors import DapoError, exit_code
 from dapo_megatron.run_folder import RunFolder
 from launch.hosts import nodes_of
 from launch.journal import Journal
-from launch.requeue import remember
+from launch.requeue import count_failure, remember
 from launch.slurm_calls import slurm
 
 LOOK_S = 5.0
@@ -45,7 +45,7 @@ def watch(folder: RunFolder, job: int, restarts: int, launcher_host: str) -> Non
     """Wait until SLURM calls a host down, and put the job back, if this attempt of it still runs.
 
     Raises:
-        DapoError: SLURM does not put the job back.
+        DapoError: SLURM does not put the job back (--no-requeue): it is cancelled, because nobody watches it.
     """
     while not _is_down(launcher_host):
         if _is_over(job, restarts):
@@ -55,7 +55,13 @@ def watch(folder: RunFolder, job: int, restarts: int, launcher_host: str) -> Non
         return
     Journal(folder).note(f"{launcher_host} is lost, and the launcher with it -> back into the queue")
     remember(folder, [launcher_host])
-    slurm("scontrol", "requeue", str(job))
+    count_failure(folder, job)
+    try:
+        slurm("scontrol", "requeue", str(job))
+    except DapoError as e:
+        Journal(folder).note(f"{e} -> the job is cancelled")
+        slurm("scancel", str(job))
+        raise
 
 
 def is_running(shown: str, restarts: int) -> bool:

@@ -19,7 +19,7 @@ from dapo_megatron.actor.precision import read_machine
 from dapo_megatron.config import RunConfig, load_config
 from dapo_megatron.errors import ConfigError, DapoError
 from dapo_megatron.run_folder import RunFolder
-from launch.inputs import check_data, check_model_files, check_shape
+from launch.inputs import check_data, check_image, check_model_files, check_shape
 from launch.job import check_new, check_resume
 from launch.plan import Cluster, make_plan, refusals
 from launch.plan_text import print_plan
@@ -90,6 +90,7 @@ def dry_run(recipe: Path, overrides: Sequence[str], options: Options, console: C
     shape = check_shape(config, machine)
     checks: list[Callable[[], object]] = [
         lambda: check_data(config),
+        lambda: check_image(config),
         lambda: check_run_folder(config),
         lambda: check_nccl(config, groups),
         lambda: check_time_limit(config.launch, script.limit_s),
@@ -188,9 +189,14 @@ def _script(recipe: Path, options: Options) -> Script:
 
 def _text(script: Path) -> str:
     try:
-        return script.read_text()
+        text = script.read_bytes().decode(errors="replace")  # comments may have any encoding
     except OSError as e:
         raise ConfigError(f"--script {script}: {e.strerror}") from None
+    if "\r\n" in text:
+        raise ConfigError(
+            f"--script {script} has DOS line breaks (\\r\\n), which sbatch refuses: write it with \\n alone"
+        )
+    return text
 
 
 def _script_text(recipe: Path, overrides: Sequence[str], groups: Sequence[Request], options: Options) -> str:

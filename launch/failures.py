@@ -17,7 +17,7 @@ def failed(folder: RunFolder, children: Sequence[Child]) -> list[Child]:
 def _is_done(folder: RunFolder, child: Child) -> bool:
     if child.process.returncode != 0 or child.name.startswith("engine"):
         return False
-    records = [read_exit(folder, name) for name in child.processes]
+    records = [_word(folder, name) for name in child.processes]
     return all(record is not None and record.kind is None for record in records)
 
 
@@ -31,7 +31,7 @@ def failure(folder: RunFolder, children: Sequence[Child]) -> tuple[DapoError, st
     killed = [c for c in ended if c.process.returncode < 0]
     if killed:
         return _without_a_word(killed[0], folder), None
-    records = [read_exit(folder, name) for child in ended for name in child.processes]
+    records = [_word(folder, name) for child in ended for name in child.processes]
     told = [record for record in records if record is not None and record.kind is not None]
     if told:
         first = min(told, key=lambda record: (record.process != "controller", record.time))
@@ -39,6 +39,14 @@ def failure(folder: RunFolder, children: Sequence[Child]) -> tuple[DapoError, st
         is_sure = first.kind != "crash" or all(records)
         return _by_record(first, folder), first.host if is_sure else None
     return _without_a_word(ended[0], folder), None
+
+
+def _word(folder: RunFolder, process: str) -> Exit | None:
+    """How a process ended; a record that cannot be read is none: another node writes it, or crashed while it did."""
+    try:
+        return read_exit(folder, process)
+    except (OSError, StorageError):
+        return None
 
 
 def hang(status: Status, silence_s: float) -> DapoError:

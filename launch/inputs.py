@@ -11,6 +11,7 @@ from dapo_megatron.errors import ConfigError
 from dapo_megatron.weights.families import ModelShape
 from dapo_megatron.weights.hf_config import read_model
 from dapo_megatron.weights.hf_folder import HfFolder, check_weights
+from launch.container import image_file
 
 
 def check_inputs(config: RunConfig, machine: Machine | None = None) -> None:
@@ -26,6 +27,24 @@ def check_inputs(config: RunConfig, machine: Machine | None = None) -> None:
     check_data(config)
     check_shape(config, machine)
     check_model_files(config)
+
+
+def check_job_inputs(config: RunConfig) -> None:
+    """Check what a SLURM job reads, on its first node; raises as check_inputs.
+
+    In a container the paths of data and model are its own, and controller and ranks look for them there.
+    """
+    if config.launch.container is None:
+        check_inputs(config)
+    else:
+        check_image(config)
+
+
+def check_image(config: RunConfig) -> None:
+    """Raise ConfigError where the image of the job's container is a file that does not exist."""
+    container = config.launch.container
+    if container is not None and (path := image_file(container)) is not None and not path.exists():
+        raise ConfigError(f"launch.container.image={container.image} does not exist")
 
 
 def check_data(config: RunConfig) -> None:

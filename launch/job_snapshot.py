@@ -5,7 +5,7 @@ changes nothing of it. The job's comment in SLURM names the snapshot, so that a 
 whatever has become of the recipe; who submits the script again gets the code and the recipe as they are then. Of a
 user's own code, the modules and packages that the config names come too.
 
-    snapshots/job_<number>/   code/   config.yaml   script.sh
+    snapshots/job_<number>/   code/   config.yaml   script.sh   and later requeues.json (launch/requeue.py)
 """
 
 import importlib.util

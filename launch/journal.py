@@ -67,7 +67,7 @@ def _told(action: Action) -> str:
             return "start controller and trainer from the newest checkpoint"
         case AskToStop():
             return "ask for a checkpoint and the end"
-        case Requeue(_, exclude):
+        case Requeue(exclude=exclude):
             return " ".join(["back into the queue", *(["without", ", ".join(exclude)] if exclude else [])])
         case End(kind, _):
             return "the end" if kind is None else f"the end ({kind})"

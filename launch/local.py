@@ -19,7 +19,7 @@ from launch.network import require_interface
 from launch.port_map import ports_needed
 from launch.ports import reserved_ports
 from launch.processes import Child, ProcessGroup
-from launch.states import End, StopAsked
+from launch.states import End, Limits, StopAsked
 from launch.supervisor import Supervisor
 from launch.topology import Placement, place, split
 
@@ -86,7 +86,7 @@ def _run(config: RunConfig, folder: RunFolder, job: Job, placement: Placement) -
             hosts=(placement.controller.node.name,),
             spares=(),
             shared=shared_environment(config, os.environ, cpu=placement.cpu, interface=config.launch.interface),
-            can_requeue=False,
+            limits=Limits(config.launch.max_restarts),
         )
         end = supervisor.run(asked)
     assert isinstance(end, End)  # nobody can put this machine back into a queue

@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
-
 from dapo_megatron.checkpoint.integrity import check_files
 from dapo_megatron.checkpoint.manifest import MANIFEST, read_manifest
 from dapo_megatron.checkpoint.published import published, step_of
@@ -22,7 +20,7 @@ from dapo_megatron.errors import ConfigError, StorageError
 from dapo_megatron.observe import catalog as m
 from dapo_megatron.observe.metrics import Record, read_metrics
 from dapo_megatron.observe.pace import Pace, pace
-from dapo_megatron.process import BEAT_S, Exit, Status, read_exit
+from dapo_megatron.process import BEAT_S, Exit, Status, read_exit, read_status
 from dapo_megatron.run_folder import RunFolder
 from launch.attempts import Attempt, read_attempts
 from launch.lock import Holder, read_holder
@@ -112,7 +110,8 @@ def look(folder: RunFolder) -> Snapshot:
     """What the run's files say now.
 
     Raises:
-        ConfigError: the folder holds no run, or what is there cannot be read.
+        ConfigError: the folder holds no run.
+        DapoError: a file that is there cannot be read.
     """
     if not folder.config.exists():
         raise ConfigError(f"{folder.path} holds no run: there is no {folder.config.name}")
@@ -179,7 +178,7 @@ def _statuses(folder: RunFolder) -> list[tuple[Status, float]]:
     found = []
     for path in sorted(folder.statuses.glob("*.json")):
         try:
-            found.append((msgspec.json.decode(path.read_bytes(), type=Status), path.stat().st_mtime))
+            found.append((read_status(path), path.stat().st_mtime))
         except FileNotFoundError:  # the launcher clears them before it starts the training again
             continue
     return found

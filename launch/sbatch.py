@@ -8,6 +8,7 @@ import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 from dapo_megatron.errors import ConfigError
 from launch.time_limit import read_time
@@ -25,6 +26,8 @@ UNREAD = {
 }
 """Options that change the size of a job without saying how many nodes, or GPUs of each, and the one that does."""
 MODULE = "launch.slurm"
+OPERATORS = frozenset(";|&<>")
+"""Of the shell: what follows them is no argument of the launcher."""
 ARGUMENTS = '"$@"'
 """Where a script hands on what it was given itself."""
 
@@ -52,7 +55,7 @@ class Script:
     overrides: tuple[str, ...]
     """That the script sets itself."""
     limit_s: float | None = None
-    """The time limit of the job, or of its first group; None: it says none."""
+    """The time limit of the job, the shortest of its groups'; None: it says none."""
 
 
 def read_script(text: str, where: str) -> Script:
@@ -68,8 +71,9 @@ def read_script(text: str, where: str) -> Script:
         else:
             groups[-1] |= _options(words)
     recipe, overrides = _run(text, where)
-    limit_s = read_time(groups[0]["--time"], where) if "--time" in groups[0] else None
-    return Script(tuple(_request(group, where) for group in groups), recipe, overrides, limit_s)
+    limits = [limit for g in groups if "--time" in g and (limit := read_time(g["--time"], where)) is not None]
+    requests = tuple(_request(group, where) for group in groups)
+    return Script(requests, recipe, overrides, min(limits, default=None))
 
 
 def filled(text: str, arguments: Sequence[str]) -> str:
@@ -77,9 +81,15 @@ def filled(text: str, arguments: Sequence[str]) -> str:
     return re.sub(rf" *{re.escape(ARGUMENTS)}", lambda _: "".join(f" {shlex.quote(a)}" for a in arguments), text)
 
 
-def _words(line: str, where: str) -> list[str]:
+def _words(line: str, where: str, apart: str = "") -> list[str]:
+    """
+    Args:
+        apart: characters that are words of their own, where they are not quoted.
+    """
+    lexer = shlex.shlex(line, posix=True, punctuation_chars=apart)
+    lexer.whitespace_split = True
     try:
-        return shlex.split(line, comments=True)
+        return list(lexer)
     except ValueError as e:
         raise ConfigError(f"{where}: {line.strip()!r} is no whole line of words ({e}): quote it on one line") from None
 
@@ -147,10 +157,10 @@ def _run(text: str, where: str) -> tuple[str, tuple[str, ...]]:
     for line in text.replace("\\\n", " ").splitlines():
         if line.lstrip().startswith("#") or MODULE not in line:
             continue
-        words = _words(line, where)
+        words = _words(line, where, "".join(OPERATORS))
         if MODULE not in words:
             continue
-        words = words[words.index(MODULE) + 1 :]
+        words = list(takewhile(lambda word: not set(word) <= OPERATORS, words[words.index(MODULE) + 1 :]))
         # --recipe=a.yaml as two words
         words = [part for word in words for part in re.split(r"(?<=^--recipe)=", word)]
         if "--recipe" in words[:-1]:

@@ -6,7 +6,8 @@ second generates. A run folder that holds a run is gone on with: so does who sub
 
     SIGUSR1 (#SBATCH --signal=B:USR1@600), or `launch.save_before_end_s` before the time limit
                     the run saves, and the job goes back into the queue
-    SIGTERM         the run saves as long as SLURM lets it; a preempted job is put back by SLURM itself
+    SIGTERM         the run saves as long as SLURM lets it; at the time limit the job goes back into the queue; a
+                    preempted one is put back by SLURM itself
 """
 
 import os
@@ -21,26 +22,32 @@ import typer
 from rich.console import Console
 
 from dapo_megatron.config import RunConfig, load_config
+from dapo_megatron.config.launch import LaunchConfig
 from dapo_megatron.errors import ConfigError, Preempted, exit_code
 from dapo_megatron.observe.report import write_report
 from dapo_megatron.run_folder import RunFolder
-from launch.allocation import Allocation, find_allocation
+from launch.allocation import Allocation, find_allocation, job_number
 from launch.attempt import Asked, asked_by_signals, attempt, make_folder, raise_end
 from launch.attempts import open_logs
 from launch.canary import check_nodes
 from launch.dry_run import Options, dry_run
+from launch.ending import ending
 from launch.environment import VISIBLE, shared_environment
-from launch.job import Job
+from launch.inputs import check_job_inputs
+from launch.job import Job, Resume
 from launch.job_snapshot import go_on_in, is_in, remember, remembered, take_snapshot
+from launch.journal import Journal
 from launch.machine import raise_open_files_limit
 from launch.port_map import job_ports
 from launch.processes import ProcessGroup
-from launch.requeue import requeue
-from launch.states import End, GraceOver, Requeue, StopAsked
+from launch.requeue import failures, requeue
+from launch.states import End, GraceOver, Limits, Requeue, StopAsked
 from launch.steps import Steps
 from launch.supervisor import Supervisor
 from launch.time_limit import check_time_limit
 from launch.topology import Node, Placement, place, sides
+
+TERMINATED = StopAsked("SIGTERM: the job is cancelled or preempted", comes_back=False)
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -70,6 +77,8 @@ def main(
 ) -> None:
     """Run a job on the nodes of this SLURM allocation."""
     if not plan:
+        # Its default is to end the process: it waits until somebody hears it, in the snapshot's launcher too.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
         raise typer.Exit(exit_code(lambda: begin(recipe, overrides or [])))
     options = Options(
         script=script,
@@ -93,8 +102,8 @@ def begin(recipe: Path, overrides: list[str]) -> None:
     Raises:
         DapoError: as run_slurm.
     """
-    job = os.environ.get("SLURM_JOB_ID")
-    if job is not None and (snapshot := remembered(int(job))) is not None and not is_in(snapshot):
+    in_job = bool(os.environ.get("SLURM_JOB_ID"))
+    if in_job and (snapshot := remembered(job_number(os.environ))) is not None and not is_in(snapshot):
         go_on_in(snapshot)
     run_slurm(load_config(recipe, overrides))
 
@@ -131,7 +140,8 @@ def run_slurm(config: RunConfig) -> None:
     raise_open_files_limit(config.concurrency)
     end: End | Requeue | None = None
     try:
-        with attempt(config, folder, "latest" if folder.config.exists() else None, None, allocation.job_id) as job:
+        resume: Resume | None = "latest" if folder.config.exists() else None
+        with attempt(config, folder, resume, None, allocation.job_id, check_job_inputs) as job:
             end = _supervised(config, folder, job, allocation, plan, slots, spares)
             if isinstance(end, Requeue):
                 raise Preempted(f"back into the queue: {end.why}")
@@ -141,6 +151,14 @@ def run_slurm(config: RunConfig) -> None:
             requeue(allocation, folder, end, config.launch.forget_bad_nodes_s)
         raise
     print(f"report: {write_report(folder)}", flush=True)
+
+
+def _limits(launch: LaunchConfig, allocation: Allocation, folder: RunFolder) -> Limits:
+    if not allocation.can_requeue and launch.max_requeues > 0:
+        Journal(folder).note(f"SLURM does not put job {allocation.job_id} back: it was submitted with --no-requeue")
+    can_requeue = allocation.can_requeue and launch.max_requeues > 0
+    can_fail = failures(folder, allocation.job_id) < launch.max_requeues
+    return Limits(launch.max_restarts, can_requeue=can_requeue, can_fail=can_fail)
 
 
 def _pools(allocation: Allocation) -> dict[str, tuple[int, int]]:
@@ -164,7 +182,7 @@ def _supervised(
     towards = None if config.launch.interface is not None else placement.controller.node.address
     signals = {
         signal.SIGUSR1: StopAsked("SIGUSR1: the time limit is near", comes_back=True),
-        signal.SIGTERM: StopAsked("SIGTERM: the job is cancelled or preempted", comes_back=False),
+        signal.SIGTERM: TERMINATED,
         signal.SIGINT: StopAsked("a signal", comes_back=False),
     }
     with asked_by_signals(signals) as by_signals, ProcessGroup(open_logs(folder)) as group:
@@ -180,12 +198,25 @@ def _supervised(
             shared=shared,
             pools=_pools(allocation),
             ends=allocation.ends,
-            can_requeue=allocation.restarts < config.launch.max_requeues,
+            limits=_limits(config.launch, allocation, folder),
         )
         try:
-            return supervisor.run(_also_by_clock(by_signals, allocation.ends, config.launch.save_before_end_s))
+            asked = _explained(by_signals, allocation.job_id)
+            return supervisor.run(_also_by_clock(asked, allocation.ends, config.launch.save_before_end_s))
         finally:
             steps.close()
+
+
+def _explained(asked: Asked, job: int) -> Asked:
+    """What signals ask for; a SIGTERM of the time limit wants the job back, also while SIGUSR1's save is under way."""
+
+    def look() -> StopAsked | GraceOver | None:
+        wish = asked()
+        if wish == TERMINATED and ending(job) == "time limit":
+            return StopAsked("SIGTERM: the time limit is reached", comes_back=True)
+        return wish
+
+    return look
 
 
 def _also_by_clock(asked: Asked, ends: float | None, before_s: float) -> Asked:

@@ -53,6 +53,8 @@ class Limits:
     """Restarts of the training, and of each engine, in one attempt of the job."""
     can_requeue: bool = False
     """Whether the job can be put back into a queue."""
+    can_fail: bool = True
+    """Whether it can after a failure too."""
 
 
 @dataclass(frozen=True)
@@ -178,6 +180,8 @@ class Requeue:
 
     why: str
     exclude: tuple[str, ...]
+    is_failure: bool
+    """Whether the run failed, or got no step further: the next starts may do no better."""
 
 
 @dataclass(frozen=True)
@@ -233,9 +237,10 @@ def _finished(state: State, is_complete: bool) -> tuple[State, list[Action]]:
 
 def _stopped(state: State, why: str) -> tuple[State, list[Action]]:
     """After a stop, however it went."""
-    if state.comes_back and state.limits.can_requeue:
-        return _over(state, Requeue(why, _bad_hosts(state)))
-    return _over(state, End("preempted", f"stopped: {why}"))
+    end = End("preempted", f"stopped: {why}")
+    if state.comes_back:
+        return _back(state, why, end, is_failure=state.step <= state.step_at_start)
+    return _over(state, end)
 
 
 def _engine_lost(state: State, name: str, why: str) -> tuple[State, list[Action]]:
@@ -283,15 +288,22 @@ def _host_lost(state: State, host: str) -> tuple[State, list[Action]]:
     if not moved:
         # No fault of the run: how far it got does not matter.
         why = f"{host} is lost, and no spare host is left"
-        return _over(state, Requeue(why, _bad_hosts(state)) if state.limits.can_requeue else End("crash", why))
+        return _back(state, why, End("crash", why), is_failure=True)
     return _started_anew(state, moved, [])
 
 
 def _given_up(state: State, kind: Kind, message: str) -> tuple[State, list[Action]]:
     """What this allocation cannot do may be possible in another, if this one got anywhere."""
-    if state.limits.can_requeue and state.step > state.step_at_start:
-        return _over(state, Requeue(message, _bad_hosts(state)))
+    if state.step > state.step_at_start:
+        return _back(state, message, End(kind, message), is_failure=True)
     return _over(state, End(kind, message))
+
+
+def _back(state: State, why: str, otherwise: End, *, is_failure: bool) -> tuple[State, list[Action]]:
+    """Into the queue, if the job may."""
+    if state.limits.can_requeue and (state.limits.can_fail or not is_failure):
+        return _over(state, Requeue(why, _bad_hosts(state), is_failure))
+    return _over(state, otherwise)
 
 
 def _over(state: State, action: Action) -> tuple[State, list[Action]]:

@@ -151,7 +151,7 @@ def main() -> None:
     """Entry point."""
     try:
         app()
-    except (DapoError, OSError, msgspec.MsgspecError) as e:
+    except (DapoError, OSError) as e:
         print(f"error: {e}", file=sys.stderr, flush=True)
         sys.exit(NO_RUN)
 

@@ -74,8 +74,8 @@ class Supervisor:
         spares: tuple[str, ...],
         shared: Mapping[str, str],
         *,
+        limits: Limits,
         pools: Mapping[str, Hashable] | None = None,
-        can_requeue: bool,
         ends: float | None = None,
     ):
         """
@@ -93,7 +93,7 @@ class Supervisor:
         """Size and time of change of the metrics' file, and its last step."""
         step = self._step()
         self._state = State(
-            limits=Limits(config.launch.max_restarts, can_requeue),
+            limits=limits,
             hosts=hosts,
             spares=spares,
             pools=pools or {},
@@ -177,6 +177,7 @@ class Supervisor:
 
     def _of_training(self) -> Iterator[Event]:
         if self._trainer and all(c.process.poll() == 0 for c in self._trainer):
+            yield Progress(self._step())
             yield Finished(self._is_complete())
         elif failed(self.folder, [*self._controller, *self._trainer]):
             time.sleep(LAST_WORDS_S)

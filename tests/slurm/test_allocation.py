@@ -18,7 +18,7 @@ def test_a_plain_job(cluster):
     job, seen = told(cluster, "--nodes=3", "--gres=gpu:8", "--cpus-per-task=4")
     nodes = ", ".join(f"Node(name='node{k}', cpus=4, gpus=8)" for k in (1, 2, 3))
     assert seen.startswith(
-        f"Allocation(job_id={job}, restarts=0, groups=(Group(job_id={job}, nodes=({nodes})),), ends=1"
+        f"Allocation(job_id={job}, restarts=0, groups=(Group(job_id={job}, nodes=({nodes})),), can_requeue=True, ends=1"
     )
 
 

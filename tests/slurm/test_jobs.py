@@ -7,7 +7,10 @@ import pytest
 
 from benchmarks.chaos import check
 from dapo_megatron.observe.metrics import read_metrics
+from dapo_megatron.process import read_exit
 from dapo_megatron.run_folder import RunFolder
+from launch.attempts import read_attempts
+from launch.requeue import failures
 from tests.launch.conftest import recipe
 from tests.slurm.cluster import REPOSITORY
 
@@ -42,6 +45,10 @@ class Run:
         """Wait until so many are recorded, the evaluation before the first included."""
         self.cluster.wait_until(lambda: self.ended() or self.steps() >= count, LIFE_S, f"step {count}")
         assert not self.ended(), self.cluster.output(self.job)[-3000:]
+
+    def started(self):
+        """Starts of the run that are watched."""
+        return len(read_attempts(self.folder))
 
     def ended(self):
         """Whether the job is over."""
@@ -235,4 +242,21 @@ def test_what_a_person_must_mend_is_one_line(cluster):
     run = Run(cluster, "wrong", model={"path": "/nowhere"})
     said = run.finish("FAILED")
     (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
-    assert "/nowhere" in line
+    assert "/nowhere" in line and read_exit(run.folder, "launcher").kind == "configuration"
+    assert cluster.job(run.job)["Restarts"] == "0" and not run.folder.step("engine-0").parent.exists()
+
+
+@by_make_test_slurm
+def test_starts_that_get_no_step_further_use_up_the_requeues(cluster):
+    """The engine never comes up: nothing is trained, and every end is the launcher's alone."""
+    sleeper = cluster.shared / "sleeper"
+    sleeper.write_text("#!/bin/sh\nexec sleep 1000\n")
+    sleeper.chmod(0o755)
+    run = Run(cluster, "nowhere", engine={"python": str(sleeper)}, launch=LAUNCH | {"max_requeues": 1})
+    for restarts in ("0", "1"):
+        cluster.wait_until(lambda n=restarts: run.started() == int(n) + 1, LIFE_S, "the launcher to watch")
+        assert cluster.job(run.job)["Restarts"] == restarts
+        cluster.run("scancel", "--batch", "--signal=USR1", str(run.job))
+    said = run.finish("FAILED")
+    assert "stopped: SIGUSR1: the time limit is near" in said and failures(run.folder, run.job) == 1
+    assert run.decisions().count("-> back into the queue") == 1

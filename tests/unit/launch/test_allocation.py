@@ -1,13 +1,17 @@
 """What SLURM told real jobs (tests/slurm/record.py recorded it) is read as what those jobs had."""
 
 import itertools
+import re
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given, strategies as st
 
 from dapo_megatron.errors import ConfigError, DapoError
 from launch.allocation import Allocation, Group, Node, expand_counts, find_allocation, read_allocation
+from launch.slurm import begin
+from tests.tiny import run_config
 
 RECORDED = Path(__file__).parent / "recorded"
 MADE = {
@@ -47,6 +51,16 @@ def test_the_end_is_the_start_and_the_time_limit():
     assert read_allocation(environment, unlimited, expand).ends is None
 
 
+@pytest.mark.parametrize("first", ["900", "Unknown", "901"])
+@pytest.mark.parametrize("second", ["900", "Unknown", "901"])
+def test_a_heterogeneous_job_ends_with_the_first_of_its_groups(first, second):
+    environment, shown, expand = recorded("het_requeued")
+    ends = iter([first, second])
+    shown = re.sub(r"(?<= EndTime=)\S+", lambda _: next(ends), shown)
+    limits = [float(end) for end in (first, second) if end != "Unknown"]
+    assert read_allocation(environment, shown, expand).ends == (min(limits) if limits else None)
+
+
 @pytest.mark.parametrize(
     ("gres", "gpus"),
     [
@@ -69,6 +83,14 @@ def test_gpus_of_every_type_are_counted(gres, gpus):
     assert {n.gpus for n in read_allocation(environment, changed, expand).nodes} == {gpus}
 
 
+def test_a_job_that_slurm_does_not_put_back_is_known(tmp_path):
+    environment, shown, expand = recorded("het")
+    assert read_allocation(environment, shown, expand).can_requeue
+    assert not read_allocation(environment, shown.replace("Requeue=1", "Requeue=0"), expand).can_requeue
+    named = shown.replace("JobName=het", "JobName=x Requeue=0")
+    assert named != shown and read_allocation(environment, named, expand).can_requeue
+
+
 def test_a_name_that_looks_like_an_answer_is_not_one():
     environment, shown, expand = recorded("plain")
     changed = shown.replace("JobName=plain", "JobName=x EndTime=1 Nodes=y GRES=gpu:3(IDX:0-2)")
@@ -82,6 +104,29 @@ def test_a_variable_that_is_missing_is_named(name):
     del environment[name]
     with pytest.raises(ConfigError, match=f"{name} is not set"):
         read_allocation(environment, shown, expand)
+
+
+@pytest.mark.parametrize("name", ["SLURM_RESTART_COUNT", "SLURM_HET_SIZE"])
+@pytest.mark.parametrize("empty", ["", " "])
+def test_an_empty_number_is_as_good_as_none(name, empty):
+    environment, shown, expand = recorded("plain")
+    read = read_allocation(environment, shown, expand)
+    assert read_allocation(environment | {name: empty}, shown, expand) == read and read.restarts == 0
+
+
+@pytest.mark.parametrize("name", ["SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURM_JOB_CPUS_PER_NODE"])
+def test_an_empty_variable_is_missing(name):
+    environment, shown, expand = recorded("plain")
+    with pytest.raises(ConfigError, match=f"{name} is not set"):
+        read_allocation(environment | {name: ""}, shown, expand)
+
+
+@pytest.mark.parametrize("name", ["SLURM_RESTART_COUNT", "SLURM_HET_SIZE", "SLURM_JOB_ID", "SLURM_JOB_ID_HET_GROUP_1"])
+@pytest.mark.parametrize("value", ["one", "-1", "1.0", "4+1", "\u0664"])
+def test_what_is_no_number_is_named(name, value):
+    environment, shown, expand = recorded("het")
+    with pytest.raises(ConfigError, match=f"^{name}={re.escape(value)} is no number: [^\n]+$"):
+        read_allocation(environment | {name: value}, shown, expand)
 
 
 def test_answers_about_other_nodes_or_jobs_are_refused():
@@ -98,6 +143,15 @@ def test_answers_about_other_nodes_or_jobs_are_refused():
 def test_outside_of_a_job_nothing_is_asked():
     with pytest.raises(ConfigError, match="SLURM_JOB_ID is not set: this runs inside a SLURM job"):
         find_allocation({})
+
+
+@pytest.mark.parametrize(("job", "says"), [("", " is not set"), ("4+1", "=4\\+1 is no number")])
+def test_the_launcher_tells_of_a_job_that_has_no_number(job, says, monkeypatch, tmp_path):
+    monkeypatch.setenv("SLURM_JOB_ID", job)
+    recipe = tmp_path / "run.yaml"
+    recipe.write_text(yaml.safe_dump(run_config("nowhere").model_dump()))
+    with pytest.raises(ConfigError, match=f"SLURM_JOB_ID{says}"):
+        begin(recipe, [])
 
 
 def compressed(counts):
@@ -125,4 +179,4 @@ def test_what_is_no_list_of_counts_is_refused(text):
 
 def test_an_allocation_is_a_value():
     with pytest.raises(AttributeError):
-        Allocation(1, 0, (), None).job_id = 2
+        Allocation(1, 0, (), True, None).job_id = 2

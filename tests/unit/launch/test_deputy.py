@@ -1,8 +1,13 @@
 """Where a launcher's deputy runs, and what it may put back."""
 
+import os
+
 import pytest
 
-from launch.deputy import is_running, next_host
+from dapo_megatron.errors import DapoError
+from dapo_megatron.run_folder import RunFolder
+from launch.deputy import is_running, next_host, watch
+from launch.requeue import failures
 
 HOSTS = ["node1", "node2", "node3"]
 
@@ -27,3 +32,33 @@ def test_it_is_on_the_first_other_node_that_is_there():
 )
 def test_only_its_own_attempt_is_put_back(shown, restarts, runs):
     assert is_running(shown, restarts) == runs
+
+
+COMMANDS = """#!/bin/bash
+case "$*" in
+  *"show node"*) echo "NodeName=node1 State=DOWN* Port=6818" ;;
+  *"show job"*) echo "JobId=7 JobState=RUNNING Restarts=0" ;;
+  requeue*) {requeue} ;;
+esac
+echo "$(basename $0) $*" >>{folder}/told
+"""
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+def test_a_job_without_a_launcher_goes_back_or_ends(tmp_path, monkeypatch, refuses):
+    folder = RunFolder(tmp_path)
+    folder.snapshot(7).mkdir(parents=True)
+    monkeypatch.setattr("launch.slurm_calls.PAUSE_S", 0.0)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for command in ("scontrol", "scancel"):
+        requeue = "echo disabled >&2; exit 1" if refuses else ""
+        (tmp_path / command).write_text(COMMANDS.format(folder=tmp_path, requeue=requeue))
+        (tmp_path / command).chmod(0o755)
+    if refuses:
+        with pytest.raises(DapoError, match="`scontrol requeue 7` failed: disabled"):
+            watch(folder, 7, 0, "node1")
+        assert folder.journal.read_text().endswith("failed: disabled -> the job is cancelled\n")
+    else:
+        watch(folder, 7, 0, "node1")
+    assert (tmp_path / "told").read_text().splitlines()[-1] == ("scancel 7" if refuses else "scontrol requeue 7")
+    assert failures(folder, 7) == 1

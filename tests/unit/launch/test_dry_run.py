@@ -30,6 +30,7 @@ SIZES_7B = {
     "num_attention_heads": 28,
     "num_key_value_heads": 4,
 }
+RUN_32B = "exec python -m launch.slurm --recipe launch/recipes/dapo_qwen2.5_32b.yaml"
 MODELS = {"32b": QWEN, "7b": QWEN | SIZES_7B}
 OPTIONS = Options(
     script=None,
@@ -129,6 +130,11 @@ CANNOT_WORK = {
     "engine context": (["engine.context_length=20480"], {}, "exceed engine.context_length=20480"),
     "context of the model": (["engine.context_length=131073"], {}, "max_position_embeddings=131072"),
     "a missing data file": (["data.train=nowhere.parquet"], {}, "data.train=nowhere.parquet does not exist"),
+    "a missing image": (
+        ["launch.container={runtime: pyxis, image: /nowhere/dapo.sqsh}"],
+        {},
+        "launch.container.image=/nowhere/dapo.sqsh does not exist",
+    ),
     "no weights": ([], {"shape_only": False}, "safetensors"),
     "mini-batch": (["trainer.mini_batch_prompts=48"], {}, "mini_batch_prompts=48 must divide"),
     "another recipe": (
@@ -162,17 +168,32 @@ def test_refused(tmp_path, case, capsys):
 )
 def test_a_script_that_cannot_work(tmp_path, line, options, says):
     script = tmp_path / "x.sh"
-    run = "exec python -m launch.slurm --recipe launch/recipes/dapo_qwen2.5_32b.yaml"
-    script.write_text(f"#!/bin/bash\n#SBATCH --nodes=16 {line}\n{run}\n")
+    script.write_text(f"#!/bin/bash\n#SBATCH --nodes=16 {line}\n{RUN_32B}\n")
     with pytest.raises(DapoError) as e:
         told(tmp_path, "32b", script=script, **options)
     assert says in str(e.value)
+
+
+def test_a_script_of_another_system(tmp_path):
+    script = tmp_path / "x.sh"
+    text = f"#!/bin/bash\n# caf\xe9\n#SBATCH --nodes=16 --gpus-per-node=8\n{RUN_32B}\n".encode("latin-1")
+    script.write_bytes(text)
+    assert "node16" in told(tmp_path, "32b", script=script)
+    script.write_bytes(text.replace(b"\n", b"\r\n"))
+    with pytest.raises(DapoError, match=rf"--script {script} has DOS line breaks \(\\r\\n\), which sbatch refuses"):
+        told(tmp_path, "32b", script=script)
 
 
 def test_too_few_nodes_do_not_hide_what_else_is_wrong(tmp_path, capsys):
     with pytest.raises(DapoError, match="leaves no node for the trainer"):
         told(tmp_path, "32b", "data.train=nowhere.parquet", nodes=4)
     assert capsys.readouterr().err == "error: data.train=nowhere.parquet does not exist\n"
+
+
+def test_an_image_of_a_registry_is_left_to_the_nodes(tmp_path):
+    assert "nothing was started" in told(
+        tmp_path, "32b", "launch.container={runtime: apptainer, image: docker://ubuntu}", nodes=16
+    )
 
 
 def test_another_nccl_is_refused(tmp_path):

@@ -43,6 +43,29 @@ def test_a_full_disk_is_told_by_the_exit_code_where_no_record_fits(folder):
     assert isinstance(error, StorageError) and "is full, read-only or gone" in str(error) and "\n" not in str(error)
 
 
+@pytest.mark.parametrize("left", [0, 10, 60])
+def test_a_record_that_was_cut_off_is_no_word(folder, left):
+    leave_word(folder, "controller", None, "")
+    whole = folder.exit("controller").read_bytes()
+    folder.exit("controller").write_bytes(whole[:left])
+    done = child(folder, "controller", "sys.exit(0)")
+    assert failed(folder, [done]) == [done]
+    assert "the controller ended with exit code 0" in str(failure(folder, [done])[0])
+    folder.exit("controller").write_bytes(whole)  # another node saw to it that it is whole
+    assert failed(folder, [done]) == []
+
+
+@pytest.mark.parametrize("left", [0, 10, 60])
+def test_a_status_that_was_cut_off_is_not_there_until_the_next_heartbeat(folder, left):
+    with Reporter(folder, "trainer-0") as reporter, Reporter(folder, "trainer-1"):
+        pass  # nobody beats any more
+    path = folder.status("trainer-0")
+    path.write_bytes(path.read_bytes()[:left])
+    assert [status.process for status in read_statuses(folder)] == ["trainer-1"]
+    reporter.phase("update")
+    assert [status.process for status in read_statuses(folder)] == ["trainer-0", "trainer-1"]
+
+
 def leave_word(folder, name, kind, message):
     Reporter(folder, name).ended(kind, message)
     time.sleep(0.01)

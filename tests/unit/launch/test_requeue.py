@@ -1,25 +1,145 @@
-"""Which nodes a job that goes back into the queue must not get."""
+"""What SLURM is told of a job that goes back into the queue, by commands that only write down what they are told."""
 
-from launch.requeue import excluded, remembered
+import os
+import re
+import signal
+from dataclasses import replace
 
-HOUR = 3600.0
+import pytest
+
+from dapo_megatron.config.launch import LaunchConfig
+from dapo_megatron.errors import DapoError, Preempted
+from dapo_megatron.run_folder import RunFolder
+from launch import requeue as module
+from launch.allocation import read_allocation
+from launch.requeue import count_failure, failures, remember, requeue
+from launch.slurm import _limits
+from launch.states import Requeue
+from tests.unit.launch.test_allocation import recorded
+
+SCRIPT = """#!/bin/bash
+case "$*" in
+  "show job"*) cat {folder}/shown ;;
+  "show hostnames"*) echo "${{@: -1}}" | tr , "\\n" ;;
+  --noheader*) {sinfo} printf "node1|idle\\nnode2|idle\\nnode3|mixed\\nnode4|{state}\\n" ;;
+  *) echo "$*" >>{folder}/told ;;
+esac
+"""
 
 
-def test_what_failed_lately_is_excluded_beside_what_the_user_excluded():
-    bad = remembered({"node3": 0.0}, ["node5", "node4"], 5 * HOUR)
-    assert bad == {"node3": 0.0, "node5": 5 * HOUR, "node4": 5 * HOUR}
-    assert excluded(["node9"], bad, 5 * HOUR, 6 * HOUR) == ["node9", "node3", "node5", "node4"]
+def told(monkeypatch, folder, name, by_users, bad, state="idle", sinfo="", is_failure=True):
+    """What SLURM is told, without the requeue itself, of a recorded job whose groups' users excluded nodes."""
+    environment, shown, expand = recorded(name)
+    users = iter(by_users)
+    (folder / "shown").write_text(re.sub(r"(?<=ExcNodeList=)\(null\)", lambda _: next(users), shown))
+    for command in ("scontrol", "sinfo"):
+        (folder / command).write_text(SCRIPT.format(folder=folder, state=state, sinfo=sinfo))
+        (folder / command).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    monkeypatch.setattr(module, "REQUEUED_S", 0.0)
+    (folder / "told").unlink(missing_ok=True)
+    run = RunFolder(folder)
+    allocation = read_allocation(environment, shown, expand)
+    run.snapshot(allocation.job_id).mkdir(parents=True, exist_ok=True)
+    with pytest.raises(DapoError, match=f"has put job {allocation.job_id} back, and has not ended it"):
+        requeue(allocation, run, Requeue("it failed", bad, is_failure), 3600.0)
+    lines = (folder / "told").read_text().splitlines()
+    assert lines[0] == f"requeue {allocation.job_id}"
+    return lines[1:]
 
 
-def test_a_node_is_forgotten_but_not_what_the_user_excluded():
-    bad = {"node3": 0.0, "node4": 4 * HOUR}
-    before = ["node9", "node3", "node4"]
-    assert excluded(before, bad, 5.9 * HOUR, 6 * HOUR) == before
-    assert excluded(before, bad, 6 * HOUR, 6 * HOUR) == ["node9", "node4"]
-    assert excluded(before, bad, 99 * HOUR, 6 * HOUR) == ["node9"]
-    assert excluded(["node3"], bad, 5 * HOUR, 0) == []
+@pytest.fixture(autouse=True)
+def sigterm_as_before():
+    """A requeue ignores it from then on."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
-def test_a_node_that_fails_again_is_remembered_from_then_on():
-    bad = remembered({"node3": 0.0}, ["node3"], 5 * HOUR)
-    assert excluded(["node3"], bad, 10 * HOUR, 6 * HOUR) == ["node3"]
+def test_bad_nodes_join_what_the_user_excluded(monkeypatch, tmp_path):
+    assert told(monkeypatch, tmp_path, "requeued", ["node4"], ("node3",)) == ["update JobId=6 ExcNodeList=node4,node3"]
+
+
+def test_each_group_keeps_what_its_user_excluded(monkeypatch, tmp_path):
+    # JobId=7 would stand for both groups.
+    assert told(monkeypatch, tmp_path, "het_requeued", ["node4", "node2"], ()) == []
+    assert told(monkeypatch, tmp_path, "het_requeued", ["(null)", "node2"], ("node2",)) == [
+        "update JobId=7+0 ExcNodeList=node2"
+    ]
+
+
+def test_what_the_user_excluded_stays_when_the_failures_there_are_forgotten(monkeypatch, tmp_path):
+    remember(RunFolder(tmp_path), ["node3"])  # in an earlier job
+    assert told(monkeypatch, tmp_path, "requeued", ["node3"], ("node4",)) == ["update JobId=6 ExcNodeList=node3,node4"]
+    RunFolder(tmp_path).bad_nodes.write_text('{"node3":1.0,"node4":1.0}')
+    assert told(monkeypatch, tmp_path, "requeued", ["node3,node4"], ()) == ["update JobId=6 ExcNodeList=node3"]
+
+
+def test_where_too_few_nodes_would_be_left_none_is_excluded(monkeypatch, tmp_path):
+    assert told(monkeypatch, tmp_path, "requeued", ["(null)"], ("node3",), state="drained") == [
+        "update JobId=6 ExcNodeList=node3"
+    ]
+    assert told(monkeypatch, tmp_path, "requeued", ["node3"], ("node2",), state="down*") == [
+        "update JobId=6 ExcNodeList=node2"
+    ]
+    (line,) = RunFolder(tmp_path).journal.read_text().splitlines()
+    assert line.partition(" ")[2] == "node3 failed, and not excluded: too few nodes would be left for the job"
+
+
+def test_where_sinfo_fails_the_job_comes_back_on_any_nodes(monkeypatch, tmp_path):
+    monkeypatch.setattr("launch.slurm_calls.PAUSE_S", 0.0)
+    assert told(monkeypatch, tmp_path, "requeued", ["node4"], ("node3",), sinfo="echo no >&2; exit 1;") == []
+    (line,) = RunFolder(tmp_path).journal.read_text().splitlines()
+    assert "node3 failed, and not excluded: `sinfo " in line and line.endswith("` failed: no")
+
+
+@pytest.mark.parametrize("text", ["", '{"node1":', "[]"])
+def test_a_damaged_list_of_bad_nodes_stops_no_requeue(monkeypatch, tmp_path, text):
+    RunFolder(tmp_path).bad_nodes.write_text(text)
+    assert told(monkeypatch, tmp_path, "requeued", ["(null)"], ("node3",)) == ["update JobId=6 ExcNodeList=node3"]
+    (line,) = RunFolder(tmp_path).journal.read_text().splitlines()
+    assert f"{RunFolder(tmp_path).bad_nodes} cannot be read (" in line
+
+
+def test_failures_are_counted_for_each_job_and_time_limits_are_not(monkeypatch, tmp_path):
+    folder = RunFolder(tmp_path)
+    assert failures(folder, 6) == 0
+    for is_failure, count in ((True, 1), (False, 1), (True, 2)):
+        told(monkeypatch, tmp_path, "requeued", ["(null)"], (), is_failure=is_failure)
+        assert failures(folder, 6) == count
+    told(monkeypatch, tmp_path, "requeued", ["(null)"], ("node3",))
+    count_failure(folder, 6)  # the launcher's deputy
+    assert failures(folder, 6) == 4 and failures(folder, 7) == 0
+    # What the job had excluded itself is still known.
+    assert told(monkeypatch, tmp_path, "requeued", ["node4,node3"], (), sinfo="exit 1;") == [
+        "update JobId=6 ExcNodeList=node4"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("limit", "failed", "limits"),
+    [(2, 0, (True, True)), (2, 1, (True, True)), (2, 2, (True, False)), (0, 0, (False, False))],
+)
+def test_max_requeues_is_of_failures(tmp_path, limit, failed, limits):
+    folder, allocation = RunFolder(tmp_path), read_allocation(*recorded("requeued"))
+    folder.snapshot(allocation.job_id).mkdir(parents=True)
+    for _ in range(failed):
+        count_failure(folder, allocation.job_id)
+    launch = LaunchConfig(max_requeues=limit)
+    found = _limits(launch, allocation, folder)
+    assert (found.can_requeue, found.can_fail) == limits and not folder.journal.exists()
+    assert not _limits(launch, replace(allocation, can_requeue=False), folder).can_requeue
+    assert folder.journal.exists() == (limit > 0)
+
+
+@pytest.mark.parametrize(("reason", "error"), [("None", Preempted), ("TimeLimit", DapoError)])
+def test_a_job_that_is_cancelled_while_it_ends_is_not_put_back(monkeypatch, tmp_path, reason, error):
+    told(monkeypatch, tmp_path, "requeued", ["(null)"], ())
+    (tmp_path / "told").unlink()
+    shown = (tmp_path / "shown").read_text()
+    (tmp_path / "shown").write_text(
+        shown.replace("JobState=RUNNING Reason=None", f"JobState=COMPLETING Reason={reason}")
+    )
+    with pytest.raises(DapoError) as e:
+        requeue(read_allocation(*recorded("requeued")), RunFolder(tmp_path), Requeue("it failed", (), True), 3600.0)
+    assert type(e.value) is error and (tmp_path / "told").exists() == (error is DapoError)

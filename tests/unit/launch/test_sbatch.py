@@ -56,7 +56,6 @@ def test_a_heterogeneous_job():
 
 def test_the_time_limit():
     assert read_script(script("-t 1-00:00:00"), "x.sh").limit_s == 86400
-    assert read_script(script("--time=90", "hetjob", "--time=5"), "x.sh").limit_s == 5400
     assert read_script(script("--nodes=2"), "x.sh").limit_s is None
 
 
@@ -119,3 +118,32 @@ def test_the_scripts_of_the_project():
         found = read_script(path.read_text(), path.name)
         assert (ROOT / found.recipe).exists(), path
         check_time_limit(load_config(ROOT / found.recipe, found.overrides).launch, found.limit_s)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "limit_s"),
+    [("60", "10", 600.0), ("10", "60", 600.0), ("UNLIMITED", "10", 600.0), ("10", "0", 600.0), ("0", "0", None)],
+)
+def test_the_time_limit_is_the_shortest_of_the_groups(first, second, limit_s):
+    lines = f"#SBATCH --time={first}\n#SBATCH hetjob\n#SBATCH --time={second}\n"
+    assert read_script(f"{lines}exec python -m launch.slurm --recipe a.yaml", "x.sh").limit_s == limit_s
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        'python -m launch.slurm --recipe a.yaml "x.y=[1, 2]" z=3 "$@"; echo code=$?',
+        'python -m launch.slurm --recipe a.yaml x.y="[1, 2]" z=3; status=$?',
+        "srun --mem=1 python -m launch.slurm --recipe a.yaml 'x.y=[1, 2]' z=3 2>&1 | tee --output=x log=1",
+        "python -m launch.slurm --recipe=a.yaml 'x.y=[1, 2]' z=3 >out=1 && done=1",
+        "A=1 python -m launch.slurm 'x.y=[1, 2]' z=3 --recipe a.yaml & B=2  # C=3",
+    ],
+)
+def test_the_launchers_arguments_end_where_the_shell_ends_them(line):
+    found = read_script(script(run=line), "x.sh")
+    assert (found.recipe, found.overrides) == ("a.yaml", ("x.y=[1, 2]", "z=3"))
+
+
+def test_a_quoted_operator_is_no_end():
+    found = read_script(script(run="python -m launch.slurm --recipe a.yaml 'x=a;b' y='p|q'"), "x.sh")
+    assert found.overrides == ("x=a;b", "y=p|q")

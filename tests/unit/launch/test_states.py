@@ -29,10 +29,10 @@ from launch.states import (
 CRASH = TrainingFailed("crash", "trainer-1 was killed", "node1")
 
 
-def state(*, restarts=2, requeue=True, spares=(), **others):
+def state(*, restarts=2, requeue=True, can_fail=True, spares=(), **others):
     """Training in slot 0, an engine each in slots 1 and 2."""
     return State(
-        limits=Limits(max_restarts=restarts, can_requeue=requeue),
+        limits=Limits(max_restarts=restarts, can_requeue=requeue, can_fail=can_fail),
         hosts=("node1", "node2", "node3"),
         engines={"engine-0": 1, "engine-1": 2},
         training=frozenset({0}),
@@ -114,7 +114,7 @@ def test_neither_a_lost_host_nor_one_that_failed_twice_is_a_lack_of_progress():
 def test_beyond_the_limit_the_job_goes_back_into_the_queue_if_it_got_further():
     thrice = [CRASH, TrainingEnded(), Progress(5), CRASH, TrainingEnded(), Progress(6), CRASH]
     _, actions = after(state(step=4, step_at_start=4), *thrice)
-    assert actions == [Requeue("trainer-1 was killed (after 2 restarts)", ("node1",))]
+    assert actions == [Requeue("trainer-1 was killed (after 2 restarts)", ("node1",), True)]
     _, actions = after(state(step=4, step_at_start=4, requeue=False), *thrice)
     assert actions == [End("crash", "trainer-1 was killed (after 2 restarts)")]
     _, actions = after(state(step=9, step_at_start=9, restarts=0), CRASH)
@@ -127,9 +127,9 @@ def test_a_lost_host_is_replaced_or_left_out():
     found, actions = after(state(spares=("node4",)), HostLost("node1"))
     assert actions == [EndTraining()] and found.hosts[0] == "node4" and found.phase is Phase.RESTARTING
     _, actions = after(state(), Progress(2), HostLost("node3"))
-    assert actions == [Requeue("node3 is lost, and no spare host is left", ("node3",))]
+    assert actions == [Requeue("node3 is lost, and no spare host is left", ("node3",), True)]
     _, actions = after(state(step=9, step_at_start=9), HostLost("node3"))
-    assert actions == [Requeue("node3 is lost, and no spare host is left", ("node3",))]
+    assert actions == [Requeue("node3 is lost, and no spare host is left", ("node3",), True)]
     _, actions = after(state(requeue=False), Progress(2), HostLost("node3"))
     assert actions == [End("crash", "node3 is lost, and no spare host is left")]
     found, actions = after(state(spares=("node4", "node5")), HostLost("node4"))
@@ -156,7 +156,7 @@ def test_a_spare_host_replaces_those_of_its_pool():
     found, actions = after(at, HostLost("node3"))
     assert actions == [StartEngine("engine-1")] and found.hosts[2] == "node5" and found.spares == ("node4",)
     found, actions = after(at, Progress(1), HostLost("node3"), HostLost("node2"))
-    assert actions == [Requeue("node2 is lost, and no spare host is left", ("node2", "node3"))]
+    assert actions == [Requeue("node2 is lost, and no spare host is left", ("node2", "node3"), True)]
     found, _ = after(at, HostLost("node1"))
     assert found.hosts == ("node4", "node2", "node3")
 
@@ -169,9 +169,9 @@ def test_what_shares_a_host_moves_together():
 
 @pytest.mark.parametrize("comes_back", [False, True])
 def test_a_stop_is_asked_for_and_waited_for(comes_back):
-    found, actions = after(state(), StopAsked("time limit", comes_back))
+    found, actions = after(state(), Progress(1), StopAsked("time limit", comes_back))
     assert actions == [AskToStop()] and found.phase is Phase.STOPPING
-    end = Requeue("time limit", ()) if comes_back else End("preempted", "stopped: time limit")
+    end = Requeue("time limit", (), False) if comes_back else End("preempted", "stopped: time limit")
     assert after(found, Finished(is_complete=False))[1] == [end]
     assert after(found, Finished(is_complete=True))[1] == [End(None, "finished")]
     (late,) = after(found, GraceOver())[1]
@@ -184,14 +184,25 @@ def test_a_stop_is_asked_for_and_waited_for(comes_back):
     ]
 
 
+def test_where_no_more_failures_are_allowed_the_time_limit_is_none():
+    stop = [StopAsked("time limit", True), Finished(False)]
+    assert after(state(can_fail=False), Progress(1), *stop)[1] == [Requeue("time limit", (), False)]
+    # Without a step further the next start would end in the same way.
+    assert after(state(step=4, step_at_start=4), *stop)[1] == [Requeue("time limit", (), True)]
+    at = state(step=4, step_at_start=4, can_fail=False, restarts=0)
+    assert after(at, *stop)[1] == [End("preempted", "stopped: time limit")]
+    assert after(at, HostLost("node3"))[1] == [End("crash", "node3 is lost, and no spare host is left")]
+    assert after(at, Progress(5), CRASH)[1] == [End("crash", "trainer-1 was killed")]
+
+
 def test_who_ends_a_run_for_good_is_heard_after_who_wants_it_back():
     _, actions = after(state(), StopAsked("time limit", True), StopAsked("a person", False), Finished(False))
     assert isinstance(actions[0], End)
 
 
 def test_a_stop_between_two_starts_does_not_wait():
-    _, actions = after(state(), CRASH, StopAsked("time limit", True))
-    assert actions == [Requeue("time limit", ())]
+    _, actions = after(state(), Progress(1), CRASH, StopAsked("time limit", True))
+    assert actions == [Requeue("time limit", (), False)]
 
 
 def random_event(rng, at):
@@ -216,7 +227,7 @@ def test_no_order_of_events_leads_into_a_dead_end_or_a_loop(seed):
     rng = random.Random(seed)
     limit, spares = rng.randrange(4), tuple(f"spare{i}" for i in range(rng.randrange(3)))
     pools = {host: rng.randrange(2) for host in ("node1", "node2", "node3", *spares)}
-    at = state(restarts=limit, requeue=rng.random() < 0.5, spares=spares, pools=pools)
+    at = state(restarts=limit, requeue=rng.random() < 0.5, can_fail=rng.random() < 0.5, spares=spares, pools=pools)
     needed = [pools[host] for host in at.hosts]
     if rng.random() < 0.3:
         at = replace(at, engines={"engine-0": 0, "engine-1": 1})
@@ -236,8 +247,8 @@ def test_no_order_of_events_leads_into_a_dead_end_or_a_loop(seed):
         assert (at.phase is Phase.OVER) == (ends == 1)
         if StartTraining() in actions:
             assert before.phase is Phase.RESTARTING
-        if any(isinstance(a, Requeue) for a in actions):
-            assert at.limits.can_requeue
+        for requeue in (a for a in actions if isinstance(a, Requeue)):
+            assert at.limits.can_requeue and (at.limits.can_fail or not requeue.is_failure)
     moves = 2 * len(spares)  # a slot has two engines at most
     assert starts <= 2 * limit + moves and trainings <= limit + len(spares) and asked <= 1 and ends <= 1
     # Every phase has a way out.

@@ -9,12 +9,13 @@ import pytest
 import yaml
 
 from dapo_megatron.checkpoint.manifest import FileRecord, Manifest, encode_manifest
+from dapo_megatron.errors import DataError
 from dapo_megatron.engines.engine_set import EngineSet, Member, write_engine_set
 from dapo_megatron.observe.metrics import MetricsWriter
 from dapo_megatron.process import Reporter
 from dapo_megatron.run_folder import RunFolder
 from launch import look, status
-from launch.attempts import note_attempt
+from launch.attempts import note_attempt, read_attempts
 from launch.lock import locked
 from tests.tiny import run_config
 from typer.testing import CliRunner
@@ -153,9 +154,36 @@ def test_where_there_is_no_run_or_no_sense(folder, tmp_path, monkeypatch, capsys
         return e.value.code
 
     assert code(tmp_path) == 3 and "holds no run" in capsys.readouterr().err
-    folder.statuses.mkdir()
-    folder.status("controller").write_text("{")
-    assert code(folder.path) == 3 and "error: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["status/controller.json", "exits/launcher.json", "engines.json", "launcher.lock"])
+@pytest.mark.parametrize("left", [0.0, 0.5, 0.9])
+def test_a_file_that_was_cut_off_is_named(folder, monkeypatch, capsys, name, left):
+    with running(folder):
+        pass  # nobody writes any more
+    Reporter(folder, "launcher").ended("crash", "it failed")
+    with locked(folder.lock):
+        path = folder.path / name
+        path.write_bytes(path.read_bytes()[: int(left * path.stat().st_size)])
+        monkeypatch.setattr("sys.argv", ["status", str(folder.path)])
+        with pytest.raises(SystemExit) as e:
+            status.main()
+        (line,) = capsys.readouterr().err.splitlines()
+        assert e.value.code == 3 and line.startswith("error: ") and str(path) in line
+        folder.lock.unlink()
+
+
+def test_the_last_line_of_the_starts_may_be_cut_off(folder):
+    with running(folder):
+        pass
+    whole = folder.attempts.read_bytes()
+    folder.attempts.write_bytes(whole + whole[:20])
+    assert len(read_attempts(folder)) == 1
+    with running(folder):
+        assert len(read_attempts(folder)) == 2
+    folder.attempts.write_bytes(whole + b'{"step": 2}\n')
+    with pytest.raises(DataError, match=f"^{folder.attempts} has a line that is no start of a run .*: remove it$"):
+        read_attempts(folder)
 
 
 def test_only_a_whole_checkpoint_counts(folder):

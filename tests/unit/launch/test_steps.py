@@ -17,7 +17,7 @@ GROUPS = (Group(7, (Node("a", 4, 8), Node("b", 4, 8))), Group(8, (Node("c", 4, 8
     ],
 )
 def test_a_task_for_each_host_in_its_group_with_the_whole_environment(groups, hosts, group, nodes):
-    argv = step_command(Allocation(7, 0, groups, None), "trainer", hosts, "x-%t.log", ["python", "-m", "x"])
+    argv = step_command(Allocation(7, 0, groups, True, None), "trainer", hosts, "x-%t.log", ["python", "-m", "x"])
     assert argv[0] == "srun" and argv[-3:] == ["python", "-m", "x"]
     assert f"--nodes={nodes}" in argv and f"--ntasks={len(hosts)}" in argv
     assert [a for a in argv if a.startswith("--het-group")] == ([] if group is None else [f"--het-group={group}"])

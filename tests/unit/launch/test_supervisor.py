@@ -9,7 +9,7 @@ from dapo_megatron.run_folder import RunFolder
 from launch.job import Job
 from launch.journal import Journal
 from launch.port_map import job_ports
-from launch.states import HostLost, Phase, StopAsked, TrainingEnded
+from launch.states import HostLost, Limits, Phase, StopAsked, TrainingEnded
 from launch.supervisor import Supervisor
 from launch.topology import Node, place
 from tests.tiny import run_config
@@ -42,7 +42,7 @@ def supervisor(folder, backend):
         return place(config, nodes, nodes, job_ports(20000, 1))
 
     job = Job(folder.config, [])
-    return Supervisor(config, folder, job, backend, plan, ("node1",), ("node2",), {}, can_requeue=False)
+    return Supervisor(config, folder, job, backend, plan, ("node1",), ("node2",), {}, limits=Limits(0))
 
 
 def test_a_host_is_known_to_be_lost_before_the_training_starts_again(folder):
