@@ -158,6 +158,8 @@ def _limits(launch: LaunchConfig, allocation: Allocation, folder: RunFolder) -> 
         Journal(folder).note(f"SLURM does not put job {allocation.job_id} back: it was submitted with --no-requeue")
     can_requeue = allocation.can_requeue and launch.max_requeues > 0
     can_fail = failures(folder, allocation.job_id) < launch.max_requeues
+    if can_requeue and not can_fail:
+        Journal(folder).note(f"launch.max_requeues={launch.max_requeues} is used up: another failure ends the job")
     return Limits(launch.max_restarts, can_requeue=can_requeue, can_fail=can_fail)
 
 

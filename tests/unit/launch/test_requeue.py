@@ -127,7 +127,9 @@ def test_max_requeues_is_of_failures(tmp_path, limit, failed, limits):
         count_failure(folder, allocation.job_id)
     launch = LaunchConfig(max_requeues=limit)
     found = _limits(launch, allocation, folder)
-    assert (found.can_requeue, found.can_fail) == limits and not folder.journal.exists()
+    said = folder.journal.read_text() if folder.journal.exists() else ""
+    assert (found.can_requeue, found.can_fail) == limits
+    assert ("launch.max_requeues=2 is used up: another failure ends the job" in said) == (limits == (True, False))
     assert not _limits(launch, replace(allocation, can_requeue=False), folder).can_requeue
     assert folder.journal.exists() == (limit > 0)
 
