@@ -114,6 +114,8 @@ def live(job: Job, fault: Fault, rng: random.Random) -> float:
     job.start("trainer.steps=100000")
     job.wait_for_steps(1)
     to_go_on = time.monotonic() - began
+    if fault in BETWEEN:
+        job.wait(lambda: len(published(job.folder)) > 1, "a second checkpoint")  # one of them will be damaged
     code, output = fault.strike(job, rng)
     if fault not in BETWEEN and code != fault.exit_code:
         raise DapoError(f"{fault.name}: exit code {code}, expected {fault.exit_code}:\n{output[-2000:]}")
