@@ -33,17 +33,19 @@ class ParameterMapping:
 def parameter_mappings(shape: ModelShape) -> dict[str, ParameterMapping]:
     """Every parameter of the model by its Megatron name with the model-wide layer number.
 
-    With tied embeddings `output_layer.weight` (it exists on the last pipeline stage) reads the embedding too.
+    With tied embeddings `output_layer.weight` (it exists on the last pipeline stage) reads the embedding too. The largest
+    come last: a push gathers them while others are under way.
     """
-    table = [
+    table: list[ParameterMapping] = []
+    for i in range(shape.layers):
+        table += _layer_mappings(shape, f"decoder.layers.{i}.", f"model.layers.{i}.")
+    table += [
         ParameterMapping("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "rows"),
         ParameterMapping("decoder.final_layernorm.weight", ("model.norm.weight",), "whole"),
         ParameterMapping(
             "output_layer.weight", ("model.embed_tokens.weight" if shape.tied else "lm_head.weight",), "rows"
         ),
     ]
-    for i in range(shape.layers):
-        table += _layer_mappings(shape, f"decoder.layers.{i}.", f"model.layers.{i}.")
     return {mapping.megatron: mapping for mapping in table}
 
 
