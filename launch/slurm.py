@@ -18,6 +18,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
+if __name__ == "__main__":
+    # Its default is to end the process: it waits until somebody hears it, in the snapshot's launcher too. The imports
+    # below start threads, and whichever does not block it would take it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+
 import typer
 from rich.console import Console
 
@@ -77,8 +82,6 @@ def main(
 ) -> None:
     """Run a job on the nodes of this SLURM allocation."""
     if not plan:
-        # Its default is to end the process: it waits until somebody hears it, in the snapshot's launcher too.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
         raise typer.Exit(exit_code(lambda: begin(recipe, overrides or [])))
     options = Options(
         script=script,
