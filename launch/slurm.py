@@ -149,7 +149,7 @@ def run_slurm(config: RunConfig) -> None:
             if isinstance(end, Requeue):
                 raise Preempted(f"back into the queue: {end.why}")
             raise_end(end)
-    except Preempted:
+    except (Preempted, KeyboardInterrupt):  # a SIGTERM of the time limit may come while the report is written
         if isinstance(end, Requeue):
             requeue(allocation, folder, end, config.launch.forget_bad_nodes_s)
         raise
