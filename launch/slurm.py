@@ -158,7 +158,9 @@ def run_slurm(config: RunConfig) -> None:
 
 def _limits(launch: LaunchConfig, allocation: Allocation, folder: RunFolder) -> Limits:
     if not allocation.can_requeue and launch.max_requeues > 0:
-        Journal(folder).note(f"SLURM does not put job {allocation.job_id} back: it was submitted with --no-requeue")
+        Journal(folder).note(
+            f"SLURM does not put job {allocation.job_id} back: --no-requeue was given, or is the cluster's default"
+        )
     can_requeue = allocation.can_requeue and launch.max_requeues > 0
     can_fail = failures(folder, allocation.job_id) < launch.max_requeues
     if can_requeue and not can_fail:
