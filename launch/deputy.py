@@ -59,6 +59,8 @@ def watch(folder: RunFolder, job: int, restarts: int, launcher_host: str) -> Non
     try:
         slurm("scontrol", "requeue", str(job))
     except DapoError as e:
+        if _is_over(job, restarts):  # it is back, and slurmctld's answer was lost
+            return
         Journal(folder).note(f"{e} -> the job is cancelled")
         slurm("scancel", str(job))
         raise

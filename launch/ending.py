@@ -6,14 +6,16 @@ from typing import Literal
 from dapo_megatron.errors import DapoError
 from launch.slurm_calls import slurm
 
+ANSWER_S = 5.0
+"""For slurmctld: within KillWait (30 s by default) the run must still be asked to save."""
 Ending = Literal["time limit", "cancelled or preempted"]
 
 
 def ending(job: int) -> Ending | None:
     """Why SLURM ends a job; None: it does not, or cannot be asked now."""
     try:
-        return read_ending(slurm("scontrol", "show", "job", str(job), tries=1))
-    except DapoError:  # within KillWait there is no time to ask again
+        return read_ending(slurm("scontrol", "show", "job", str(job), tries=1, call_s=ANSWER_S))
+    except DapoError:
         return None
 
 

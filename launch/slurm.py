@@ -18,6 +18,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
+if __name__ == "__main__":
+    # Its default is to end the process: it waits until somebody hears it, in the snapshot's launcher too. The imports
+    # below start threads, and whichever does not block it would take it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+
 import typer
 from rich.console import Console
 
@@ -77,8 +82,6 @@ def main(
 ) -> None:
     """Run a job on the nodes of this SLURM allocation."""
     if not plan:
-        # Its default is to end the process: it waits until somebody hears it, in the snapshot's launcher too.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
         raise typer.Exit(exit_code(lambda: begin(recipe, overrides or [])))
     options = Options(
         script=script,
@@ -146,7 +149,7 @@ def run_slurm(config: RunConfig) -> None:
             if isinstance(end, Requeue):
                 raise Preempted(f"back into the queue: {end.why}")
             raise_end(end)
-    except Preempted:
+    except (Preempted, KeyboardInterrupt):  # a SIGTERM of the time limit may come while the report is written
         if isinstance(end, Requeue):
             requeue(allocation, folder, end, config.launch.forget_bad_nodes_s)
         raise
@@ -155,7 +158,9 @@ def run_slurm(config: RunConfig) -> None:
 
 def _limits(launch: LaunchConfig, allocation: Allocation, folder: RunFolder) -> Limits:
     if not allocation.can_requeue and launch.max_requeues > 0:
-        Journal(folder).note(f"SLURM does not put job {allocation.job_id} back: it was submitted with --no-requeue")
+        Journal(folder).note(
+            f"SLURM does not put job {allocation.job_id} back: --no-requeue was given, or is the cluster's default"
+        )
     can_requeue = allocation.can_requeue and launch.max_requeues > 0
     can_fail = failures(folder, allocation.job_id) < launch.max_requeues
     if can_requeue and not can_fail:

@@ -11,11 +11,12 @@ CALL_S = 60.0
 PAUSE_S = 5.0
 
 
-def slurm(*command: str, check: bool = True, tries: int = 3) -> str:
+def slurm(*command: str, check: bool = True, tries: int = 3, call_s: float = CALL_S) -> str:
     """What one of SLURM's commands prints; times as Unix times.
 
     Args:
         tries: slurmctld may be away for a while.
+        call_s: seconds for each.
 
     Raises:
         ConfigError: SLURM is not installed here.
@@ -23,22 +24,22 @@ def slurm(*command: str, check: bool = True, tries: int = 3) -> str:
     """
     for _ in range(tries - 1):
         try:
-            return _called(command, check)
+            return _called(command, check, call_s)
         except ConfigError:
             raise
         except DapoError:
             time.sleep(PAUSE_S)
-    return _called(command, check)
+    return _called(command, check, call_s)
 
 
-def _called(command: tuple[str, ...], check: bool) -> str:
+def _called(command: tuple[str, ...], check: bool, call_s: float) -> str:
     environment = os.environ | {"SLURM_TIME_FORMAT": "%s"}
     try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=CALL_S, check=False)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=call_s, check=False)
     except FileNotFoundError:
         raise ConfigError(f"{command[0]} is not on PATH: SLURM's commands are needed inside its jobs") from None
     except subprocess.TimeoutExpired:
-        raise DapoError(f"`{' '.join(command)}`: slurmctld did not answer within {CALL_S:g} s") from None
+        raise DapoError(f"`{' '.join(command)}`: slurmctld did not answer within {call_s:g} s") from None
     if check and done.returncode:
         raise DapoError(f"`{' '.join(command)}` failed: {' '.join(done.stderr.split())[:300]}")
     return done.stdout

@@ -20,7 +20,7 @@ together. They run in slots, the places that the placement plans. Each slot is o
     stopping    Finished                  over        End; Requeue if work is left and whoever asked wants it back
                 TrainingFailed, HostLost  over        Requeue or End
                 GraceOver                 over        Requeue or End
-    any         Progress                  the same    (the step is remembered)
+    any         Progress                  the same    (the steps are remembered)
     over        any                       over
 """
 
@@ -76,6 +76,9 @@ class State:
     """The furthest that was recorded."""
     step_at_start: int = 0
     """Of this attempt of the job."""
+    saved: int = 0
+    """The step of the newest checkpoint."""
+    saved_at_start: int = 0
     recorded: int = 0
     """The last step now: a new start of the training goes back to its checkpoint."""
     failed_at: int | None = None
@@ -131,9 +134,12 @@ class HostLost:
 
 @dataclass(frozen=True)
 class Progress:
-    """The training has finished a step."""
+    """How far the training is."""
 
     step: int
+    """The last that it has finished."""
+    saved: int = 0
+    """That of its newest checkpoint; 0: there is none."""
 
 
 @dataclass(frozen=True)
@@ -181,7 +187,7 @@ class Requeue:
     why: str
     exclude: tuple[str, ...]
     is_failure: bool
-    """Whether the run failed, or got no step further: the next starts may do no better."""
+    """Whether the run failed, or saved no further step: the next starts may do no better."""
 
 
 @dataclass(frozen=True)
@@ -200,8 +206,8 @@ def decide(state: State, event: Event) -> tuple[State, list[Action]]:
     if state.phase is Phase.OVER:
         return state, []
     match event:
-        case Progress(step):
-            return replace(state, step=max(state.step, step), recorded=step), []
+        case Progress(step, saved):
+            return replace(state, step=max(state.step, step), recorded=step, saved=max(state.saved, saved)), []
         case StopAsked(why, comes_back):
             return _asked_to_stop(state, why, comes_back)
         case EngineLost(name, why):
@@ -239,7 +245,7 @@ def _stopped(state: State, why: str) -> tuple[State, list[Action]]:
     """After a stop, however it went."""
     end = End("preempted", f"stopped: {why}")
     if state.comes_back:
-        return _back(state, why, end, is_failure=state.step <= state.step_at_start)
+        return _back(state, why, end, is_failure=state.saved <= state.saved_at_start)
     return _over(state, end)
 
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import closing
 
+from dapo_megatron.checkpoint.published import published, step_of
 from dapo_megatron.config import RunConfig
 from dapo_megatron.engines.engine_set import EngineSet, Member, write_engine_set
 from dapo_megatron.keys import read_keys
@@ -91,7 +92,7 @@ class Supervisor:
         placement = plan(hosts)
         self._recorded: tuple[tuple[int, int], int] = ((0, 0), 0)
         """Size and time of change of the metrics' file, and its last step."""
-        step = self._step()
+        begins = self._progress()
         self._state = State(
             limits=limits,
             hosts=hosts,
@@ -99,9 +100,11 @@ class Supervisor:
             pools=pools or {},
             engines={e.name: hosts.index(e.node.name) for e in placement.engines},
             training=frozenset(hosts.index(p.node.name) for p in (*placement.ranks, placement.controller)),
-            step=step,
-            step_at_start=step,
-            recorded=step,
+            step=begins.step,
+            step_at_start=begins.step,
+            recorded=begins.step,
+            saved=begins.saved,
+            saved_at_start=begins.saved,
         )
         self._engines: dict[str, Child] = {}
         self._starts: dict[str, int] = {}
@@ -172,19 +175,19 @@ class Supervisor:
         yield from self._of_training()
         if now - self._looked >= LOOK_S:
             self._looked = now
-            yield Progress(self._step())
+            yield self._progress()
             yield from self._hanging(now)
 
     def _of_training(self) -> Iterator[Event]:
         if self._trainer and all(c.process.poll() == 0 for c in self._trainer):
-            yield Progress(self._step())
+            yield self._progress()
             yield Finished(self._is_complete())
         elif failed(self.folder, [*self._controller, *self._trainer]):
             time.sleep(LAST_WORDS_S)
             if not failed(self.folder, [*self._controller, *self._trainer]):
                 return  # its exit record has come
             error, host = failure(self.folder, [*self._controller, *self._trainer])
-            yield Progress(self._step())
+            yield self._progress()
             yield TrainingFailed(error.kind, str(error), host)
 
     def _hanging(self, now: float) -> Iterator[Event]:
@@ -246,6 +249,10 @@ class Supervisor:
             return
         self.folder.stop_request.touch()
         self._grace_ends = time.monotonic() + self.config.launch.stop_grace_s
+
+    def _progress(self) -> Progress:
+        checkpoints = published(self.folder)
+        return Progress(self._step(), step_of(checkpoints[-1]) if checkpoints else 0)
 
     def _step(self) -> int:
         """The last step that is recorded; the file is read when it has changed."""

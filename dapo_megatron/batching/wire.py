@@ -125,7 +125,8 @@ def read_step_batch(path: Path) -> StepBatch:
         for data, is_whole in _records(file):
             if not is_whole:
                 raise DapoError(
-                    f"{path} is damaged: part {len(found)} has not the hash that was written with it (schema {SCHEMA})"
+                    f"{path} is damaged, or older than this program, which reads schema {SCHEMA}: part {len(found)} "
+                    "has not the hash that was written with it"
                 )
             try:
                 place, micro_batches = decode_part(data)

@@ -101,12 +101,16 @@ def metadata_fits(path: Path, wanted: str) -> Iterator[None]:
         wanted: is read, for the error: "a checkpoint of the format weights".
 
     Raises:
-        StorageError: its metadata has other tensors than those that are wanted, or other places than the files.
+        StorageError: its metadata has other tensors than those that are wanted, or other places than the files; or the
+            disk does not give them.
     """
     try:
         yield
     except CheckpointException as e:  # of all ranks that failed, a traceback each
-        reason = " ".join(str(next(iter(e.failures.values()))[0]).split())[:200]
+        error = next(iter(e.failures.values()))[0]
+        reason = " ".join(str(error).split())[:200]
+        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+            raise StorageError(f"{path} cannot be read: {reason}") from None
         raise StorageError(f"{path / METADATA} does not fit {wanted}: {reason}") from None
 
 

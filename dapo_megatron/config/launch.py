@@ -32,8 +32,8 @@ class LaunchConfig(Section):
     """How often controller and trainer are started again after a failure, in one start of the run; the same for each
     engine."""
     max_requeues: int = Field(10, ge=0)
-    """How often a SLURM job puts itself back into the queue after a failure, or at a time limit before which it got no
-    step further. 0: never, nor at any time limit."""
+    """How often a SLURM job puts itself back into the queue after a failure, or at a time limit before which it saved
+    no further step. 0: never, nor at any time limit."""
     forget_bad_nodes_s: float = Field(21600.0, ge=0)
     """Seconds for which a SLURM job that puts itself back excludes a node on which it failed."""
     save_before_end_s: float = Field(600.0, ge=0)

@@ -1,7 +1,7 @@
 """What a rollout function sees of the engines: sampling for one sample of one group, and the tokenizer."""
 
-import asyncio
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Protocol
 
 import msgspec
@@ -9,6 +9,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from dapo_megatron.engines.wire import Sampled, SamplingParams
+from dapo_megatron.rollout.call_deadline import CallDeadline, Request
 
 TokenIds = Sequence[int] | np.ndarray
 
@@ -42,30 +43,24 @@ class Engine:
         self.params = params
         self.sample = sample
         """Index within the group, from 0."""
-        self.deadline: asyncio.Timeout | None = None
-        """Of the function's call that goes on; it stands still during a request, which has one of its own."""
+        self.deadline: CallDeadline | None = None
+        """Of the function's call that goes on."""
         self._sampler, self._seed, self._requests = sampler, seed, 0
 
     async def generate(self, input_ids: TokenIds, max_new_tokens: int | None = None) -> Sampled:
         """Sample a continuation of input_ids; max_new_tokens lowers the run's limit (for further turns).
 
         What comes back are arrays: join them by numpy.concatenate, `+` would add number to number. The wait for a slot
-        does not count for rollout.function_timeout_s (of requests made at once, that of the first).
+        does not count for rollout.function_timeout_s.
         """
         limit = self.params.max_new_tokens if max_new_tokens is None else max_new_tokens
         params = msgspec.structs.replace(self.params, max_new_tokens=limit)
         if self._seed is not None:
             params = msgspec.structs.replace(params, sampling_seed=self._seed(self._requests))
             self._requests += 1
-        deadline, due, waited_s = self.deadline, self.deadline and self.deadline.when(), 0.0
-        if deadline is not None:
-            deadline.reschedule(None)
-        try:
+        with self.deadline.request() if self.deadline else nullcontext(Request()) as request:
             sampled = await self._sampler.generate(_as_list(input_ids), params)
-            waited_s = sampled.waited_s
-        finally:
-            if deadline is not None and due is not None and self.deadline is deadline:
-                deadline.reschedule(due + waited_s)
+            request.waited_s = sampled.waited_s
         return sampled
 
     def decode(self, token_ids: TokenIds) -> str:

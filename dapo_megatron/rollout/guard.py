@@ -17,6 +17,7 @@ from dapo_megatron.config import RolloutConfig
 from dapo_megatron.errors import ConfigError, DapoError
 from dapo_megatron.records import Prompt, Response, VersionSpan
 from dapo_megatron.rollout import token_data
+from dapo_megatron.rollout.call_deadline import CallDeadline
 from dapo_megatron.rollout.engine import Engine
 from dapo_megatron.rollout.function import RolloutFunction
 from dapo_megatron.rollout.token_data import Unfit, is_finite
@@ -43,18 +44,18 @@ class GuardedRollout:
         tries = 1 if self._config.on_error == "stop" else 1 + self._config.max_reissues
         for attempt in range(1, tries + 1):
             try:
-                async with asyncio.timeout(self._config.function_timeout_s) as deadline:
-                    engine.deadline = deadline
+                async with asyncio.timeout(self._config.function_timeout_s) as timeout:
+                    engine.deadline = CallDeadline(timeout)
                     try:
                         response = await self._function(prompt, engine)
                     finally:
-                        engine.deadline = None
+                        engine.deadline.close()
             except DapoError:  # the engine's own, which has retries of its own
                 raise
             except (Exception, SystemExit, asyncio.CancelledError) as e:  # a user's code may raise anything
                 if isinstance(e, asyncio.CancelledError) and _is_cancelled():
                     raise
-                if deadline.expired():
+                if timeout.expired():
                     limit = f"rollout.function_timeout_s={self._config.function_timeout_s:g}"
                     raise ConfigError(f"{where}: no response within {limit} s") from None
                 self.errors += 1

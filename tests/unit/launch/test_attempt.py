@@ -1,5 +1,6 @@
 """What is left of a run that cannot start."""
 
+import signal
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from launch import slurm
 from launch.allocation import read_allocation
 from launch.attempt import attempt
 from launch.inputs import check_job_inputs
+from launch.states import Requeue
 from tests.tiny import run_config
 from tests.unit.launch.test_allocation import recorded
 
@@ -52,6 +54,25 @@ def test_in_a_container_its_image_must_be_there_and_paths_are_its_own(tmp_path):
         check_job_inputs(config)
     image.touch()
     check_job_inputs(config)
+
+
+def test_a_signal_while_the_report_is_written_ends_no_requeue(tmp_path, monkeypatch):
+    asked, end = [], Requeue("the time limit is near", (), False)
+    allocation = replace(read_allocation(*recorded("no_devices")), ends=None)
+    for name, stand_in in {
+        "find_allocation": lambda _: allocation,
+        "is_in": lambda _: True,
+        "address_of": lambda _: "10.0.0.1",
+        "check_job_inputs": lambda _: None,
+        "_supervised": lambda *_: end,
+        "requeue": lambda _, folder, end, forget_s: asked.append(end),
+    }.items():
+        monkeypatch.setattr(slurm, name, stand_in)
+    monkeypatch.setattr("launch.attempt.write_report", lambda _: signal.raise_signal(signal.SIGTERM))
+    config = run_config("nowhere", data={"train": "nowhere.jsonl"}).model_copy(update={"run_dir": str(tmp_path)})
+    with pytest.raises(KeyboardInterrupt):
+        slurm.run_slurm(config)
+    assert asked == [end]
 
 
 def test_a_slurm_job_is_checked_before_its_first_step(tmp_path, monkeypatch):

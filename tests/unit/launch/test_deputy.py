@@ -37,11 +37,23 @@ def test_only_its_own_attempt_is_put_back(shown, restarts, runs):
 COMMANDS = """#!/bin/bash
 case "$*" in
   *"show node"*) echo "NodeName=node1 State=DOWN* Port=6818" ;;
-  *"show job"*) echo "JobId=7 JobState=RUNNING Restarts=0" ;;
+  *"show job"*) [ -e {folder}/back ] || echo "JobId=7 JobState=RUNNING Restarts=0" ;;
   requeue*) {requeue} ;;
 esac
 echo "$(basename $0) $*" >>{folder}/told
 """
+
+
+def test_a_job_that_is_back_though_no_answer_came_is_not_cancelled(tmp_path, monkeypatch):
+    RunFolder(tmp_path).snapshot(7).mkdir(parents=True)
+    monkeypatch.setattr("launch.slurm_calls.PAUSE_S", 0.0)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for command in ("scontrol", "scancel"):
+        requeue = f"touch {tmp_path}/back; echo no answer >&2; exit 1"
+        (tmp_path / command).write_text(COMMANDS.format(folder=tmp_path, requeue=requeue))
+        (tmp_path / command).chmod(0o755)
+    watch(RunFolder(tmp_path), 7, 0, "node1")
+    assert "scancel" not in (tmp_path / "told").read_text()
 
 
 @pytest.mark.parametrize("refuses", [False, True])

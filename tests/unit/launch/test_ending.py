@@ -1,8 +1,10 @@
 """Why SLURM ends a job, and what a SIGTERM asks for."""
 
+import os
+import time
+
 import pytest
 
-from dapo_megatron.errors import DapoError
 from launch import ending as module, slurm
 from launch.ending import ending, read_ending
 from launch.slurm import TERMINATED, _explained
@@ -31,13 +33,15 @@ def test_why_a_job_ends(name, state, reason, why):
     assert read_ending(shown.replace(f"JobName={name}", "JobName=x JobState=COMPLETING Reason=TimeLimit")) == why
 
 
-def test_where_slurm_does_not_answer_nobody_knows(monkeypatch):
-    def fails(*_, tries):
-        assert tries == 1
-        raise DapoError("slurmctld did not answer")
-
-    monkeypatch.setattr(module, "slurm", fails)
+@pytest.mark.parametrize("does", ["exec sleep 20", "exit 1"])
+def test_where_slurm_does_not_answer_nobody_knows(does, monkeypatch, tmp_path):
+    (tmp_path / "scontrol").write_text(f"#!/bin/bash\n{does}\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(module, "ANSWER_S", 0.5)
+    began = time.monotonic()
     assert ending(7) is None and read_ending("") is None
+    assert time.monotonic() - began < 10  # KillWait may be 30
 
 
 @pytest.mark.parametrize("why", [LIMIT, CANCELLED, None])

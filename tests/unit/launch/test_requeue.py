@@ -132,6 +132,7 @@ def test_max_requeues_is_of_failures(tmp_path, limit, failed, limits):
     assert ("launch.max_requeues=2 is used up: another failure ends the job" in said) == (limits == (True, False))
     assert not _limits(launch, replace(allocation, can_requeue=False), folder).can_requeue
     assert folder.journal.exists() == (limit > 0)
+    assert limit == 0 or folder.journal.read_text().endswith("--no-requeue was given, or is the cluster's default\n")
 
 
 @pytest.mark.parametrize(("reason", "error"), [("None", Preempted), ("TimeLimit", DapoError)])

@@ -169,7 +169,7 @@ def test_what_shares_a_host_moves_together():
 
 @pytest.mark.parametrize("comes_back", [False, True])
 def test_a_stop_is_asked_for_and_waited_for(comes_back):
-    found, actions = after(state(), Progress(1), StopAsked("time limit", comes_back))
+    found, actions = after(state(), Progress(1, saved=1), StopAsked("time limit", comes_back))
     assert actions == [AskToStop()] and found.phase is Phase.STOPPING
     end = Requeue("time limit", (), False) if comes_back else End("preempted", "stopped: time limit")
     assert after(found, Finished(is_complete=False))[1] == [end]
@@ -186,13 +186,19 @@ def test_a_stop_is_asked_for_and_waited_for(comes_back):
 
 def test_where_no_more_failures_are_allowed_the_time_limit_is_none():
     stop = [StopAsked("time limit", True), Finished(False)]
-    assert after(state(can_fail=False), Progress(1), *stop)[1] == [Requeue("time limit", (), False)]
-    # Without a step further the next start would end in the same way.
-    assert after(state(step=4, step_at_start=4), *stop)[1] == [Requeue("time limit", (), True)]
-    at = state(step=4, step_at_start=4, can_fail=False, restarts=0)
+    assert after(state(can_fail=False), Progress(1, saved=1), *stop)[1] == [Requeue("time limit", (), False)]
+    # Where nothing more was saved the next start would end in the same way.
+    began = {"step": 6, "step_at_start": 6, "saved": 4, "saved_at_start": 4}
+    late = [Progress(9, saved=4), stop[0], GraceOver()]
+    for events in (stop, late):
+        assert after(state(**began), *events)[1][0].is_failure
+        assert isinstance(after(state(**began, can_fail=False), *events)[1][0], End)
+    # What an earlier start had done beyond its checkpoint is done again first.
+    assert after(state(**began), Progress(5, saved=5), *stop)[1] == [Requeue("time limit", (), False)]
+    at = state(**began, can_fail=False, restarts=0)
     assert after(at, *stop)[1] == [End("preempted", "stopped: time limit")]
     assert after(at, HostLost("node3"))[1] == [End("crash", "node3 is lost, and no spare host is left")]
-    assert after(at, Progress(5), CRASH)[1] == [End("crash", "trainer-1 was killed")]
+    assert after(at, Progress(7), CRASH)[1] == [End("crash", "trainer-1 was killed")]
 
 
 def test_who_ends_a_run_for_good_is_heard_after_who_wants_it_back():
@@ -201,7 +207,7 @@ def test_who_ends_a_run_for_good_is_heard_after_who_wants_it_back():
 
 
 def test_a_stop_between_two_starts_does_not_wait():
-    _, actions = after(state(), Progress(1), CRASH, StopAsked("time limit", True))
+    _, actions = after(state(), Progress(1, saved=1), CRASH, StopAsked("time limit", True))
     assert actions == [Requeue("time limit", (), False)]
 
 
@@ -215,7 +221,7 @@ def random_event(rng, at):
             TrainingEnded(),
             Finished(rng.random() < 0.5),
             HostLost(host),
-            Progress(at.step + rng.randrange(2)),
+            Progress(at.step + rng.randrange(2), at.saved + rng.randrange(2)),
             StopAsked("s", rng.random() < 0.5),
             GraceOver(),
         ]

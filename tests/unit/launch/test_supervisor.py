@@ -9,7 +9,7 @@ from dapo_megatron.run_folder import RunFolder
 from launch.job import Job
 from launch.journal import Journal
 from launch.port_map import job_ports
-from launch.states import HostLost, Limits, Phase, StopAsked, TrainingEnded
+from launch.states import HostLost, Limits, Phase, Progress, StopAsked, TrainingEnded
 from launch.supervisor import Supervisor
 from launch.topology import Node, place
 from tests.tiny import run_config
@@ -49,6 +49,14 @@ def test_a_host_is_known_to_be_lost_before_the_training_starts_again(folder):
     watched = supervisor(folder, Hosts("node1"))
     watched._state = replace(watched._state, phase=Phase.RESTARTING)
     assert list(watched._events(lambda: None))[:2] == [HostLost("node1"), TrainingEnded()]
+
+
+def test_what_is_saved_counts_from_the_start_on(folder):
+    (folder.checkpoints / "step_000040").mkdir(parents=True)
+    watched = supervisor(folder, Hosts())
+    assert (watched._state.saved, watched._state.saved_at_start) == (40, 40)
+    (folder.checkpoints / "step_000045").mkdir()
+    assert Progress(0, saved=45) in list(watched._events(lambda: None))
 
 
 def test_what_leads_to_nothing_yet_is_in_the_log_too(folder):

@@ -261,6 +261,29 @@ def test_the_waits_for_a_slot_do_not_count_and_all_else_does():
         call_with(Sampler((0.5, 0.01), (0.0, 0.6), (0.5, 0.01)), three_turns, 0.4)
 
 
+def test_requests_at_once_are_all_waited_for_and_their_waits_count_once():
+    async def two(prompt, engine):
+        await asyncio.gather(engine.generate([1]), engine.generate([1]))
+        await asyncio.sleep(rest_s)
+        return good()
+
+    rest_s = 0.0
+    call_with(Sampler((0.0, 0.01), (0.6, 0.01)), two, 0.4)
+    rest_s = 0.6
+    with pytest.raises(ConfigError, match="no response within rollout.function_timeout_s=0.4 s"):
+        call_with(Sampler((0.5, 0.01), (0.5, 0.01)), two, 0.4)
+
+
+def test_a_function_that_makes_request_after_request_has_its_deadline():
+    async def talks(prompt, engine):
+        for _ in range(20):
+            await engine.generate([1])
+        return good()
+
+    with pytest.raises(ConfigError, match="no response within rollout.function_timeout_s=0.4 s"):
+        call_with(Sampler(*20 * [(0.0, 0.1)]), talks, 0.4)
+
+
 def test_a_function_that_goes_on_after_a_failed_request_has_its_deadline():
     async def roll(prompt, engine):
         with pytest.raises(EngineError):
