@@ -33,8 +33,8 @@ class ParameterMapping:
 def parameter_mappings(shape: ModelShape) -> dict[str, ParameterMapping]:
     """Every parameter of the model by its Megatron name with the model-wide layer number.
 
-    With tied embeddings `output_layer.weight` (it exists on the last pipeline stage) reads the embedding too. The largest
-    come last: a push gathers them while others are under way.
+    With tied embeddings `output_layer.weight` (it exists on the last pipeline stage) reads the embedding too. The
+    largest come last: a push gathers them while others are under way.
     """
     table: list[ParameterMapping] = []
     for i in range(shape.layers):
