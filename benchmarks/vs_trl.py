@@ -9,9 +9,6 @@ with two; the faster run counts); this project has an SGLang server beside two d
 and sends weights to it. TRL has no dynamic sampling, so it is off here too. TRL mixes the responses of all prompts
 into every update; this project keeps groups whole. TRL grades between generation and update, which counts as rest;
 here grading overlaps with generation. The log-prob comparison after a push (a check, not training) is off.
-
-The short workload runs here a second time with the engine one step ahead of the trainer: every batch is then at most
-one version old, and TRL has nothing like it.
 """
 
 import argparse
@@ -21,7 +18,6 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import yaml
@@ -79,29 +75,22 @@ def compare(args: argparse.Namespace) -> None:
         workload.prepare(folder)
         steps = args.steps or (4 if args.quick else workload.steps)
         every = min(steps, args.evaluate_every)
-        recipe = partial(workload.recipe, folder, steps=steps, evaluate_every=every)
-        config = recipe(out / workload.name, extra=args.overrides)
-        ours = [(workload.title, run_ours(config, out, workload.name, args.deadline))]
-        if workload.ahead:
-            name = f"{workload.name}-ahead"
-            ahead = recipe(out / name, extra=[*workload.ahead, *args.overrides])
-            title = f"{workload.title}, generated while training ({' '.join(workload.ahead)})"
-            ours.append((title, run_ours(ahead, out, name, args.deadline)))
+        config = workload.recipe(folder, out / workload.name, steps=steps, evaluate_every=every, extra=args.overrides)
+        ours = run_ours(config, out, workload, args.deadline)
         theirs = max(
             (run_trl(config, out, workload, args.deadline, args.trl_python, threads) for threads in TRL_THREADS),
             key=lambda run: summarize(run.rows, WARM_UP_STEPS).tokens_per_second,
         )
-        for title, run in ours:
-            console.print(table(title, run, theirs, WARM_UP_STEPS, workload.target))
+        console.print(table(workload.title, ours, theirs, WARM_UP_STEPS, workload.target))
     console.print(f"medians over steps, the first {WARM_UP_STEPS} left out; raw results and logs: {out}")
 
 
-def run_ours(config: RunConfig, out: Path, name: str, deadline: float) -> Run:
+def run_ours(config: RunConfig, out: Path, workload: Workload, deadline: float) -> Run:
     """Run this project in processes of its own."""
-    recipe = out / f"{name}.yaml"
+    recipe = out / f"{workload.name}.yaml"
     recipe.write_text(yaml.safe_dump(config.model_dump()))
     command = [sys.executable, "-m", "dapo_megatron.cli", "run", str(recipe)]
-    started = run_within(command, out / f"{name}-ours.log", deadline, threads=1)
+    started = run_within(command, out / f"{workload.name}-ours.log", deadline, threads=1)
     return from_metrics(read_lines(Path(config.run_dir) / "metrics.jsonl"), started)
 
 

@@ -33,8 +33,6 @@ class Workload:
     steps: int
     target: float | None
     """Held-out accuracy that is timed."""
-    ahead: tuple[str, ...] = ()
-    """What makes this project generate while it trains, which TRL does not do; empty: that is not measured."""
 
     def recipe(self, folder: Path, run_dir: Path, *, steps: int, evaluate_every: int, extra: list[str]) -> RunConfig:
         """The run: the demo's recipe on this workload, without dynamic sampling, which TRL does not have."""
@@ -91,7 +89,6 @@ WORKLOADS = (
         overrides=("resharding.verify_every=0",),
         steps=30,
         target=0.7,
-        ahead=("rollout.max_policy_lag=1", "algorithm.importance_cap=2"),
     ),
     Workload(
         name="long",
