@@ -1,14 +1,16 @@
 """Memory and speed of converting a Hugging Face folder to a distributed checkpoint and back.
 
     python -m benchmarks.conversion              # 1.5 billion parameters, Qwen2.5-1.5B's shape, bfloat16: 3.1 GB
-    python -m benchmarks.conversion --quick      # 0.1 billion
+    python -m benchmarks.conversion --quick      # 0.1 billion, once
 
 Each direction is the command-line tool in a process of its own; the folder that comes back is compared byte for byte.
+All of it is done three times, and the medians are shown.
 
 memory      peak of the process's RssAnon, sampled every 10 ms, beyond that of an interpreter that has imported nothing
 rate        bytes of weights a second from start to end; hashing, and for a checkpoint its verification, included
 copy        cp of the same folder to the same disk, fsync included: reading and writing once; the mean of the copies
-            before and after a conversion. What is read is dropped from the page cache before.
+            before and after a conversion. What is read is dropped from the page cache before, and some seconds pass:
+            a virtual machine gives free memory back to its host, and what starts before that is several times faster.
 CPU         user and system time: what does not depend on who else uses the machine
 start-up    of Python with torch and transformers: some seconds, whatever the size
 """
@@ -18,11 +20,13 @@ import json
 import os
 import resource
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from rich.console import Console
@@ -43,7 +47,10 @@ SIZES = {
 }
 MEMORY_LIMIT = 1.2e9
 RATE_LIMIT = 0.5
-"""Of the copy's."""
+"""Of the copy's, start-up left out."""
+ROUNDS = 3
+SETTLE_S = 10
+"""The kernel's free page reporting takes two seconds to begin."""
 
 
 def write_model(folder: Path, size: str) -> None:
@@ -70,13 +77,14 @@ def write_model(folder: Path, size: str) -> None:
 
 
 def forget(folder: Path) -> None:
-    """Drop a folder's files from the page cache."""
+    """Drop a folder's files from the page cache, and wait until the memory is as free as it gets."""
     for path in folder.rglob("*"):
         if path.is_file():
             handle = os.open(path, os.O_RDONLY)
             os.fsync(handle)
             os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
             os.close(handle)
+    time.sleep(SETTLE_S)
 
 
 def copied(source: Path, target: Path) -> float:
@@ -93,8 +101,18 @@ def copied(source: Path, target: Path) -> float:
     return seconds
 
 
-def measured(*command: str | Path) -> tuple[float, float, int]:
-    """(seconds, seconds of the CPU, peak RssAnon in bytes) of a process."""
+class Measured(NamedTuple):
+    """What a process took."""
+
+    seconds: float
+    cpu: float
+    """Seconds."""
+    peak: int
+    """RssAnon in bytes."""
+
+
+def measured(*command: str | Path) -> Measured:
+    """Run a process with this interpreter."""
     start, before, peak = time.monotonic(), cpu_seconds(resource.RUSAGE_CHILDREN), 0
     with tempfile.TemporaryFile("w+") as said:
         process = subprocess.Popen(
@@ -106,7 +124,7 @@ def measured(*command: str | Path) -> tuple[float, float, int]:
         if process.returncode:
             said.seek(0)
             raise SystemExit(said.read())
-    return time.monotonic() - start, cpu_seconds(resource.RUSAGE_CHILDREN) - before, peak
+    return Measured(time.monotonic() - start, cpu_seconds(resource.RUSAGE_CHILDREN) - before, peak)
 
 
 def cpu_seconds(who: int) -> float:
@@ -137,51 +155,53 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="0.1 billion parameters")
     parser.add_argument("--folder", type=Path, help="disk to measure (default: the one for temporary files)")
     args = parser.parse_args()
-    size = "0.1B" if args.quick else "1.5B"
+    size, rounds = ("0.1B", 1) if args.quick else ("1.5B", ROUNDS)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        return run(Path(folder), size)
+        return run(Path(folder), size, rounds)
 
 
-def run(folder: Path, size: str) -> int:
+def run(folder: Path, size: str, rounds: int) -> int:
     source, dist, back = folder / "hf", folder / "dist", folder / "back"
+    directions = {
+        "to distributed": (source, dist, "tools.convert_hf_to_dist"),
+        "to Hugging Face": (dist, back, "tools.convert_dist_to_hf"),
+    }
     write_model(source, size)
     weights = sum(p.stat().st_size for p in source.glob("*.safetensors"))
-    bare = measured("-c", "import time; time.sleep(0.3)")[2]
+    bare = measured("-c", "import time; time.sleep(0.3)").peak
     code = f"from dapo_megatron.checkpoint.conversion import hf_to_dist; hf_to_dist.read_model({str(source)!r})"
-    started, started_cpu, _ = min(measured("-c", code) for _ in range(2))
-    copies, copies_cpu = [], []
-
-    def copy_once() -> None:
-        before = cpu_seconds(resource.RUSAGE_SELF)
-        copies.append(copied(source, folder / "copy"))
-        copies_cpu.append(cpu_seconds(resource.RUSAGE_SELF) - before)
-
-    copy_once()
-    table = Table("", "seconds", "of the CPU", "MB/s", "of the copy", "without start-up", "memory GB")
-    table.title = f"conversion: {size}, {weights / 1e9:.1f} GB"
+    start_up = min(measured("-c", code) for _ in range(2))
+    copies = [copied(source, folder / "copy")]
+    runs: dict[str, list[tuple[Measured, float]]] = {name: [] for name in directions}
     faults = []
-    for name, read, command in (
-        ("to distributed", source, ("-m", "tools.convert_hf_to_dist", source, dist)),
-        ("to Hugging Face", dist, ("-m", "tools.convert_dist_to_hf", dist, back)),
-    ):
-        forget(read)
-        seconds, cpu, peak = measured(*command)
-        copy_once()
-        copy = sum(copies[-2:]) / 2
-        share, memory = copy / max(seconds - started, 1e-3), peak - bare
-        without = f"{share:.2f}" if seconds > 1.5 * started else ""
-        rates = f"{weights / seconds / 1e6:.0f}", f"{copy / seconds:.2f}", without
+    for _ in range(rounds):
+        for name, (read, written, tool) in directions.items():
+            forget(read)
+            conversion = measured("-m", tool, read, written)
+            copies.append(copied(source, folder / "copy"))
+            runs[name].append((conversion, (copies[-2] + copies[-1]) / 2))
+        if not same(source, back):
+            faults.append("the folder that came back is another")
+        shutil.rmtree(dist)
+        shutil.rmtree(back)
+    table = Table("", "seconds", "of the CPU", "MB/s", "of the copy", "without start-up", "memory GB")
+    table.title = f"conversion: {size}, {weights / 1e9:.1f} GB, {rounds} times"
+    for name, pairs in runs.items():
+        seconds, cpu = (statistics.median(column) for column in zip(*(m[:2] for m, _ in pairs), strict=True))
+        whole = statistics.median(copy / m.seconds for m, copy in pairs)
+        share = statistics.median(copy / max(m.seconds - start_up.seconds, 1e-3) for m, copy in pairs)
+        memory = max(m.peak for m, _ in pairs) - bare
+        without = f"{share:.2f}" if seconds > 1.5 * start_up.seconds else ""
+        rates = f"{weights / seconds / 1e6:.0f}", f"{whole:.2f}", without
         table.add_row(name, f"{seconds:.1f}", f"{cpu:.1f}", *rates, f"{memory / 1e9:.2f}")
         if share < RATE_LIMIT and size != "0.1B":
             faults.append(f"{name}: slower than {RATE_LIMIT} of the copy")
         if memory > MEMORY_LIMIT:
             faults.append(f"{name}: more than {MEMORY_LIMIT / 1e9} GB")
-    for copy, cpu in zip(copies, copies_cpu, strict=True):
-        table.add_row("copy", f"{copy:.1f}", f"{cpu:.1f}", f"{weights / copy / 1e6:.0f}", "", "", "")
-    table.add_row("start-up", f"{started:.1f}", f"{started_cpu:.1f}", "", "", "", "")
+    copy = statistics.median(copies)
+    table.add_row("copy", f"{copy:.1f}", "", f"{weights / copy / 1e6:.0f}", "", "", "")
+    table.add_row("start-up", f"{start_up.seconds:.1f}", f"{start_up.cpu:.1f}", "", "", "", "")
     Console().print(table)
-    if not same(source, back):
-        faults.append("the folder that came back is another")
     print("\n".join(faults) or "the folder that came back is the same, byte for byte")
     return int(bool(faults))
 
