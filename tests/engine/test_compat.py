@@ -1,5 +1,6 @@
 """What is on the engine's path on CPU is right and still needed: without the stand-ins SGLang cannot be imported, and
-without the plugins its attention over many sequences is several times as slow, and seeds are not heard."""
+without the plugins its attention over many sequences is several times as slow, seeds are not heard, and each of its
+processes imports all of it again."""
 
 import json
 import os
@@ -43,6 +44,15 @@ def test_the_plugin_attends_as_sglang_does_and_is_faster():
     for kind, found in json.loads(done.stdout.splitlines()[-1]).items():
         assert found["replaced"] and found["difference"] < 5e-6, (kind, found)
         assert found["plugin_s"] < found["own_s"] / 2, (kind, found)
+
+
+def test_the_plugin_forks_what_sglang_would_spawn():
+    environment = engine_environment(os.environ, cpu=True)
+    command = [sys.executable, "tests/engine/fork_probe.py"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found == {"before": {"method": "spawn"}, "after": {"method": "fork", "imported": True}}
 
 
 def murmur3(seed, position, column):

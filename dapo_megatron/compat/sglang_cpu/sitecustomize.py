@@ -7,7 +7,8 @@ stand-ins   sgl_kernel (CUDA kernels) and torchvision (the wheel on the index is
             a CPU torch) are imported unconditionally by SGLang, for kernels and image models that a text model on CPU
             never reaches. They are replaced by modules whose every attribute is a class that refuses to be used.
 
-Beside it lie two plugins that SGLang loads itself: sglang_cpu_attention (speed), sglang_cpu_sampling (seeds).
+Beside it lie plugins that SGLang loads itself: sglang_cpu_attention (speed), sglang_cpu_sampling (seeds),
+sglang_cpu_fork (half of a start).
 """
 
 import importlib.abc
