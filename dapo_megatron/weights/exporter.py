@@ -92,12 +92,24 @@ def _plain(parameter: torch.nn.Parameter) -> torch.Tensor:
 
 
 def _gather(tensors: list[torch.Tensor], group: dist.ProcessGroup) -> list[list[torch.Tensor]]:
-    """Of each tensor, its slices of all ranks, on the group's first rank; in one collective."""
+    """Of each tensor, its slices of all ranks, on the group's first rank; the others get none.
+
+    A collective of point-to-point transfers: gloo's own gather copies all slices once more, into fresh memory.
+    """
     if group.size() == 1:
         return [[tensor] for tensor in tensors]
     flat = torch.cat([t.reshape(-1) for t in tensors]) if len(tensors) > 1 else tensors[0].contiguous().view(-1)
-    ranks = [torch.empty_like(flat) for _ in range(group.size())] if group.rank() == 0 else None
-    dist.gather(flat, ranks, group=group, group_dst=0)
+    if group.rank() != 0:
+        _transfer([dist.P2POp(dist.isend, flat, group=group, group_peer=0)])
+        return [[] for _ in tensors]
+    ranks = [flat, *(torch.empty_like(flat) for _ in range(1, group.size()))]
+    _transfer([dist.P2POp(dist.irecv, ranks[r], group=group, group_peer=r) for r in range(1, group.size())])
     sizes = [t.numel() for t in tensors]
-    slices = zip(*(rank.split(sizes) for rank in ranks or ()), strict=True)
-    return [[s.view(t.shape) for s in own] for own, t in zip(slices, tensors, strict=False)]
+    slices = zip(*(rank.split(sizes) for rank in ranks), strict=True)
+    return [[s.view(t.shape) for s in own] for own, t in zip(slices, tensors, strict=True)]
+
+
+def _transfer(operations: list[dist.P2POp]) -> None:
+    # As one batch, for which NCCL uses the group's communicator; single ones would make one for each pair of ranks.
+    for request in dist.batch_isend_irecv(operations):
+        request.wait()
