@@ -23,7 +23,7 @@ from dapo_megatron.errors import ConfigError, DapoError
 from dapo_megatron.observe.progress import progress
 from dapo_megatron.weights.families import ModelShape
 from dapo_megatron.weights.hf_config import read_model
-from dapo_megatron.weights.hf_folder import INDEX, SINGLE, HfFolder, side_files
+from dapo_megatron.weights.hf_folder import INDEX, SINGLE, HfFolder, is_weights_name, side_files
 from dapo_megatron.weights.hf_writer import HfWriter, index_text, parse_header, plain_layout, relaid, source_layout
 from dapo_megatron.weights.table import ParameterMapping, from_shards, hf_shapes, row_ranges
 
@@ -96,7 +96,11 @@ def _known_layout(checkpoint: Path, like: Path | None) -> dict[str, str]:
         layout = msgspec.json.decode(path.read_bytes(), type=dict[str, str])
     except msgspec.MsgspecError as e:
         raise DapoError(f"{path} is damaged ({e}): use another checkpoint") from None
-    output.check_file_names(layout, path)
+    for file in layout:
+        if not is_weights_name(file):
+            raise DapoError(
+                f"{path} names {file[:100]!r}, which is no safetensors file in a folder: use another checkpoint"
+            )
     return layout
 
 

@@ -145,13 +145,6 @@ def require_room(path: Path, needed: int) -> None:
         raise StorageError(f"{path} needs {needed / 1e9:.1f} GB more, {free / 1e9:.1f} are free: make room")
 
 
-def check_file_names(layout: Mapping[str, str], where: Path) -> None:
-    """Raise a DapoError unless all files of a layout are in the folder itself."""
-    for file in layout:
-        if Path(file).name != file:
-            raise DapoError(f"{where} names {file}, which is not in the folder itself: move all weights there")
-
-
 def set_config_dtype(config: Path, dtype: torch.dtype) -> None:
     """Where config.json names the type of the weights, name this one."""
     tree, name = read_json(config, ""), str(dtype).removeprefix("torch.")

@@ -159,7 +159,7 @@ FC2 = "decoder.layers.mlp.linear_fc2.weight"
         (lambda path: configured(vocab_size=70)(path / "hf"), "holds a model with vocab=64, "),
         (lambda path: cut(path / "model" / "__0_0.distcp"), "cannot be read"),
         (lambda path: (path / "layout.json").write_text("{"), "layout.json is damaged"),
-        (lambda path: move_out(path / "layout.json"), "layout.json names ../x, "),
+        (lambda path: move_out(path / "layout.json"), "layout.json names '../x', "),
     ],
 )
 def test_a_hostile_or_wrong_checkpoint_is_one_line(tmp_path, monkeypatch, change, says):
