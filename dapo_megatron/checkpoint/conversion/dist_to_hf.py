@@ -50,7 +50,7 @@ def convert_dist_to_hf(
         raise ConfigError(
             f"{checkpoint} has no {MANIFEST}: give one checkpoint, such as runs/demo/checkpoints/step_000010"
         )
-    output.require_outside(out, checkpoint)
+    output.require_outside(out, checkpoint, *([like] if like else []))
     manifest = intact_manifest(checkpoint)
     sides = like or checkpoint / HF
     if not (sides / "config.json").is_file():
@@ -63,7 +63,9 @@ def convert_dist_to_hf(
     before = _known_layout(checkpoint, like)
     layout = _layout(table, shape, weights, before, dtype, checkpoint / output.LAYOUT)
     names = [n for n in side_files(sides) if n != INDEX or layout == before]
-    inputs = output.stamps(sides, names, f"{sides}/") | output.stamps(checkpoint, [MANIFEST])
+    inputs = output.stamps(sides, [*names, *(before if like else ())], f"{sides}/") | output.stamps(
+        checkpoint, [MANIFEST]
+    )
     options = {"dtype": "as stored" if dtype is None else str(dtype).removeprefix("torch."), "to": "hf"}
     with output.written_aside(out, inputs, options) as aside:
         written = _write(aside, layout, table, shape, weights, console)

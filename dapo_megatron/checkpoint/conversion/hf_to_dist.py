@@ -203,8 +203,9 @@ def _parts(chunks: list[_Chunk], shape: ModelShape) -> list[list[WriteItem]]:
 
 def _write_manifest(aside: Aside, shape: ModelShape, types: set[torch.dtype]) -> None:
     files = {}
-    for name in sorted(files_in(aside.path) - {output.JOURNAL}):
-        part = aside.journal.done.get(Path(name).name)
+    parts = {f"{MODEL}/{name}": part for name, part in aside.journal.done.items()}
+    for name in sorted(files_in(aside.path)):
+        part = parts.get(name)
         files[name] = FileRecord(part.size, part.xxh3) if part else record_of(aside.path / name)
     manifest = Manifest(
         format="weights",

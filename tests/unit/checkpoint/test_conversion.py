@@ -68,6 +68,15 @@ def test_a_tied_model_that_repeats_its_embedding_comes_back_so(tmp_path):
     assert b"output_layer" not in (tmp_path / "dist" / "model" / ".metadata").read_bytes()
 
 
+def test_files_that_have_the_names_of_ours_come_back(tmp_path):
+    path = hf_folder(tmp_path / "hf")
+    for name in ("journal.json", "journal.json.new", "layout.json", "manifest.json", "__0_0.distcp"):
+        (path / name).write_text("another")
+    there(path, tmp_path / "dist")
+    back(tmp_path / "dist", tmp_path / "back")
+    assert tree(tmp_path / "back") == tree(path)
+
+
 def test_rotary_buffers_of_old_folders_are_left_out(tmp_path):
     path = hf_folder(tmp_path / "hf", "llama", False)
     original = load_file(path / "model.safetensors")
