@@ -70,7 +70,7 @@ def convert_dist_to_hf(
     with output.written_aside(out, inputs, options) as aside:
         written = _write(aside, layout, table, shape, weights, console)
         copy_files(sides, names, aside.path)
-        if len(layout) > 1 and INDEX not in names:
+        if layout.keys() != {SINGLE} and INDEX not in names:
             write_synced(aside.path / INDEX, index_text(layout).encode())
         types = {entry.dtype for header in layout.values() for entry in parse_header(header).values()}
         if len(types) == 1 and layout != before:

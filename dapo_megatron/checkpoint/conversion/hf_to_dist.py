@@ -81,14 +81,14 @@ def convert_hf_to_dist(source: Path, out: Path, dtype: torch.dtype | None, conso
     kept = hf_names(shape) | ({"lm_head.weight"} & folder.files.keys())
     own = {name: entry.dtype for header in before.values() for name, entry in parse_header(header).items()}
     types = {name: dtype or own[name] for name in kept}
-    layout = {file: relaid(header, types) for file, header in before.items()}
+    layout = {file: relaid(header, types) for file, header in before.items() if kept & parse_header(header).keys()}
     chunks = _chunks(shape, types)
     sides = side_files(source)
     inputs = output.stamps(source, [*sides, *layout])
     with output.written_aside(out, inputs, {"dtype": _name(dtype), "to": "dist"}) as aside:
         _write_model(aside, folder, shape, chunks, console)
         copy_files(source, sides, aside.path / HF)
-        if layout != before and len(layout) > 1:
+        if layout != before and INDEX in sides:
             write_synced(aside.path / HF / INDEX, index_text(layout).encode())
         if dtype is not None:
             output.set_config_dtype(aside.path / HF / "config.json", dtype)

@@ -5,13 +5,13 @@ import json
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from dapo_megatron.checkpoint.conversion import hf_to_dist, output
 from dapo_megatron.checkpoint.integrity import intact_manifest
 from dapo_megatron.checkpoint.manifest import read_manifest
 from dapo_megatron.weights import hf_writer
-from dapo_megatron.weights.hf_folder import INDEX
+from dapo_megatron.weights.hf_folder import INDEX, HfFolder
 from tests.tiny import UNLIKE, byte_tokenizer, hf_folder
 from tests.unit.checkpoint.conversions import EMBEDDING, HEAD, there, back, tree, rewrite, shuffled_into, unsigned
 
@@ -75,6 +75,28 @@ def test_files_that_have_the_names_of_ours_come_back(tmp_path):
     there(path, tmp_path / "dist")
     back(tmp_path / "dist", tmp_path / "back")
     assert tree(tmp_path / "back") == tree(path)
+
+
+def test_one_file_with_an_index_stays_readable_in_another_type(tmp_path):
+    path = hf_folder(tmp_path / "hf")
+    shuffled_into(path, 1)
+    there(path, tmp_path / "dist")
+    back(tmp_path / "dist", tmp_path / "back", torch.bfloat16)
+    assert set(HfFolder(tmp_path / "back").files.values()) == {"weights-0.safetensors"}
+
+
+def test_a_file_of_nothing_but_rotary_buffers_is_left_out(tmp_path):
+    path = hf_folder(tmp_path / "hf", "llama", False)
+    shuffled_into(path, 1)
+    buffer = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    save_file({buffer: torch.ones(8)}, path / "rotary.safetensors")
+    index = json.loads((path / INDEX).read_text())
+    index["weight_map"][buffer] = "rotary.safetensors"
+    (path / INDEX).write_text(json.dumps(index))
+    there(path, tmp_path / "dist")
+    back(tmp_path / "dist", tmp_path / "back")
+    assert set(HfFolder(tmp_path / "back").files.values()) == {"weights-0.safetensors"}
+    assert not (tmp_path / "back" / "rotary.safetensors").exists()
 
 
 def test_rotary_buffers_of_old_folders_are_left_out(tmp_path):
