@@ -98,6 +98,7 @@ DAMAGE = {
     "step -5": (MANIFEST, lambda p: rewrite(p, step=-5)),
     "version 9": (MANIFEST, lambda p: rewrite(p, version=9)),
     "an older schema": (MANIFEST, lambda p: rewrite(p, schema=2)),
+    "brackets in brackets": (MANIFEST, lambda p: (p / MANIFEST).write_text('{"model":' + "[" * 100_000)),
     "a key too many": (MANIFEST, lambda p: rewrite(p, nobody="knows")),
     "a stray file": ("model/__2_0.distcp", lambda p: (p / "model/__2_0.distcp").write_bytes(b"x")),
     "a link to nowhere": ("model/link", lambda p: (p / "model/link").symlink_to("/nowhere")),
