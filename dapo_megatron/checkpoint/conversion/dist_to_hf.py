@@ -177,11 +177,11 @@ def _blocks(
 ) -> Iterator[tuple[str, int, torch.Tensor]]:
     """(Hugging Face tensor, first row, rows) of all that is not done, in the order of the table."""
     for mapping, place in table:
-        if set(mapping.hf) <= done:
-            continue
-        if mapping.kind == "qkv":
+        if mapping.kind == "qkv" and not done.issuperset(mapping.hf):
             for name, tensor in zip(mapping.hf, from_shards(mapping, shape, [weights.parameter(place)]), strict=True):
-                yield name, 0, tensor
+                if name not in done:
+                    yield name, 0, tensor
         for name, first, end in row_ranges(mapping, shape):
-            for row, block in weights.row_blocks(place, first, end):
-                yield name, row - first, block
+            if name not in done:
+                for row, block in weights.row_blocks(place, first, end):
+                    yield name, row - first, block

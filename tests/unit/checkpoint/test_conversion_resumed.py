@@ -12,10 +12,13 @@ import msgspec
 import pytest
 import torch
 
-from dapo_megatron.checkpoint.conversion import hf_to_dist, output
+from dapo_megatron.checkpoint.conversion import dist_to_hf, hf_to_dist, output
+from dapo_megatron.checkpoint.conversion.stored_keys import places
 from dapo_megatron.checkpoint.conversion.stored_weights import StoredWeights
 from dapo_megatron.errors import DapoError, StorageError, told
 from dapo_megatron.weights import hf_writer
+from dapo_megatron.weights.hf_config import read_model
+from dapo_megatron.weights.table import hf_names
 from tests.tiny import hf_folder
 from tests.unit.checkpoint.conversions import back, damage, shuffled_into, there, tree
 
@@ -99,6 +102,14 @@ def test_a_killed_conversion_back_goes_on(tmp_path, monkeypatch, small_parts, ca
     assert tree(tmp_path / "back") == tree(path)
     if calls == 30:
         assert count[0] < 40  # of 50
+
+
+def test_nothing_that_is_done_is_read_again(tmp_path):
+    path = hf_folder(tmp_path / "hf")
+    there(path, tmp_path / "dist")
+    shape, weights = read_model(path), StoredWeights(tmp_path / "dist" / "model")
+    done = {"model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.gate_proj.weight"}
+    assert {name for name, _, _ in dist_to_hf._blocks(places(shape), shape, weights, done)} == hf_names(shape) - done
 
 
 def interrupted(path, out, calls=30):
