@@ -6,6 +6,7 @@
     output/        published by a rename when it is whole
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -80,6 +81,7 @@ def written_aside(out: Path, inputs: dict[str, tuple[int, int]], options: dict[s
     """A folder beside `out`, new or as an interrupted conversion left it; renamed to `out` at the end of the block.
 
     Raises:
+        StorageError: the disk is full.
         DapoError: `out` exists, another process is at it, or what lies beside it is something else, or was left of
             another source or of other options.
     """
@@ -103,6 +105,12 @@ def written_aside(out: Path, inputs: dict[str, tuple[int, int]], options: dict[s
         os.rename(aside.path, out)
         sync_folder(out.parent)
         shutil.rmtree(folder)
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise StorageError(
+            f"{folder} cannot be written ({e.strerror}): make room, and call it again to go on"
+        ) from None
     finally:
         os.close(handle)
 
