@@ -129,8 +129,9 @@ def audit_actor(actor: Actor, manifest: Manifest, path: Path) -> None:
             f"{path}: the schedule came back at update {actor.schedule.num_steps}, the manifest says "
             f"{manifest.updates}; {FRESH}"
         )
-    for name, found in optimizer_sums(actor.optimizer, actor.layout).items():
-        if found != manifest.audit.optimizer.get(name):
+    found, saved = optimizer_sums(actor.optimizer, actor.layout), manifest.audit.optimizer
+    for name in sorted(found.keys() | saved.keys()):
+        if found.get(name) != saved.get(name):
             raise DapoError(f"{path}: the optimizer's {name} did not come back as it was saved; {FRESH}")
     if actor.layout.sizes == manifest.layout and random_sum(random_states(), actor.layout) != manifest.audit.rng:
         raise DapoError(f"{path}: the random states did not come back as they were saved; {FRESH}")
