@@ -256,7 +256,7 @@ def read_state(actor: Actor, path: Path, format: Format, world: int) -> dict[str
 def _require_backend(path: Path) -> None:
     try:
         found = maybe_load_config(str(path))
-    except (ValueError, TypeError):  # no JSON, or not of its fields
+    except (ValueError, TypeError, RecursionError):  # no JSON, or not of its fields
         found = None
     if found != CheckpointingConfig("torch_dist", 1):
         raise StorageError(f"{path / CONFIG} is not that of a torch_dist checkpoint: take another one")
