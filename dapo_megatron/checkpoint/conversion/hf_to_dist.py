@@ -46,7 +46,7 @@ from dapo_megatron.observe.progress import progress
 from dapo_megatron.weights.families import ModelShape
 from dapo_megatron.weights.hf_config import read_model
 from dapo_megatron.weights.hf_folder import INDEX, HfFolder, check_weights, side_files
-from dapo_megatron.weights.hf_writer import index_text, parse_header, relaid, source_layout
+from dapo_megatron.weights.hf_writer import cast, index_text, parse_header, relaid, source_layout
 from dapo_megatron.weights.table import ParameterMapping, hf_names, row_ranges, to_shard
 
 PART_BYTES = 2**30
@@ -130,9 +130,10 @@ class _Chunk:
     def read(self, folder: HfFolder, shape: ModelShape) -> torch.Tensor:
         if self.source is not None:
             name, first = self.source
-            whole = folder.rows(name, first, first + self.shape[0]).to(self.dtype)
+            whole = cast(name, folder.rows(name, first, first + self.shape[0]), self.dtype)
         else:
-            whole = to_shard(self.mapping, shape, [folder.tensor(n).to(self.dtype) for n in self.mapping.hf], 1, 0)
+            tensors = [cast(name, folder.tensor(name), self.dtype) for name in self.mapping.hf]
+            whole = to_shard(self.mapping, shape, tensors, 1, 0)
         return whole.reshape(self._stacked)
 
     @property

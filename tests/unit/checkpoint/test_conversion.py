@@ -10,10 +10,11 @@ from safetensors.torch import load_file, save_file
 from dapo_megatron.checkpoint.conversion import hf_to_dist, output
 from dapo_megatron.checkpoint.integrity import intact_manifest
 from dapo_megatron.checkpoint.manifest import read_manifest
+from dapo_megatron.errors import DapoError
 from dapo_megatron.weights import hf_writer
 from dapo_megatron.weights.hf_folder import INDEX, HfFolder
 from tests.tiny import UNLIKE, byte_tokenizer, hf_folder
-from tests.unit.checkpoint.conversions import EMBEDDING, HEAD, there, back, tree, rewrite, shuffled_into, unsigned
+from tests.unit.checkpoint.conversions import EMBEDDING, HEAD, NORM, there, back, tree, rewrite, shuffled_into, unsigned
 
 
 @pytest.mark.parametrize(
@@ -66,6 +67,19 @@ def test_a_tied_model_that_repeats_its_embedding_comes_back_so(tmp_path):
     back(tmp_path / "dist", tmp_path / "back")
     assert tree(tmp_path / "back") == tree(path)
     assert b"output_layer" not in (tmp_path / "dist" / "model" / ".metadata").read_bytes()
+
+
+def test_numbers_that_a_type_cannot_hold_are_refused(tmp_path):
+    path = hf_folder(tmp_path / "hf")
+    rewrite(path, lambda tensors: tensors | {NORM: torch.full((64,), 1e5)})
+    says = "model.norm.weight has numbers that are too large for float16"
+    with pytest.raises(DapoError, match=says):
+        there(path, tmp_path / "half", torch.float16)
+    there(path, tmp_path / "dist")
+    with pytest.raises(DapoError, match=says):
+        back(tmp_path / "dist", tmp_path / "back", torch.float16)
+    rewrite(path, lambda tensors: tensors | {NORM: torch.full((64,), float("inf"))})  # is so in any type
+    there(path, tmp_path / "other", torch.float16)
 
 
 def test_files_that_have_the_names_of_ours_come_back(tmp_path):
