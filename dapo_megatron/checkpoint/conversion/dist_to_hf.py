@@ -24,7 +24,15 @@ from dapo_megatron.observe.progress import progress
 from dapo_megatron.weights.families import ModelShape
 from dapo_megatron.weights.hf_config import read_model
 from dapo_megatron.weights.hf_folder import INDEX, SINGLE, HfFolder, is_weights_name, side_files
-from dapo_megatron.weights.hf_writer import HfWriter, index_text, parse_header, plain_layout, relaid, source_layout
+from dapo_megatron.weights.hf_writer import (
+    HfWriter,
+    TensorEntry,
+    index_text,
+    parse_header,
+    plain_layout,
+    relaid,
+    source_layout,
+)
 from dapo_megatron.weights.table import ParameterMapping, from_shards, hf_shapes, row_ranges
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -60,8 +68,9 @@ def convert_dist_to_hf(
     weights.check(shape)
     table = places(shape)
     account(table, shape)
-    before = _known_layout(checkpoint, like)
-    layout = _layout(table, shape, weights, before, dtype, checkpoint / output.LAYOUT)
+    recorded = _recorded_layout(checkpoint / output.LAYOUT)
+    before = recorded if like is None else _layout_in(like)
+    layout = _layout(table, shape, weights, before, recorded, dtype)
     names = [n for n in side_files(sides) if n != INDEX or layout == before]
     inputs = output.stamps(sides, [*names, *(before if like else ())], f"{sides}/") | output.stamps(
         checkpoint, [MANIFEST]
@@ -85,13 +94,15 @@ def _require_model(manifest: Manifest, checkpoint: Path, shape: ModelShape, side
             raise ConfigError(f"{checkpoint} holds a model with {name}={manifest.model.get(name)}, {sides} has {value}")
 
 
-def _known_layout(checkpoint: Path, like: Path | None) -> dict[str, str]:
-    """{file: header} as the source had it; empty where nothing is known of it."""
-    if like is not None:
-        if not (like / SINGLE).exists() and not (like / INDEX).exists():
-            return {}
-        return source_layout(HfFolder(like))
-    path = checkpoint / output.LAYOUT
+def _layout_in(folder: Path) -> dict[str, str]:
+    """{file: header} of a folder's weights; empty where it has none."""
+    if not (folder / SINGLE).exists() and not (folder / INDEX).exists():
+        return {}
+    return source_layout(HfFolder(folder))
+
+
+def _recorded_layout(path: Path) -> dict[str, str]:
+    """{file: header} of what was converted; empty for the checkpoint of a run."""
     if not path.exists():
         return {}
     try:
@@ -111,21 +122,25 @@ def _layout(
     shape: ModelShape,
     weights: StoredWeights,
     before: dict[str, str],
+    recorded: dict[str, str],
     dtype: torch.dtype | None,
-    recorded: Path,
 ) -> dict[str, str]:
     """{file: header} of the output."""
     stored = {name: weights.dtype(place) for mapping, place in table for name in mapping.hf}
     sizes = {n: s for mapping, _ in table for n, s in zip(mapping.hf, hf_shapes(mapping, shape), strict=True)}
-    known = {name: entry for header in before.values() for name, entry in parse_header(header).items()}
+    known = _entries(before)
     if shape.tied and HEAD in known:
         stored[HEAD], sizes[HEAD] = stored[EMBEDDING], sizes[EMBEDDING]
     # What is recorded beside the weights is their type: one stored tensor holds layers that may differ in theirs.
-    own = {name: entry.dtype for name, entry in known.items()} if recorded.exists() else {}
+    own = {name: entry.dtype for name, entry in _entries(recorded).items()}
     types = {name: dtype or own.get(name, kind) for name, kind in stored.items()}
     if {name: known[name].shape for name in types if name in known} != sizes:
         return plain_layout({name: (types[name], sizes[name]) for name in sizes})
     return {file: relaid(header, types) for file, header in before.items()}
+
+
+def _entries(layout: dict[str, str]) -> dict[str, TensorEntry]:
+    return {name: entry for header in layout.values() for name, entry in parse_header(header).items()}
 
 
 def _write(

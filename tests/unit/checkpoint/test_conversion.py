@@ -69,6 +69,18 @@ def test_a_tied_model_that_repeats_its_embedding_comes_back_so(tmp_path):
     assert b"output_layer" not in (tmp_path / "dist" / "model" / ".metadata").read_bytes()
 
 
+def test_the_types_are_the_checkpoints_own_not_those_of_like(tmp_path):
+    path = hf_folder(tmp_path / "hf")
+    rewrite(path, lambda tensors: tensors | {NORM: tensors[NORM].double()})
+    there(path, tmp_path / "dist")
+    like = hf_folder(tmp_path / "like")
+    rewrite(like, lambda tensors: {name: tensor.bfloat16() for name, tensor in tensors.items()})
+    back(tmp_path / "dist", tmp_path / "back", like=like)
+    original, found = (load_file(folder / "model.safetensors") for folder in (path, tmp_path / "back"))
+    assert all(torch.equal(found[name], tensor) for name, tensor in original.items())
+    assert {name: t.dtype for name, t in found.items()} == {name: t.dtype for name, t in original.items()}
+
+
 def test_numbers_that_a_type_cannot_hold_are_refused(tmp_path):
     path = hf_folder(tmp_path / "hf")
     rewrite(path, lambda tensors: tensors | {NORM: torch.full((64,), 1e5)})
