@@ -5,7 +5,9 @@ process that is stopped, or whose interpreter is, beats no more. exits/<process>
 """
 
 import contextlib
+import faulthandler
 import os
+import signal
 import socket
 import sys
 import threading
@@ -147,9 +149,12 @@ EXIT_CODES: dict[Kind, int] = {"crash": 1, "configuration": 3, "data": 4, "engin
 def run_reported(reporter: Reporter, program: Callable[[], object]) -> int:
     """Run a process's work inside its reporter.
 
+    SIGTERM, by which the launcher ends one that hangs, leaves every thread's stack on stderr, also where it hangs in C.
+
     Returns:
         0, or the kind's exit code; the reason is in the exit record and on stderr.
     """
+    faulthandler.register(signal.SIGTERM, file=2, chain=True)
     try:
         with reporter:
             program()

@@ -67,6 +67,11 @@ class Response(msgspec.Struct, eq=False):
     schema: int = SCHEMA
 
     @property
+    def generated_tokens(self) -> int:
+        """Those that a policy sampled; the others are a tool's."""
+        return sum(span.end - span.start for span in self.version_spans)
+
+    @property
     def reward(self) -> float:
         """R = R_acc + R_len."""
         return (self.accuracy_reward or 0.0) + self.overlong_penalty

@@ -30,6 +30,7 @@ def command_of_engine(config: RunConfig, folder: RunFolder, place: EnginePlace, 
         place.node.address,
         place.port,
         cpu=not place.devices,
+        replica=place.replica,
         nccl_port=place.nccl_port,
         options_file=folder.engine_options,
     )

@@ -56,4 +56,7 @@ def build_schedule(config: RunConfig, optimizer: MegatronOptimizer) -> Optimizer
         end_wd=o.weight_decay,
         wd_incr_steps=0,
         wd_incr_style="constant",
+        # Of a checkpoint only the position: a resume may change the rest.
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
     )

@@ -70,6 +70,13 @@ def spread(samples: Sequence[TrainingSample], rules: PackingRules) -> list[Shard
     return shards
 
 
+def is_spread_for(shards: Sequence[Shard], rules: PackingRules) -> bool:
+    """Whether a layout can train shards, one a replica, as they are."""
+    counts = [len(shard) for shard in shards]
+    are_equal = len(set(counts)) == 1 or not rules.equal_counts
+    return len(counts) == rules.data_parallel_size and are_equal and not any(n % rules.count_multiple for n in counts)
+
+
 def shard_samples(samples: Sequence[TrainingSample], rules: PackingRules) -> list[list[MicroBatch]]:
     """Spread samples over the data-parallel ranks and pack each rank's into micro-batches."""
     return [pack_shard(shard, rules) for shard in spread(samples, rules)]

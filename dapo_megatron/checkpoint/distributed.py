@@ -28,7 +28,7 @@ from dapo_megatron.checkpoint.bucket_padding import padding_gathered
 from dapo_megatron.checkpoint.crc import without_crc
 from dapo_megatron.checkpoint.manifest import MODEL, Audit, Format, Manifest, libraries, model_numbers
 from dapo_megatron.checkpoint.random_state import random_states, sharded
-from dapo_megatron.checkpoint.safe_metadata import COMMON, METADATA, check_common, metadata_fits
+from dapo_megatron.checkpoint.safe_metadata import check_common, common_fits, metadata_fits
 from dapo_megatron.checkpoint.train_state import TrainState
 from dapo_megatron.checkpoint.writer import CONFIG, Copy, copy_state, write_copy, write_parts
 from dapo_megatron.config import RunConfig
@@ -248,19 +248,15 @@ def read_state(actor: Actor, path: Path, format: Format, world: int) -> dict[str
     if format != "weights":
         check_common(path, format)
     state = state_of(actor, format, is_loading=True, world=world)
-    with without_crc(), metadata_fits(path, f"a checkpoint of the format {format}"):
-        try:
-            loaded: dict[str, Any] = dist_checkpointing.load(state, str(path))
-        except ValueError as e:  # megatron-core's merge of what ranks share with what they do not
-            reason = " ".join(str(e).split())[:200]
-            raise StorageError(f"{path / COMMON} does not fit {path / METADATA}: {reason}") from None
+    with without_crc(), metadata_fits(path, f"a checkpoint of the format {format}"), common_fits(path):
+        loaded: dict[str, Any] = dist_checkpointing.load(state, str(path))
     return loaded
 
 
 def _require_backend(path: Path) -> None:
     try:
         found = maybe_load_config(str(path))
-    except (ValueError, TypeError):  # no JSON, or not of its fields
+    except (ValueError, TypeError, RecursionError):  # no JSON, or not of its fields
         found = None
     if found != CheckpointingConfig("torch_dist", 1):
         raise StorageError(f"{path / CONFIG} is not that of a torch_dist checkpoint: take another one")

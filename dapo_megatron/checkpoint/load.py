@@ -2,6 +2,7 @@
 
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -45,14 +46,22 @@ def load_checkpoint(actor: Actor, path: Path) -> tuple[TrainState, bytes]:
     loaded = read_state(actor, path / MODEL, manifest.format, world)
     for i, module in enumerate(actor.modules):
         module.load_state_dict(loaded[f"model{i}"])
-    with torch.no_grad():  # float32 masters are views of the parameters
-        parts = getattr(actor.optimizer, "chained_optimizers", [actor.optimizer])
-        actor.optimizer.load_state_dict(regrouped(loaded["optimizer"], [part.param_groups for part in parts]))
+    _load_optimizer(actor, loaded["optimizer"])
     actor.schedule.load_state_dict(loaded["schedule"])
     if "random" in loaded:
         set_random_states({name: state[0] for name, state in loaded["random"].items()})
     audit_actor(actor, manifest, path)
     return TrainState(manifest.step, manifest.version, manifest.skipped), controller
+
+
+def _load_optimizer(actor: Actor, state: dict[Any, Any]) -> None:
+    """Moments and steps; what the configuration sets (learning rate, betas, ...) stays as it says now."""
+    ours = [{k: v for k, v in group.items() if k not in ("params", "step")} for group in actor.optimizer.param_groups]
+    with torch.no_grad():  # float32 masters are views of the parameters
+        parts = getattr(actor.optimizer, "chained_optimizers", [actor.optimizer])
+        actor.optimizer.load_state_dict(regrouped(state, [part.param_groups for part in parts]))
+    for group, settings in zip(actor.optimizer.param_groups, ours, strict=True):
+        group.update(settings)
 
 
 def load_weights(actor: Actor, path: Path) -> None:
@@ -129,8 +138,9 @@ def audit_actor(actor: Actor, manifest: Manifest, path: Path) -> None:
             f"{path}: the schedule came back at update {actor.schedule.num_steps}, the manifest says "
             f"{manifest.updates}; {FRESH}"
         )
-    for name, found in optimizer_sums(actor.optimizer, actor.layout).items():
-        if found != manifest.audit.optimizer.get(name):
+    found, saved = optimizer_sums(actor.optimizer, actor.layout), manifest.audit.optimizer
+    for name in sorted(found.keys() | saved.keys()):
+        if found.get(name) != saved.get(name):
             raise DapoError(f"{path}: the optimizer's {name} did not come back as it was saved; {FRESH}")
     if actor.layout.sizes == manifest.layout and random_sum(random_states(), actor.layout) != manifest.audit.rng:
         raise DapoError(f"{path}: the random states did not come back as they were saved; {FRESH}")

@@ -112,7 +112,7 @@ def read_manifest(path: Path) -> Manifest:
         if schema != SCHEMA:
             raise StorageError(f"{file} has checkpoint schema {schema}, this program reads {SCHEMA}")
         manifest = msgspec.json.decode(data, type=Manifest)
-    except (OSError, msgspec.MsgspecError) as e:
+    except (OSError, msgspec.MsgspecError, RecursionError) as e:
         raise StorageError(f"{file} cannot be read ({e})") from None
     if manifest.digest != _digest(manifest):
         raise StorageError(f"{file} is damaged: its content does not have the hash that it names")

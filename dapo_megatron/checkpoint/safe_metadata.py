@@ -45,6 +45,8 @@ _ALLOWED = {
 }
 _READING = (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, KeyError, TypeError, ValueError)
 """What a damaged pickle may raise."""
+_UNMERGED = ("Cannot merge two lists", "Duplicate non-dict and non-list values")
+"""How megatron-core begins when two parts of a state have different values in one place (dict_utils.py, merge)."""
 
 
 class _Unpickler(pickle.Unpickler):
@@ -112,6 +114,22 @@ def metadata_fits(path: Path, wanted: str) -> Iterator[None]:
         if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
             raise StorageError(f"{path} cannot be read: {reason}") from None
         raise StorageError(f"{path / METADATA} does not fit {wanted}: {reason}") from None
+
+
+@contextmanager
+def common_fits(path: Path) -> Iterator[None]:
+    """What megatron-core finds wrong with what all ranks share, in the folder `path`, in this block, in one line.
+
+    Raises:
+        StorageError: it has something in the place of a tensor or of an object.
+    """
+    try:
+        yield
+    except ValueError as e:
+        if not str(e).startswith(_UNMERGED):
+            raise
+        reason = " ".join(str(e).split())[:200]
+        raise StorageError(f"{path / COMMON} does not fit {path / METADATA}: {reason}") from None
 
 
 def _load_object(data: bytes) -> Any:

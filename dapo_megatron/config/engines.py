@@ -23,7 +23,7 @@ class EngineConfig(Section):
     dtype: Literal["float32", "bfloat16"] | None = None
     """Type of the engine's weights; null is model.dtype."""
     seed: int = Field(0, ge=0, lt=2**31)
-    """SGLang's --random-seed."""
+    """SGLang's --random-seed of the first server; each further one has the next number."""
     deterministic: bool = False
     """Sample so that the same run gives the same tokens, bit for bit: every request has its own seed, one runs at a
     time, nothing is cached between them, graders are limited by CPU time. Slow: for tests and for hunting faults."""

@@ -85,7 +85,7 @@ def decode_snapshot(data: bytes, step: int) -> Snapshot:
         if (schema := msgspec.json.decode(data, type=_Schema).schema) != SCHEMA:
             raise _refused(f"its schema is {schema}, this program reads {SCHEMA}")
         snapshot = msgspec.json.decode(data, type=Snapshot, dec_hook=decode_array)
-    except msgspec.MsgspecError as e:
+    except (msgspec.MsgspecError, RecursionError) as e:
         raise _refused(f"it cannot be read ({e}; {len(data)} bytes)") from None
     if problem := _problem(snapshot, step):
         raise _refused(problem)

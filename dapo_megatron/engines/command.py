@@ -29,12 +29,14 @@ def engine_command(
     port: int,
     *,
     cpu: bool,
+    replica: int = 0,
     nccl_port: int | None = None,
     options_file: Path | None = None,
 ) -> list[str]:
     """argv of one server. It gets token ids and returns token ids: the tokenizer stays with the controller.
 
     Args:
+        replica: which of the servers it is; two of one seed could give copies of a prompt the same responses.
         nccl_port: where its processes meet; None lets SGLang choose.
         options_file: YAML of further options that no command line must show, such as the API key.
     """
@@ -49,7 +51,7 @@ def engine_command(
         "--context-length", str(e.context_length),
         "--mem-fraction-static", str(e.mem_fraction),
         "--max-running-requests", str(1 if e.deterministic else e.max_running_requests),
-        "--random-seed", str(e.seed),
+        "--random-seed", str((e.seed + replica) % 2**31),
         "--skip-tokenizer-init",
         "--skip-server-warmup",
         "--sleep-on-idle",

@@ -25,7 +25,7 @@ def score_group(group: Group, config: RunConfig) -> ScoredGroup:
             verdict=verdict,
             accuracy_reward=accuracy_reward(verdict) if own_reward is None else own_reward,
             overlong_penalty=overlong_penalty(
-                len(r.token_ids), config.rollout.max_response_tokens, config.algorithm.overlong_cache
+                r.generated_tokens, config.rollout.max_response_tokens, config.algorithm.overlong_cache
             ),
         )
         for r, (verdict, own_reward) in zip(group.responses, _judgements(group, config), strict=True)

@@ -2,8 +2,8 @@
 
     python -m dapo_megatron.trainer.replay --dump DUMP --config CONFIG --out TABLE
 
-The weights are those of the dump, and so are the old log-probs (algorithm.old_logprobs=actor): every ratio is 1. All
-data-parallel ranks work on the same micro-batch, padded as the layout of the replay asks.
+The weights are those of the dump, and so are the old log-probs (algorithm.old_logprobs=actor): every ratio is 1. The
+first replica works on the micro-batch, padded as the layout of the replay asks, the others on padding alone.
 """
 
 import argparse
@@ -24,8 +24,9 @@ from rich.text import Text
 from dapo_megatron.actor.actor import Actor
 from dapo_megatron.actor.packing_demands import packing_rules
 from dapo_megatron.actor.training_objective import PolicyObjective
-from dapo_megatron.batching.batch import MicroBatch
 from dapo_megatron.batching.packing import pack_shard
+from dapo_megatron.batching.packing_rules import PackingRules
+from dapo_megatron.batching.sample import TrainingSample
 from dapo_megatron.batching.wire import require_tokens
 from dapo_megatron.checkpoint.load import load_weights
 from dapo_megatron.config import RunConfig, load_config
@@ -68,7 +69,7 @@ def _replay(config: RunConfig, dump_path: Path, out: Path) -> None:
     load_weights(actor, dump_path / WEIGHTS)
     rules = packing_rules(config)
     rows = [
-        replay_micro_batch(config, actor, pack_shard([samples], rules)[0], (skipped.update, replica, i))
+        replay_micro_batch(config, actor, samples, rules, (skipped.update, replica, i))
         for skipped in dump.updates
         for replica, shard in enumerate(batch.mini_batches[skipped.update].shards)
         for i, samples in enumerate(shard)
@@ -77,12 +78,20 @@ def _replay(config: RunConfig, dump_path: Path, out: Path) -> None:
         out.write_text(table_of(rows))
 
 
-def replay_micro_batch(config: RunConfig, actor: Actor, micro_batch: MicroBatch, place: tuple[int, int, int]) -> Row:
-    """Loss and gradient norm of one micro-batch; `place` is its update, replica and number. Collective."""
+def replay_micro_batch(
+    config: RunConfig,
+    actor: Actor,
+    samples: list[TrainingSample],
+    rules: PackingRules,
+    place: tuple[int, int, int],
+) -> Row:
+    """Loss and gradient norm of the micro-batch of `samples`; `place` is its update, replica and number. Collective."""
+    own = samples if actor.layout.dp_rank == 0 else []
+    shard = pack_shard([own, *([] for _ in range(rules.count_multiple - 1))], rules)
     from_engine = config.algorithm.old_logprobs == "rollout"
-    old = [actor.own_column(micro_batch, micro_batch.rollout_logprobs)] if from_engine else None
-    metrics = actor.gradients([micro_batch], PolicyObjective(config.algorithm), old)
-    return Row(*place, metrics[m.LOSS], metrics[m.GRAD_NORM], micro_batch.sequences)
+    old = [actor.own_column(mb, mb.rollout_logprobs) for mb in shard] if from_engine else None
+    metrics = actor.gradients(shard, PolicyObjective(config.algorithm), old)
+    return Row(*place, metrics[m.LOSS], metrics[m.GRAD_NORM], [sample.source for sample in samples])
 
 
 def table_of(rows: list[Row]) -> str:

@@ -24,7 +24,7 @@ from dapo_megatron.actor.actor import Actor
 from dapo_megatron.actor.packing_demands import packing_rules
 from dapo_megatron.actor.training_objective import PolicyObjective
 from dapo_megatron.batching.batch import Shard, StepBatch
-from dapo_megatron.batching.build import spread
+from dapo_megatron.batching.build import is_spread_for, spread
 from dapo_megatron.batching.packing_rules import PackingRules
 from dapo_megatron.batching.wire import read_step_batch, require_tokens
 from dapo_megatron.checkpoint.load import load_checkpoint, load_weights
@@ -124,7 +124,7 @@ def own_batch(batch: StepBatch, rules: PackingRules, layout: Layout) -> ReplicaB
 
     def receive(update: int) -> Shard:
         shards = batch.mini_batches[update].shards
-        if len(shards) != rules.data_parallel_size:
+        if not is_spread_for(shards, rules):
             samples = [s for shard in shards for micro_batch in shard for s in micro_batch]
             shards = spread(samples, rules)
         return shards[layout.dp_rank]

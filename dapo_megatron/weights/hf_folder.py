@@ -74,8 +74,7 @@ class HfFolder:
         if (self.path / SINGLE).exists():
             with self._open(SINGLE) as f:
                 self.files = dict.fromkeys(f.keys(), SINGLE)
-            if not (self.path / INDEX).exists():  # otherwise the others are those of the index
-                self._refuse_strays(SINGLE)
+            self._refuse_strays(SINGLE)
         elif (self.path / INDEX).exists():
             self.files = self._indexed()
             self._refuse_strays(INDEX)
@@ -121,17 +120,21 @@ class HfFolder:
             )
         return f"{self.path}: no {SINGLE} and no index: give a Hugging Face checkpoint folder"
 
-    def _indexed(self) -> dict[str, str]:
+    def _weight_map(self) -> dict[str, str]:
         index = self.path / INDEX
         files = read_json(index, "").get("weight_map")
         if not isinstance(files, dict) or not files or not all(isinstance(f, str) for f in files.values()):
             raise ConfigError(f"{index} has no weight_map of tensor and file names: download the checkpoint again")
         for name, file in files.items():
-            if not _is_file_name(file):
+            if not is_weights_name(file):
                 raise ConfigError(
-                    f"{index} has {name[:100]} in {file[:100]!r}, which is no name of a file in the folder itself: "
-                    "mend the entry, or download the checkpoint again"
+                    f"{index} has {some_names([name[:100]])} in {file[:100]!r}, which is no name of a safetensors file "
+                    "in the folder itself: mend the entry, or download the checkpoint again"
                 )
+        return files
+
+    def _indexed(self) -> dict[str, str]:
+        index, files = self.path / INDEX, self._weight_map()
         held: dict[str, str] = {}
         twice: set[str] = set()
         for file in sorted(set(files.values())):
@@ -148,18 +151,23 @@ class HfFolder:
         for name, file in files.items():
             if held.get(name) != file:
                 raise ConfigError(
-                    f"{index} has {name} in {file}, which does not hold it: download the checkpoint again"
+                    f"{index} has {some_names([name])} in {file}, which does not hold it: download the checkpoint again"
                 )
         return held
 
     def _refuse_strays(self, read: str) -> None:
-        """Raise where there is a file whose tensors nothing reads: they may be part of the model."""
-        known = set(self.files.values())
-        for path in sorted(self.path.glob("*.safetensors")):
-            if path.name not in known and not path.name.startswith((TWIN, ".")):
-                raise ConfigError(
-                    f"{path} would be left out, {read} does not have it: move it away if it is not needed"
-                )
+        """Raise where there is a file whose tensors nothing reads: they may be part of the model.
+
+        Those of an index beside model.safetensors are the same weights in another form.
+        """
+        found = {path.name for path in self.path.glob("*.safetensors") if not path.name.startswith((TWIN, "."))}
+        strays = found - set(self.files.values())
+        if strays and read == SINGLE and (self.path / INDEX).exists():
+            strays -= set(self._weight_map().values())
+        for name in sorted(strays):
+            raise ConfigError(
+                f"{self.path / name} would be left out, {read} does not have it: move it away if it is not needed"
+            )
 
     @contextmanager
     def _open(self, file: str) -> Iterator[Any]:
@@ -172,8 +180,10 @@ class HfFolder:
             raise kind(f"{self.path / file} is not a readable safetensors file: {reason}") from None
 
 
-def _is_file_name(name: str) -> bool:
-    return Path(name).name == name not in ("", "..") and len(name.encode("utf-8", "replace")) <= LONGEST_NAME
+def is_weights_name(name: str) -> bool:
+    """Whether weights may be under this name: a file in the folder itself that transformers reads as safetensors."""
+    fits = name.isprintable() and len(name.encode()) <= LONGEST_NAME
+    return fits and name.endswith(".safetensors") and Path(name).name == name
 
 
 def check_weights(folder: HfFolder, shape: ModelShape) -> None:
@@ -186,9 +196,7 @@ def check_weights(folder: HfFolder, shape: ModelShape) -> None:
     found = {name: (kind, size) for name, kind, size in folder.headers()}
     for name, (kind, _) in found.items():
         if kind not in FLOATS:
-            raise ConfigError(
-                f"{folder.path}: {name} has type {kind}: give a checkpoint in bfloat16, float16 or float32"
-            )
+            raise ConfigError(f"{folder.path}: {some_names([name])} has type {kind}: give bfloat16, float16 or float32")
     check_names(set(found), shape, str(folder.path))
     wrong = [
         f"{name} has shape {found[name][1]}, config.json says {expected}"

@@ -123,6 +123,20 @@ def index_text(layout: Mapping[str, str]) -> str:
     return json.dumps({"metadata": sizes, "weight_map": places}, indent=2, sort_keys=True) + "\n"
 
 
+def cast(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The tensor in another type.
+
+    Raises:
+        DapoError: a finite number of it would be infinite there.
+    """
+    found = tensor.to(dtype)
+    if dtype != tensor.dtype and not torch.equal(found.isinf(), tensor.isinf()):
+        raise DapoError(
+            f"{name} has numbers that are too large for {str(dtype).removeprefix('torch.')}: choose another type"
+        )
+    return found
+
+
 class HfWriter:
     """The safetensors files of a folder, filled tensor by tensor in any order; whole files are there from the start.
 
@@ -148,7 +162,7 @@ class HfWriter:
         """Write a tensor, or the rows of it from `row` on, in the type of its entry; rows come in order."""
         entry, (handle, start) = self.entries[name], self._places[name]
         assert tensor.shape[1:] == entry.shape[1:] and row + tensor.shape[0] <= entry.shape[0], name
-        data = tensor.to(entry.dtype).contiguous()
+        data = cast(name, tensor, entry.dtype).contiguous()
         view = data.view(-1).view(torch.uint8).numpy().data
         self._hashers.setdefault(name, xxhash.xxh3_128()).update(view)
         _pwrite(handle, view, start + row * prod(entry.shape[1:]) * entry.dtype.itemsize)

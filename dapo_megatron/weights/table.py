@@ -131,10 +131,10 @@ def check_names(present: set[str], shape: ModelShape, where: str) -> None:
 
 
 def some_names(names: Iterable[str], *, order: bool = True) -> str:
-    """The first few names of many, in one line."""
+    """The first few names of many, in one line, whatever characters a foreign file has put into them."""
     listed = sorted(names) if order else list(names)
     more = f" and {len(listed) - 6} more" if len(listed) > 6 else ""
-    return ", ".join(listed[:6]) + more
+    return ", ".join(name if name.isprintable() else repr(name) for name in listed[:6]) + more
 
 
 def hf_shapes(mapping: ParameterMapping, shape: ModelShape) -> list[tuple[int, ...]]:

@@ -105,6 +105,27 @@ def test_resume_in_any_layout_continues(tmp_path, dtype):
                 assert g[key] == pytest.approx(e[key], rel=2e-4, abs=2e-6), (layout, key)
 
 
+def resume_with_other_options(config):
+    actor = actor_on_rank(config)
+    load_checkpoint(actor, store.latest(RunFolder(Path(config.run_dir))))
+    rates = [metrics["optimizer/lr"] for metrics in updates(config, actor, 3)]
+    groups = [g for g in actor.optimizer.param_groups if g["params"]]
+    return rates, [(g["betas"], g["eps"], g["weight_decay"], g["step"]) for g in groups]
+
+
+def test_a_resume_takes_the_optimizers_options_as_they_are_now(tmp_path):
+    """2 updates were done, with a warm-up of 8 to 1e-3; now it is one of 4 to 5e-4."""
+    path = hf_folder(tmp_path / "hf", "qwen3", tied=True)
+    config = config_for(tmp_path, path, "dp2")
+    run_ranks(2, two_steps_and_save, config)
+    other = {"lr": 5e-4, "warmup_steps": 2, "beta1": 0.8, "beta2": 0.9, "eps": 1e-6, "weight_decay": 0.3}
+    config = config.model_copy(update={"optimizer": config.optimizer.model_copy(update=other)})
+    for rates, groups in run_ranks(2, resume_with_other_options, config):
+        assert rates == pytest.approx([5e-4 * 3 / 4, 5e-4, 5e-4])
+        assert groups and all(group[:2] == ((0.8, 0.9), 1e-6) and group[3] == 5 for group in groups)
+        assert {group[2] for group in groups} == {0.0, 0.3}
+
+
 @pytest.mark.parametrize(
     ("kind", "tied", "layouts"),
     [

@@ -98,6 +98,7 @@ DAMAGE = {
     "step -5": (MANIFEST, lambda p: rewrite(p, step=-5)),
     "version 9": (MANIFEST, lambda p: rewrite(p, version=9)),
     "an older schema": (MANIFEST, lambda p: rewrite(p, schema=2)),
+    "brackets in brackets": (MANIFEST, lambda p: (p / MANIFEST).write_text('{"model":' + "[" * 100_000)),
     "a key too many": (MANIFEST, lambda p: rewrite(p, nobody="knows")),
     "a stray file": ("model/__2_0.distcp", lambda p: (p / "model/__2_0.distcp").write_bytes(b"x")),
     "a link to nowhere": ("model/link", lambda p: (p / "model/link").symlink_to("/nowhere")),
@@ -136,6 +137,12 @@ def load_of(config, path):
         return str(e)
 
 
+def error_of(config, path):
+    with pytest.raises(DapoError) as e:
+        load_checkpoint(actor_on_rank(config), path)
+    return str(e.value)
+
+
 @pytest.mark.parametrize("shard", [SHARD, "model/__1_0.distcp"])
 def test_a_flipped_bit_loads_nothing_and_names_what_is_intact(original, run, shard):
     """Each rank hashes one of the two; both raise."""
@@ -152,6 +159,16 @@ def test_a_manifest_without_parallel_sizes_is_refused(original, run):
     (path / MANIFEST).write_bytes(encode_manifest(manifest))
     for message in run_ranks(2, load_of, original[1].model_copy(update={"run_dir": str(run.path)}), path):
         assert f"{MANIFEST} has the parallel sizes ['tp'], not ['cp', 'dp', " in message and "\n" not in message
+
+
+def test_a_moment_that_was_saved_and_is_not_there_is_missed(original, run):
+    path = run.checkpoint(3)
+    manifest = read_manifest(path)
+    audit = msgspec.structs.replace(manifest.audit, optimizer=manifest.audit.optimizer | {"exp_avg_max": 5})
+    (path / MANIFEST).write_bytes(encode_manifest(msgspec.structs.replace(manifest, audit=audit)))
+    config = original[1].model_copy(update={"run_dir": str(run.path)})
+    for message in run_ranks(2, error_of, config, path):
+        assert "the optimizer's exp_avg_max did not come back as it was saved" in message
 
 
 class Hostile:
@@ -280,6 +297,7 @@ CONTRADICTIONS = {
         p, lambda c: c["optimizer"].update(optimizer={"param_groups": []}))),
     "zarr": (CONFIG, lambda p: (p / CONFIG).write_text('{"sharded_backend": "zarr"}')),
     "no JSON": (CONFIG, lambda p: (p / CONFIG).write_text("{")),
+    "brackets": (CONFIG, lambda p: (p / CONFIG).write_text("[" * 100_000)),
     "another JSON": (CONFIG, lambda p: (p / CONFIG).write_text("{}")),
 }  # fmt: skip
 

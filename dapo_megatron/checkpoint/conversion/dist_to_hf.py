@@ -23,8 +23,16 @@ from dapo_megatron.errors import ConfigError, DapoError
 from dapo_megatron.observe.progress import progress
 from dapo_megatron.weights.families import ModelShape
 from dapo_megatron.weights.hf_config import read_model
-from dapo_megatron.weights.hf_folder import INDEX, SINGLE, HfFolder, side_files
-from dapo_megatron.weights.hf_writer import HfWriter, index_text, parse_header, plain_layout, relaid, source_layout
+from dapo_megatron.weights.hf_folder import INDEX, SINGLE, HfFolder, is_weights_name, side_files
+from dapo_megatron.weights.hf_writer import (
+    HfWriter,
+    TensorEntry,
+    index_text,
+    parse_header,
+    plain_layout,
+    relaid,
+    source_layout,
+)
 from dapo_megatron.weights.table import ParameterMapping, from_shards, hf_shapes, row_ranges
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -50,7 +58,7 @@ def convert_dist_to_hf(
         raise ConfigError(
             f"{checkpoint} has no {MANIFEST}: give one checkpoint, such as runs/demo/checkpoints/step_000010"
         )
-    output.require_outside(out, checkpoint)
+    output.require_outside(out, checkpoint, *([like] if like else []))
     manifest = intact_manifest(checkpoint)
     sides = like or checkpoint / HF
     if not (sides / "config.json").is_file():
@@ -60,15 +68,18 @@ def convert_dist_to_hf(
     weights.check(shape)
     table = places(shape)
     account(table, shape)
-    before = _known_layout(checkpoint, like)
-    layout = _layout(table, shape, weights, before, dtype, checkpoint / output.LAYOUT)
+    recorded = _recorded_layout(checkpoint / output.LAYOUT)
+    before = recorded if like is None else _layout_in(like)
+    layout = _layout(table, shape, weights, before, recorded, dtype)
     names = [n for n in side_files(sides) if n != INDEX or layout == before]
-    inputs = output.stamps(sides, names, f"{sides}/") | output.stamps(checkpoint, [MANIFEST])
+    inputs = output.stamps(sides, [*names, *(before if like else ())], f"{sides}/") | output.stamps(
+        checkpoint, [MANIFEST]
+    )
     options = {"dtype": "as stored" if dtype is None else str(dtype).removeprefix("torch."), "to": "hf"}
     with output.written_aside(out, inputs, options) as aside:
         written = _write(aside, layout, table, shape, weights, console)
         copy_files(sides, names, aside.path)
-        if len(layout) > 1 and INDEX not in names:
+        if layout.keys() != {SINGLE} and INDEX not in names:
             write_synced(aside.path / INDEX, index_text(layout).encode())
         types = {entry.dtype for header in layout.values() for entry in parse_header(header).values()}
         if len(types) == 1 and layout != before:
@@ -83,20 +94,26 @@ def _require_model(manifest: Manifest, checkpoint: Path, shape: ModelShape, side
             raise ConfigError(f"{checkpoint} holds a model with {name}={manifest.model.get(name)}, {sides} has {value}")
 
 
-def _known_layout(checkpoint: Path, like: Path | None) -> dict[str, str]:
-    """{file: header} as the source had it; empty where nothing is known of it."""
-    if like is not None:
-        if not (like / SINGLE).exists() and not (like / INDEX).exists():
-            return {}
-        return source_layout(HfFolder(like))
-    path = checkpoint / output.LAYOUT
+def _layout_in(folder: Path) -> dict[str, str]:
+    """{file: header} of a folder's weights; empty where it has none."""
+    if not (folder / SINGLE).exists() and not (folder / INDEX).exists():
+        return {}
+    return source_layout(HfFolder(folder))
+
+
+def _recorded_layout(path: Path) -> dict[str, str]:
+    """{file: header} of what was converted; empty for the checkpoint of a run."""
     if not path.exists():
         return {}
     try:
         layout = msgspec.json.decode(path.read_bytes(), type=dict[str, str])
     except msgspec.MsgspecError as e:
         raise DapoError(f"{path} is damaged ({e}): use another checkpoint") from None
-    output.check_file_names(layout, path)
+    for file in layout:
+        if not is_weights_name(file):
+            raise DapoError(
+                f"{path} names {file[:100]!r}, which is no safetensors file in a folder: use another checkpoint"
+            )
     return layout
 
 
@@ -105,21 +122,25 @@ def _layout(
     shape: ModelShape,
     weights: StoredWeights,
     before: dict[str, str],
+    recorded: dict[str, str],
     dtype: torch.dtype | None,
-    recorded: Path,
 ) -> dict[str, str]:
     """{file: header} of the output."""
     stored = {name: weights.dtype(place) for mapping, place in table for name in mapping.hf}
     sizes = {n: s for mapping, _ in table for n, s in zip(mapping.hf, hf_shapes(mapping, shape), strict=True)}
-    known = {name: entry for header in before.values() for name, entry in parse_header(header).items()}
+    known = _entries(before)
     if shape.tied and HEAD in known:
         stored[HEAD], sizes[HEAD] = stored[EMBEDDING], sizes[EMBEDDING]
     # What is recorded beside the weights is their type: one stored tensor holds layers that may differ in theirs.
-    own = {name: entry.dtype for name, entry in known.items()} if recorded.exists() else {}
+    own = {name: entry.dtype for name, entry in _entries(recorded).items()}
     types = {name: dtype or own.get(name, kind) for name, kind in stored.items()}
     if {name: known[name].shape for name in types if name in known} != sizes:
         return plain_layout({name: (types[name], sizes[name]) for name in sizes})
     return {file: relaid(header, types) for file, header in before.items()}
+
+
+def _entries(layout: dict[str, str]) -> dict[str, TensorEntry]:
+    return {name: entry for header in layout.values() for name, entry in parse_header(header).items()}
 
 
 def _write(
@@ -171,11 +192,11 @@ def _blocks(
 ) -> Iterator[tuple[str, int, torch.Tensor]]:
     """(Hugging Face tensor, first row, rows) of all that is not done, in the order of the table."""
     for mapping, place in table:
-        if set(mapping.hf) <= done:
-            continue
-        if mapping.kind == "qkv":
+        if mapping.kind == "qkv" and not done.issuperset(mapping.hf):
             for name, tensor in zip(mapping.hf, from_shards(mapping, shape, [weights.parameter(place)]), strict=True):
-                yield name, 0, tensor
+                if name not in done:
+                    yield name, 0, tensor
         for name, first, end in row_ranges(mapping, shape):
-            for row, block in weights.row_blocks(place, first, end):
-                yield name, row - first, block
+            if name not in done:
+                for row, block in weights.row_blocks(place, first, end):
+                    yield name, row - first, block

@@ -46,7 +46,7 @@ from dapo_megatron.observe.progress import progress
 from dapo_megatron.weights.families import ModelShape
 from dapo_megatron.weights.hf_config import read_model
 from dapo_megatron.weights.hf_folder import INDEX, HfFolder, check_weights, side_files
-from dapo_megatron.weights.hf_writer import index_text, parse_header, relaid, source_layout
+from dapo_megatron.weights.hf_writer import cast, index_text, parse_header, relaid, source_layout
 from dapo_megatron.weights.table import ParameterMapping, hf_names, row_ranges, to_shard
 
 PART_BYTES = 2**30
@@ -81,14 +81,14 @@ def convert_hf_to_dist(source: Path, out: Path, dtype: torch.dtype | None, conso
     kept = hf_names(shape) | ({"lm_head.weight"} & folder.files.keys())
     own = {name: entry.dtype for header in before.values() for name, entry in parse_header(header).items()}
     types = {name: dtype or own[name] for name in kept}
-    layout = {file: relaid(header, types) for file, header in before.items()}
+    layout = {file: relaid(header, types) for file, header in before.items() if kept & parse_header(header).keys()}
     chunks = _chunks(shape, types)
     sides = side_files(source)
     inputs = output.stamps(source, [*sides, *layout])
     with output.written_aside(out, inputs, {"dtype": _name(dtype), "to": "dist"}) as aside:
         _write_model(aside, folder, shape, chunks, console)
         copy_files(source, sides, aside.path / HF)
-        if layout != before and len(layout) > 1:
+        if layout != before and INDEX in sides:
             write_synced(aside.path / HF / INDEX, index_text(layout).encode())
         if dtype is not None:
             output.set_config_dtype(aside.path / HF / "config.json", dtype)
@@ -130,9 +130,10 @@ class _Chunk:
     def read(self, folder: HfFolder, shape: ModelShape) -> torch.Tensor:
         if self.source is not None:
             name, first = self.source
-            whole = folder.rows(name, first, first + self.shape[0]).to(self.dtype)
+            whole = cast(name, folder.rows(name, first, first + self.shape[0]), self.dtype)
         else:
-            whole = to_shard(self.mapping, shape, [folder.tensor(n).to(self.dtype) for n in self.mapping.hf], 1, 0)
+            tensors = [cast(name, folder.tensor(name), self.dtype) for name in self.mapping.hf]
+            whole = to_shard(self.mapping, shape, tensors, 1, 0)
         return whole.reshape(self._stacked)
 
     @property
@@ -203,8 +204,9 @@ def _parts(chunks: list[_Chunk], shape: ModelShape) -> list[list[WriteItem]]:
 
 def _write_manifest(aside: Aside, shape: ModelShape, types: set[torch.dtype]) -> None:
     files = {}
-    for name in sorted(files_in(aside.path) - {output.JOURNAL}):
-        part = aside.journal.done.get(Path(name).name)
+    parts = {f"{MODEL}/{name}": part for name, part in aside.journal.done.items()}
+    for name in sorted(files_in(aside.path)):
+        part = parts.get(name)
         files[name] = FileRecord(part.size, part.xxh3) if part else record_of(aside.path / name)
     manifest = Manifest(
         format="weights",

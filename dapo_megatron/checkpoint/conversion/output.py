@@ -1,9 +1,12 @@
 """What both directions of a conversion share: the output written aside, its journal, and the files beside the weights.
 
-Everything is written in `<out>.partial`. Its journal says from what and how it is made, and which parts are on the disk
-with their hashes, so that an interrupted conversion goes on; a whole one is published by a rename.
+<out>.partial/
+    journal.json   from what and how the output is made, and which parts are on the disk, with their hashes: an
+                   interrupted conversion goes on
+    output/        published by a rename when it is whole
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -23,7 +26,7 @@ from dapo_megatron.weights.hf_config import read_json
 
 LAYOUT = "layout.json"
 """In a converted checkpoint, {file: safetensors header} of its source."""
-JOURNAL = "journal.json"
+JOURNAL, OUTPUT = "journal.json", "output"
 JOURNAL_EVERY = 2**30
 """Bytes between two entries of the journal: what an interrupt can cost."""
 T = TypeVar("T")
@@ -56,21 +59,21 @@ class Journal(msgspec.Struct):
 
 
 class Aside:
-    """The folder in which the output is made."""
+    """The folder in which the output is made, as `path`, and the journal beside it."""
 
-    def __init__(self, path: Path, journal: Journal):
-        self.path, self.journal = path, journal
+    def __init__(self, folder: Path, journal: Journal):
+        self.folder, self.path, self.journal = folder, folder / OUTPUT, journal
 
     def record(self, parts: Mapping[str, Part]) -> None:
         """Write down parts that are on the disk."""
         self.journal.done |= parts
-        write_synced(self.path / (JOURNAL + ".new"), msgspec.json.encode(self.journal))
-        os.replace(self.path / (JOURNAL + ".new"), self.path / JOURNAL)
-        sync_folder(self.path)
+        write_synced(self.folder / (JOURNAL + ".new"), msgspec.json.encode(self.journal))
+        os.replace(self.folder / (JOURNAL + ".new"), self.folder / JOURNAL)
+        sync_folder(self.folder)
 
     def differs(self, what: str) -> DapoError:
         """The refusal to go on."""
-        return DapoError(f"{self.path} cannot be gone on with: {what}: remove it, and the conversion begins anew")
+        return DapoError(f"{self.folder} cannot be gone on with: {what}: remove it, and the conversion begins anew")
 
 
 @contextmanager
@@ -78,37 +81,57 @@ def written_aside(out: Path, inputs: dict[str, tuple[int, int]], options: dict[s
     """A folder beside `out`, new or as an interrupted conversion left it; renamed to `out` at the end of the block.
 
     Raises:
-        DapoError: `out` exists, another process is at it, or what was left is of another source or of other options.
+        StorageError: the disk is full.
+        DapoError: `out` exists, another process is at it, or what lies beside it is something else, or was left of
+            another source or of other options.
     """
-    if out.exists():
+    if os.path.lexists(out):
         raise DapoError(f"{out} exists: remove it, or choose another folder")
-    path = out.with_name(out.name + ".partial")
-    path.mkdir(parents=True, exist_ok=True)
-    handle = os.open(path, os.O_RDONLY)
+    folder = _beside(out)
+    if os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir()):
+        raise _in_the_way(folder, "is no folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise DapoError(f"{path} is being written by another process: wait, or choose another folder") from None
-        aside = Aside(path, Journal(inputs, options))
+            raise DapoError(f"{folder} is being written by another process: wait, or choose another folder") from None
+        aside = Aside(folder, Journal(inputs, options))
         _take_up(aside)
         yield aside
-        (path / JOURNAL).unlink()
-        sync_folder(path)
-        os.rename(path, out)
+        for path in [aside.path, *aside.path.rglob("*/")]:
+            sync_folder(path)
+        os.rename(aside.path, out)
         sync_folder(out.parent)
+        shutil.rmtree(folder)
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise StorageError(
+            f"{folder} cannot be written ({e.strerror}): make room, and call it again to go on"
+        ) from None
     finally:
         os.close(handle)
 
 
+def _beside(out: Path) -> Path:
+    return Path(f"{out}.partial")
+
+
+def _in_the_way(folder: Path, why: str) -> DapoError:
+    return DapoError(f"{folder}, where the output would be made, {why}: move it away, or choose another output")
+
+
 def _take_up(aside: Aside) -> None:
-    if not (aside.path / JOURNAL).exists():
-        if any(p.name != JOURNAL + ".new" for p in aside.path.iterdir()):
-            raise aside.differs("it has no journal")
+    if not (aside.folder / JOURNAL).exists() and any(p.name != JOURNAL + ".new" for p in aside.folder.iterdir()):
+        raise _in_the_way(aside.folder, "holds something else")
+    if not aside.path.exists():  # nothing is made yet, or all was published, just before a kill
         aside.record({})
+        aside.path.mkdir()
         return
     try:
-        left = msgspec.json.decode((aside.path / JOURNAL).read_bytes(), type=Journal)
+        left = msgspec.json.decode((aside.folder / JOURNAL).read_bytes(), type=Journal)
     except msgspec.MsgspecError as e:
         raise aside.differs(f"its journal is damaged ({e})") from None
     now = aside.journal
@@ -133,23 +156,19 @@ def one_ahead(items: Iterator[T]) -> Generator[T, None, None]:
             yield item
 
 
-def require_outside(out: Path, source: Path) -> None:
-    """Raise a DapoError where the output would become a part of what is converted."""
-    if source.resolve() in out.resolve().parents:
-        raise DapoError(f"{out} lies in {source}, which is converted: choose a folder elsewhere")
+def require_outside(out: Path, *sources: Path) -> None:
+    """Raise a DapoError where the output would be, or would become a part of, what is read."""
+    for source in sources:
+        for place in (out, _beside(out)):
+            if source.resolve() in (place.resolve(), *place.resolve().parents):
+                what = "is" if place.resolve() == source.resolve() else "lies in"
+                raise DapoError(f"{place} {what} {source}, which is read: choose an output elsewhere")
 
 
 def require_room(path: Path, needed: int) -> None:
     """Raise a StorageError where the disk has not that many bytes."""
     if (free := shutil.disk_usage(path).free) < needed:
         raise StorageError(f"{path} needs {needed / 1e9:.1f} GB more, {free / 1e9:.1f} are free: make room")
-
-
-def check_file_names(layout: Mapping[str, str], where: Path) -> None:
-    """Raise a DapoError unless all files of a layout are in the folder itself."""
-    for file in layout:
-        if Path(file).name != file:
-            raise DapoError(f"{where} names {file}, which is not in the folder itself: move all weights there")
 
 
 def set_config_dtype(config: Path, dtype: torch.dtype) -> None:

@@ -5,15 +5,16 @@ import json
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from dapo_megatron.checkpoint.conversion import hf_to_dist, output
 from dapo_megatron.checkpoint.integrity import intact_manifest
 from dapo_megatron.checkpoint.manifest import read_manifest
+from dapo_megatron.errors import DapoError
 from dapo_megatron.weights import hf_writer
-from dapo_megatron.weights.hf_folder import INDEX
+from dapo_megatron.weights.hf_folder import INDEX, HfFolder
 from tests.tiny import UNLIKE, byte_tokenizer, hf_folder
-from tests.unit.checkpoint.conversions import EMBEDDING, HEAD, there, back, tree, rewrite, shuffled_into, unsigned
+from tests.unit.checkpoint.conversions import EMBEDDING, HEAD, NORM, there, back, tree, rewrite, shuffled_into, unsigned
 
 
 @pytest.mark.parametrize(
@@ -66,6 +67,62 @@ def test_a_tied_model_that_repeats_its_embedding_comes_back_so(tmp_path):
     back(tmp_path / "dist", tmp_path / "back")
     assert tree(tmp_path / "back") == tree(path)
     assert b"output_layer" not in (tmp_path / "dist" / "model" / ".metadata").read_bytes()
+
+
+def test_the_types_are_the_checkpoints_own_not_those_of_like(tmp_path):
+    path = hf_folder(tmp_path / "hf")
+    rewrite(path, lambda tensors: tensors | {NORM: tensors[NORM].double()})
+    there(path, tmp_path / "dist")
+    like = hf_folder(tmp_path / "like")
+    rewrite(like, lambda tensors: {name: tensor.bfloat16() for name, tensor in tensors.items()})
+    back(tmp_path / "dist", tmp_path / "back", like=like)
+    original, found = (load_file(folder / "model.safetensors") for folder in (path, tmp_path / "back"))
+    assert all(torch.equal(found[name], tensor) for name, tensor in original.items())
+    assert {name: t.dtype for name, t in found.items()} == {name: t.dtype for name, t in original.items()}
+
+
+def test_numbers_that_a_type_cannot_hold_are_refused(tmp_path):
+    path = hf_folder(tmp_path / "hf")
+    rewrite(path, lambda tensors: tensors | {NORM: torch.full((64,), 1e5)})
+    says = "model.norm.weight has numbers that are too large for float16"
+    with pytest.raises(DapoError, match=says):
+        there(path, tmp_path / "half", torch.float16)
+    there(path, tmp_path / "dist")
+    with pytest.raises(DapoError, match=says):
+        back(tmp_path / "dist", tmp_path / "back", torch.float16)
+    rewrite(path, lambda tensors: tensors | {NORM: torch.full((64,), float("inf"))})  # is so in any type
+    there(path, tmp_path / "other", torch.float16)
+
+
+def test_files_that_have_the_names_of_ours_come_back(tmp_path):
+    path = hf_folder(tmp_path / "hf")
+    for name in ("journal.json", "journal.json.new", "layout.json", "manifest.json", "__0_0.distcp"):
+        (path / name).write_text("another")
+    there(path, tmp_path / "dist")
+    back(tmp_path / "dist", tmp_path / "back")
+    assert tree(tmp_path / "back") == tree(path)
+
+
+def test_one_file_with_an_index_stays_readable_in_another_type(tmp_path):
+    path = hf_folder(tmp_path / "hf")
+    shuffled_into(path, 1)
+    there(path, tmp_path / "dist")
+    back(tmp_path / "dist", tmp_path / "back", torch.bfloat16)
+    assert set(HfFolder(tmp_path / "back").files.values()) == {"weights-0.safetensors"}
+
+
+def test_a_file_of_nothing_but_rotary_buffers_is_left_out(tmp_path):
+    path = hf_folder(tmp_path / "hf", "llama", False)
+    shuffled_into(path, 1)
+    buffer = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    save_file({buffer: torch.ones(8)}, path / "rotary.safetensors")
+    index = json.loads((path / INDEX).read_text())
+    index["weight_map"][buffer] = "rotary.safetensors"
+    (path / INDEX).write_text(json.dumps(index))
+    there(path, tmp_path / "dist")
+    back(tmp_path / "dist", tmp_path / "back")
+    assert set(HfFolder(tmp_path / "back").files.values()) == {"weights-0.safetensors"}
+    assert not (tmp_path / "back" / "rotary.safetensors").exists()
 
 
 def test_rotary_buffers_of_old_folders_are_left_out(tmp_path):

@@ -22,6 +22,7 @@ from tests.unit.checkpoint.conversions import (
     rewrite,
     shuffled_into,
     refusal,
+    tree,
     unsigned,
 )
 
@@ -102,10 +103,39 @@ def test_faults_of_the_source_are_one_line_before_anything_is_written(tmp_path, 
 def test_an_output_inside_of_what_is_converted_is_refused(tmp_path):
     path = hf_folder(tmp_path / "hf", "qwen3", False)
     inside = path / "sub" / "dist"
-    assert f"{inside} lies in {path}" in refusal(lambda: there(path, inside), inside)
-    there(path, tmp_path / "dist")
+    assert f"{inside} lies in {path}, which is read" in refusal(lambda: there(path, inside), inside)
+    assert f"{path} is {path}, which is read" in refusal(lambda: there(path, path))
+    dist = tmp_path / "dist"
+    there(path, dist)
     inside = tmp_path / "hf" / ".." / "dist" / "hf2"
-    assert "which is converted: choose a folder elsewhere" in refusal(lambda: back(tmp_path / "dist", inside), inside)
+    assert "which is read: choose an output elsewhere" in refusal(lambda: back(dist, inside), inside)
+    assert f"{path / 'new'} lies in {path}" in refusal(lambda: back(dist, path / "new", like=path), path / "new")
+    path = path.rename(tmp_path / "out.partial")
+    for call in (lambda: there(path, tmp_path / "out"), lambda: back(dist, tmp_path / "out", like=path)):
+        with pytest.raises(DapoError, match=f"{path} is {path}, which is read"):
+            call()
+
+
+def test_what_is_in_the_way_is_named_and_stays(tmp_path):
+    path, out, partial = hf_folder(tmp_path / "hf"), tmp_path / "dist", tmp_path / "dist.partial"
+    out.symlink_to("/nowhere")
+    assert "dist exists: remove it" in refusal(lambda: there(path, out))
+    out.unlink()
+    (tmp_path / "elsewhere").mkdir()
+    for make in (
+        lambda: partial.write_text("mine"),
+        lambda: partial.symlink_to("/nowhere"),
+        lambda: partial.symlink_to(tmp_path / "elsewhere"),
+    ):
+        make()
+        with pytest.raises(DapoError, match="dist.partial, where the output would be made, is no folder: move it away"):
+            there(path, out)
+        partial.unlink()
+    partial.mkdir()
+    (partial / "mine").write_text("")
+    with pytest.raises(DapoError, match="dist.partial, where the output would be made, holds something else"):
+        there(path, out)
+    assert tree(partial) == {"mine": b""}
 
 
 def move_out(layout):
@@ -159,7 +189,7 @@ FC2 = "decoder.layers.mlp.linear_fc2.weight"
         (lambda path: configured(vocab_size=70)(path / "hf"), "holds a model with vocab=64, "),
         (lambda path: cut(path / "model" / "__0_0.distcp"), "cannot be read"),
         (lambda path: (path / "layout.json").write_text("{"), "layout.json is damaged"),
-        (lambda path: move_out(path / "layout.json"), "layout.json names ../x, "),
+        (lambda path: move_out(path / "layout.json"), "layout.json names '../x', "),
     ],
 )
 def test_a_hostile_or_wrong_checkpoint_is_one_line(tmp_path, monkeypatch, change, says):
@@ -187,7 +217,9 @@ def test_damage_is_refused_before_anything_is_read(tmp_path):
     assert "has no manifest.json: give one checkpoint" in refusal(lambda: back(path, out), out)
     (dist / "other").rename(dist / "hf" / "generation_config.json")
     assert "holds a model with" in refusal(lambda: back(dist, out, like=hf_folder(tmp_path / "b", "llama")), out)
-    assert "has no config.json: give a Hugging Face folder" in refusal(lambda: back(dist, out, like=tmp_path), out)
+    assert "has no config.json: give a Hugging Face folder" in refusal(
+        lambda: back(dist, out, like=dist / "model"), out
+    )
     back(dist, out)
 
 

@@ -55,7 +55,13 @@ def test_it_travels_in_parts(monkeypatch):
 
 def test_cut_anywhere_it_is_refused_in_a_line():
     whole = encode_snapshot(snapshot())
-    for cut in [b"", *(whole[:n] for n in range(1, len(whole), 7)), whole[:-1], whole + b"x"]:
+    for cut in [
+        b"",
+        b'{"x":' + b"[" * 100_000,
+        *(whole[:n] for n in range(1, len(whole), 7)),
+        whole[:-1],
+        whole + b"x",
+    ]:
         with pytest.raises(DapoError, match="damaged: it cannot be read") as e:
             decode_snapshot(cut, 12)
         assert "\n" not in str(e.value)

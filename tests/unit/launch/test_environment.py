@@ -40,6 +40,12 @@ def test_on_a_box_of_eight_every_gpu_is_seen_by_one_process():
         assert "SGLANG_USE_CPU_ENGINE" not in process.environment and process.environment["PATH"] == "p"
 
 
+def test_no_two_engines_draw_the_same_random_numbers():
+    """Copies of one prompt on two engines that run in step would get the same responses."""
+    engines, _, _ = commands(8, {}, engine={"replicas": 3, "seed": 2**31 - 2})
+    assert [e.arguments[e.arguments.index("--random-seed") + 1] for e in engines] == ["2147483646", "2147483647", "0"]
+
+
 def test_what_the_job_sees_is_shared_out_by_its_names():
     engines, _, ranks = commands(8, {"CUDA_VISIBLE_DEVICES": "8,9,GPU-a,GPU-b,1,2,3,4"}, **EIGHT)
     assert [c.environment["CUDA_VISIBLE_DEVICES"] for c in (*ranks, *engines)] == [

@@ -1,5 +1,6 @@
 """Who failed, and who hangs: by exit codes, exit records and heartbeats."""
 
+import signal
 import socket
 import subprocess
 import sys
@@ -113,6 +114,27 @@ def test_every_end_leaves_a_record(folder, how, kind, says):
     record = read_exit(folder, "trainer-3")
     assert (code, record.kind) == (0 if kind is None else EXIT_CODES[kind], kind)
     assert says in record.message and "\n" not in record.message
+
+
+HANGING = """
+import pathlib, sys, time
+from dapo_megatron.process import Reporter, run_reported
+from dapo_megatron.run_folder import RunFolder
+def waits_for_ever():
+    print("hangs", flush=True)
+    time.sleep(60)
+run_reported(Reporter(RunFolder(pathlib.Path(sys.argv[1])), "trainer-0"), waits_for_ever)
+"""
+
+
+def test_the_log_of_one_that_hangs_says_where(folder):
+    process = subprocess.Popen(
+        [sys.executable, "-c", HANGING, str(folder.path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "hangs\n"
+    process.terminate()
+    _, log = process.communicate(timeout=30)
+    assert process.returncode == -signal.SIGTERM and "in waits_for_ever" in log and "in _beat" in log
 
 
 def test_a_process_beats_and_says_what_it_does(folder):

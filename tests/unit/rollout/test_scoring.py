@@ -53,6 +53,13 @@ def test_rewards_by_hand(tmp_path):
     assert all(all(x.loss_mask) for x in r)
 
 
+def test_what_a_tool_said_is_not_overlong(tmp_path):
+    """30 tokens of at most 32, 20 of them the policy's own: the punishment begins after 24."""
+    g = group(("right", 30, "stop"), ("right", 30, "stop"))
+    g.responses[1].version_spans = [VersionSpan(0, 0, 5), VersionSpan(0, 15, 30)]
+    assert [r.overlong_penalty for r in scored(tmp_path, g)] == [-0.75, 0.0]
+
+
 def test_unknown_is_wrong_by_default(tmp_path):
     r = scored(tmp_path, group(("right", 5, "stop"), ("unknown", 5, "stop")))
     assert [x.accuracy_reward for x in r] == [1.0, -1.0] and all(r[1].loss_mask)

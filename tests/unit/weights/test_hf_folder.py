@@ -104,17 +104,23 @@ def test_a_tensor_that_the_index_leaves_out_is_not_overlooked(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "file", ["a" * 300, "ü" * 200, "{outside}", "../out.safetensors", "sub/a.safetensors", "..", ""]
+    "file",
+    [
+        *("a" * 300 + ".safetensors", "ü" * 200 + ".safetensors", "{outside}", "../out.safetensors"),
+        *("sub/a.safetensors", "..", "", "a", "a.bin", "tokenizer.json", "a\nb.safetensors", "\ud800.safetensors"),
+    ],
 )
 def test_an_entry_of_the_index_that_is_no_name_in_the_folder(tmp_path, file):
     path = hf_folder(tmp_path / "hf")
     where = split(path, {NORM: file.format(outside=tmp_path / "out.safetensors")})
     for place in (tmp_path, path / "sub"):
         place.mkdir(exist_ok=True)
-        for name in ("out.safetensors", "a.safetensors"):
+        for name in ("out.safetensors", "a.safetensors", "a", "a.bin", "tokenizer.json"):
             (place / name).write_bytes((path / where[NORM]).read_bytes())
     says = refusal(path)
-    assert f"has {NORM} in " in says and "no name of a file in the folder itself" in says and len(says) < 400
+    assert (
+        f"has {NORM} in " in says and "no name of a safetensors file in the folder itself" in says and len(says) < 400
+    )
 
 
 @pytest.mark.parametrize("several", [False, True])
@@ -128,6 +134,22 @@ def test_a_file_that_nothing_reads_is_refused(tmp_path, several):
     save_file({"model.vision.weight": torch.ones(2)}, path / "adapter.safetensors")
     read = "model.safetensors.index.json" if several else "model.safetensors"
     assert f"{path / 'adapter.safetensors'} would be left out, {read} does not have it" in refusal(path)
+
+
+def test_beside_both_a_single_file_and_an_index_too(tmp_path):
+    path = hf_folder(tmp_path)
+    tensors = load_file(path / "model.safetensors")
+    split(path)
+    save_file(tensors, path / "model.safetensors")
+    check(path)
+    save_file({"model.vision.weight": torch.ones(2)}, path / "adapter.safetensors")
+    assert f"{path / 'adapter.safetensors'} would be left out, model.safetensors does not have it" in refusal(path)
+
+
+def test_a_tensor_with_a_line_break_in_its_name(tmp_path):
+    path = hf_folder(tmp_path)
+    change(path, **{"model.\nvision": torch.ones(2)})
+    assert r"not part of the model: 'model.\nvision'" in refusal(path)
 
 
 def test_no_weights_and_torn_weights(tmp_path):
