@@ -2,7 +2,7 @@
 
 import pytest
 
-from dapo_megatron.actor.memory import fullest, longest_micro_batch, stage_parameters, trainer_memory
+from dapo_megatron.actor.memory import StageMemory, fullest, longest_micro_batch, stage_parameters, trainer_memory
 from dapo_megatron.checkpoint.size import save_bytes, weight_elements
 from dapo_megatron.weights.families import FAMILIES, Experts, ModelShape
 from tests.tiny import run_config
@@ -48,6 +48,22 @@ def test_activations_of_32b():
     assert none[0].activations / GIB == pytest.approx(58.8, abs=0.1)
     assert full[0].activations / GIB == pytest.approx(1.7 + 0.9, abs=0.1)
     assert fullest(none).stage == 0
+
+
+def test_the_loss_of_32b():
+    """Of 22,528 gathered rows the hidden states, their gradient and its float32 sum; of an eighth of the vocabulary the
+    weight's gradient, and a chunk of logits in float32 and in bfloat16; on the last stage alone."""
+    first, last = trainer_memory(config(loss_chunk_tokens=1024), QWEN_32B)
+    slice_ = 152064 // 8
+    assert first.loss == 0
+    assert last.loss == 22528 * 5120 * (2 + 2 + 4) + slice_ * 5120 * 2 + 1024 * slice_ * (4 + 2)
+
+
+def test_the_peak_is_in_an_update_or_in_a_save():
+    parts = {"parameters": 1, "gradients": 2, "optimizer": 4, "activations": 8}
+    assert StageMemory(0, **parts, work=16, loss=32, gather=39).peak == 7 + 8 + 32
+    assert StageMemory(0, **parts, work=32, loss=16, gather=39).peak == 7 + 8 + 32
+    assert StageMemory(0, **parts, work=16, loss=32, gather=41).peak == 7 + 41
 
 
 def test_a_save_of_32b():
