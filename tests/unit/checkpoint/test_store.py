@@ -3,6 +3,7 @@
 import errno
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -11,11 +12,19 @@ import xxhash
 
 from dapo_megatron.checkpoint import integrity, store
 from dapo_megatron.checkpoint.background import BackgroundCall
-from dapo_megatron.checkpoint.manifest import MANIFEST, Manifest, encode_manifest, read_manifest
+from dapo_megatron.checkpoint.manifest import (
+    MANIFEST,
+    Manifest,
+    encode_manifest,
+    model_numbers,
+    read_manifest,
+    require_model,
+)
 from dapo_megatron.config import CheckpointConfig
 from dapo_megatron.errors import ConfigError, StorageError
 from dapo_megatron.run_folder import RunFolder
 from dapo_megatron.weights import hf_folder
+from dapo_megatron.weights.families import FAMILIES, Experts, ModelShape, RopeScaling
 
 
 def write(run_dir, step, metrics=None):
@@ -55,6 +64,32 @@ def test_an_evaluation_that_came_late_is_added_to_an_intact_checkpoint(tmp_path)
     (tmp_path / "checkpoints" / ".step_000003.manifest").write_text("killed here")
     store.clean(folder)
     assert names(tmp_path) == ["step_000003"] and store.latest(folder) == path
+
+
+SHAPE = ModelShape(FAMILIES["Qwen3MoeForCausalLM"], 2, 64, 96, 8, 4, 8, 128, True, 1e-6, 1e4, None, 512)
+SHAPE = replace(SHAPE, experts=Experts(8, 2, 32, True))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"family": FAMILIES["Qwen3ForCausalLM"]},
+        *({name: 1} for name in ("layers", "hidden", "ffn", "heads", "kv_heads", "head_dim", "vocab", "max_positions")),
+        {"tied": False},
+        {"norm_eps": 1e-5},
+        {"rope_theta": 1e6},
+        {"rope_scaling": RopeScaling("linear", (("factor", 2.0),))},
+        {"window": 256},
+        {"experts": None},
+        {"experts": Experts(8, 2, 32, False)},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_the_weights_of_another_model_are_refused(tmp_path, change):
+    made = Manifest(format="weights", model=model_numbers(SHAPE), dtype="float32")
+    require_model(made, tmp_path, SHAPE)
+    with pytest.raises(ConfigError, match=f"{tmp_path} holds a model with {next(iter(change))}="):
+        require_model(made, tmp_path, replace(SHAPE, **change))
 
 
 def test_steps_are_ordered_as_numbers(tmp_path):
