@@ -1,8 +1,17 @@
 """The memory plan by hand; tests/distributed/test_memory.py holds it against counted bytes."""
 
+from dataclasses import replace
+
 import pytest
 
-from dapo_megatron.actor.memory import StageMemory, fullest, longest_micro_batch, stage_parameters, trainer_memory
+from dapo_megatron.actor.memory import (
+    StageMemory,
+    fullest,
+    layer_activations,
+    longest_micro_batch,
+    stage_parameters,
+    trainer_memory,
+)
 from dapo_megatron.checkpoint.size import save_bytes, weight_elements
 from dapo_megatron.weights.families import FAMILIES, Experts, ModelShape
 from tests.tiny import run_config
@@ -79,6 +88,16 @@ def test_experts_are_spread():
         actor = config(dp=2, **{TP: 4, PP: 1, EP: ep}).actor
         each = 3 * 2048 * 768
         assert stage_parameters(actor, QWEN_30B_A3B, 0).experts == 48 * 128 * each // (4 if ep == 1 else ep)
+
+
+@pytest.mark.parametrize(("ep", "rows", "width"), [(1, 1024, 768 // 4), (8, 256, 768)])
+def test_what_one_more_expert_of_each_token_keeps(ep, rows, width):
+    """Of 1,024 tokens over TP 4 a rank routes 256. Experts that are spread are whole and get as many on the average;
+    others are cut in four, and work on the tokens of all four ranks."""
+    actor = config(dp=2, **{TP: 4, PP: 1, EP: ep}).actor
+    nine = replace(QWEN_30B_A3B, experts=Experts(128, 9, 768, True))
+    kept = [layer_activations(actor, shape, 1024, 2, fused=True) for shape in (QWEN_30B_A3B, nine)]
+    assert kept[1] - kept[0] == 256 * (2 * 8 + 4) + rows * (2048 * 2 + 6 * width * 2 + 4)
 
 
 @pytest.mark.parametrize(
