@@ -56,20 +56,18 @@ class Actor:
         exact = load_hf_weights(path, self.modules, self.shape)
         self.optimizer.reload_model_params(exact)
 
-    def logprobs(self, shard: list[MicroBatch], temperature: float | None = None) -> list[torch.Tensor]:
-        """Log-probs, under the current weights, of the labels that this rank evaluates (see `own`).
+    def logprobs(self, shard: list[MicroBatch]) -> list[torch.Tensor]:
+        """Log-probs, under the current weights and at the rollout's temperature, of the labels that this rank evaluates
+        (see `own`).
 
         Args:
             shard: this data-parallel rank's micro-batches.
-            temperature: divides the logits; the rollout's by default.
 
         Returns:
             One float32 tensor [n] a micro-batch on the last pipeline stage, an empty list elsewhere.
         """
         with torch.no_grad():
-            stored = self._run(
-                shard, partial(self._score, temperature=temperature or self.temperature), forward_only=True
-            )
+            stored = self._run(shard, self._score, forward_only=True)
         return [entry["logprobs"] for entry in stored]
 
     def update(
@@ -170,7 +168,7 @@ class Actor:
             )
 
     def _own_logprobs(
-        self, micro_batch: MicroBatch, hidden: torch.Tensor, temperature: float
+        self, micro_batch: MicroBatch, hidden: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
         """(log-probs, entropies, positions) of this rank's own labels, from the last stage's hidden [s, 1, h]."""
         rows, group = self._rows(micro_batch), mpu.get_tensor_model_parallel_group()
@@ -181,7 +179,7 @@ class Actor:
             hidden,
             self.modules[-1].output_weight,
             torch.from_numpy(rows.labels).to(self.device),
-            temperature,
+            self.temperature,
             self.config.actor.loss_chunk_tokens,
             group,
             self.shape.vocab,
@@ -189,8 +187,8 @@ class Actor:
         real = torch.from_numpy(rows.real).to(self.device)
         return logprobs[real], entropy[real], rows.positions[rows.real]
 
-    def _score(self, index: int, micro_batch: MicroBatch, hidden: torch.Tensor, *, temperature: float) -> Scored:
-        logprobs, _, _ = self._own_logprobs(micro_batch, hidden, temperature)
+    def _score(self, index: int, micro_batch: MicroBatch, hidden: torch.Tensor) -> Scored:
+        logprobs, _, _ = self._own_logprobs(micro_batch, hidden)
         return logprobs.sum(), _count(index, self.layout), {"logprobs": logprobs}
 
     def _loss(
@@ -202,7 +200,7 @@ class Actor:
         objective: Objective,
         old: list[torch.Tensor] | None,
     ) -> Scored:
-        logprobs, entropy, positions = self._own_logprobs(micro_batch, hidden, self.temperature)
+        logprobs, entropy, positions = self._own_logprobs(micro_batch, hidden)
 
         def column(values: np.ndarray) -> torch.Tensor:
             return torch.from_numpy(values[positions]).to(self.device)

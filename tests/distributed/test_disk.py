@@ -1,5 +1,6 @@
 """A bucket's file: its bytes, a full disk, a disk that does not answer."""
 
+import os
 import resource
 from concurrent.futures import Future
 from pathlib import Path
@@ -31,6 +32,14 @@ def test_a_file_holds_the_bucket(tmp_path):
     found = load_file(path)
     assert found.keys() == TENSORS.keys() and path.name == "b.weight.safetensors"
     assert all(torch.equal(found[name], tensor.bfloat16()) for name, tensor in TENSORS.items())
+
+
+def test_a_bucket_that_is_written_is_on_the_disk(tmp_path, monkeypatch):
+    """Engines on other nodes read it as soon as the folder has its name."""
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append(os.readlink(f"/proc/self/fd/{handle}")))
+    write_bucket(tmp_path / file_name(BUCKET), BUCKET, flat())
+    assert synced == [str(tmp_path / file_name(BUCKET))]
 
 
 def on_a_full_disk(path):

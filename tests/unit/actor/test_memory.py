@@ -1,8 +1,17 @@
 """The memory plan by hand; tests/distributed/test_memory.py holds it against counted bytes."""
 
+from dataclasses import replace
+
 import pytest
 
-from dapo_megatron.actor.memory import fullest, longest_micro_batch, stage_parameters, trainer_memory
+from dapo_megatron.actor.memory import (
+    StageMemory,
+    fullest,
+    layer_activations,
+    longest_micro_batch,
+    stage_parameters,
+    trainer_memory,
+)
 from dapo_megatron.checkpoint.size import save_bytes, weight_elements
 from dapo_megatron.weights.families import FAMILIES, Experts, ModelShape
 from tests.tiny import run_config
@@ -50,6 +59,22 @@ def test_activations_of_32b():
     assert fullest(none).stage == 0
 
 
+def test_the_loss_of_32b():
+    """Of 22,528 gathered rows the hidden states, their gradient and its float32 sum; of an eighth of the vocabulary the
+    weight's gradient, and a chunk of logits in float32 and in bfloat16; on the last stage alone."""
+    first, last = trainer_memory(config(loss_chunk_tokens=1024), QWEN_32B)
+    slice_ = 152064 // 8
+    assert first.loss == 0
+    assert last.loss == 22528 * 5120 * (2 + 2 + 4) + slice_ * 5120 * 2 + 1024 * slice_ * (4 + 2)
+
+
+def test_the_peak_is_in_an_update_or_in_a_save():
+    parts = {"parameters": 1, "gradients": 2, "optimizer": 4, "activations": 8}
+    assert StageMemory(0, **parts, work=16, loss=32, gather=39).peak == 7 + 8 + 32
+    assert StageMemory(0, **parts, work=32, loss=16, gather=39).peak == 7 + 8 + 32
+    assert StageMemory(0, **parts, work=16, loss=32, gather=41).peak == 7 + 41
+
+
 def test_a_save_of_32b():
     """8 ranks a node, DP 4: 9.5 GiB of each GPU, and 375 GB of host memory beside the copies."""
     assert trainer_memory(config(4), QWEN_32B)[0].gather / GIB == pytest.approx(9.5, abs=0.1)
@@ -63,6 +88,16 @@ def test_experts_are_spread():
         actor = config(dp=2, **{TP: 4, PP: 1, EP: ep}).actor
         each = 3 * 2048 * 768
         assert stage_parameters(actor, QWEN_30B_A3B, 0).experts == 48 * 128 * each // (4 if ep == 1 else ep)
+
+
+@pytest.mark.parametrize(("ep", "rows", "width"), [(1, 1024, 768 // 4), (8, 256, 768)])
+def test_what_one_more_expert_of_each_token_keeps(ep, rows, width):
+    """Of 1,024 tokens over TP 4 a rank routes 256. Experts that are spread are whole and get as many on the average;
+    others are cut in four, and work on the tokens of all four ranks."""
+    actor = config(dp=2, **{TP: 4, PP: 1, EP: ep}).actor
+    nine = replace(QWEN_30B_A3B, experts=Experts(128, 9, 768, True))
+    kept = [layer_activations(actor, shape, 1024, 2, fused=True) for shape in (QWEN_30B_A3B, nine)]
+    assert kept[1] - kept[0] == 256 * (2 * 8 + 4) + rows * (2048 * 2 + 6 * width * 2 + 4)
 
 
 @pytest.mark.parametrize(

@@ -186,6 +186,14 @@ def test_padding_fits_each_rank_and_is_not_trained(recipe, tokens, tp):
         assert all((mb.weights[~mb.active] == 0).all() for mb in micro_batches)
 
 
+@pytest.mark.parametrize(("recipe", "equal"), [("off", False), ("delayed", True), ("blockwise", False)])
+def test_replicas_run_equally_many_micro_batches_where_each_of_them_exchanges_something(recipe, equal):
+    """Delayed scaling exchanges maxima, experts their tokens; otherwise padding alone would be run for nothing."""
+    assert packing_rules(fp8_config(recipe, actor={"data_parallel_size": 2})).equal_counts == equal
+    experts = {"data_parallel_size": 2, "expert_model_parallel_size": 2}
+    assert packing_rules(fp8_config(recipe, actor=experts)).equal_counts
+
+
 def test_what_megatron_core_is_told():
     p = PrecisionConfig(fp8="blockwise", bf16_layers_at_start=1)
     assert model_arguments(p) == {

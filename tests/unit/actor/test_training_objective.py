@@ -45,3 +45,8 @@ def test_the_loss_carries_the_importance_weight(cap):
     torch.testing.assert_close(gradient, column([*loss[:-1], 0.0]))
     truncated = [float(a > (cap or 2.0)) for a in apart]
     assert found.means["mismatch/truncated_share"].tolist() == truncated
+    # Means over tokens of the policy that samples: KL(old || trained) by current / old, KL(engine || old) by r.
+    for name, ratios in {"policy/approx_kl": ratio, "mismatch/k3": apart}.items():
+        torch.testing.assert_close(found.means[name].float(), column(x - 1 - math.log(x) for x in ratios))
+    torch.testing.assert_close(found.means["policy/mean_probability"], column(0.1 * x for x in ratio))
+    torch.testing.assert_close(found.maxima["mismatch/abs_max"].float(), column(abs(math.log(x)) for x in apart))

@@ -223,6 +223,18 @@ def test_metrics_count_what_is_there(groups, problem, layout):
     assert 1 <= batch.metrics["batch/imbalance"] <= layout.data_parallel_size + 1e-9
 
 
+def test_the_imbalance_is_of_all_updates():
+    """Two updates on two ranks, of 2 + 4 and 2 + 11 tokens: the ranks meet after 4 and after 11, with 9.5 a rank."""
+    lengths = {0: 3, 1: 10}
+    groups = [
+        make_group(o, [1], [make_response(f"p{o}", i, [1] * n) for i, n in enumerate((1, m))])
+        for o, m in lengths.items()
+    ]
+    rules = PackingRules(data_parallel_size=2, micro_batch_tokens=100)
+    batch = build_step_batch(groups, step=1, version=0, seed=0, mini_batch_groups=1, aggregation="token", rules=rules)
+    assert batch.metrics["batch/imbalance"] == pytest.approx((4 + 11) / 9.5)
+
+
 def test_a_packed_micro_batch_by_hand():
     group = make_group(0, [7, 8], [make_response("p0", 0, [1, 2, 3], [True, False, True]), make_response("p0", 1, [4])])
     batch = packed_batch(

@@ -143,7 +143,8 @@ def test_a_damaged_part_is_refused_with_the_name_of_its_file(tmp_path):
     path, (first, *rest) = tmp_path / "step_000003.msgpack", parts_of_a_step()
     short = encode_part(decode_part(first)[0], [[sample(1, mask=[True])]])
     text = first.replace(b"\xa1p", b"\xa1\xff")  # no UTF-8
-    for damaged in (short, text):
+    no_prompt = TrainingSample(np.arange(2, dtype=np.int32), 0, [True] * 2, [-1.0] * 2, 0.5, 0.1, ("p", 1))
+    for damaged in (short, text, encode_part(decode_part(first)[0], [[no_prompt]])):
         assert damaged != first
         write_parts(path, [damaged, *rest])
         with pytest.raises(DapoError, match=r"step_000003.msgpack, part 0: "):

@@ -4,12 +4,14 @@ import json
 import os
 import pickle
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from dapo_megatron.checkpoint.conversion import stored_keys
+from dapo_megatron.checkpoint.conversion.stored_weights import StoredWeights
 from dapo_megatron.errors import DapoError
 from dapo_megatron.weights.hf_config import read_model
 from tests.tiny import hf_folder
@@ -221,6 +223,18 @@ def test_damage_is_refused_before_anything_is_read(tmp_path):
         lambda: back(dist, out, like=dist / "model"), out
     )
     back(dist, out)
+
+
+def test_the_stored_vocabulary_may_be_padded_and_not_cut(tmp_path):
+    path = hf_folder(tmp_path / "hf", "qwen3", False, vocab=64)
+    there(path, tmp_path / "dist")
+    stored, shape = StoredWeights(tmp_path / "dist/model"), read_model(path)
+    for vocab in (64, 61):
+        stored.check(replace(shape, vocab=vocab))
+    with pytest.raises(
+        DapoError, match=r"embedding.word_embeddings.weight has shape \(64, 64\), config.json says \(65, "
+    ):
+        stored.check(replace(shape, vocab=65))
 
 
 def test_a_table_that_forgets_or_repeats_a_tensor_is_an_error(tmp_path):

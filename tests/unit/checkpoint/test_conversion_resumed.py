@@ -7,6 +7,8 @@ import shutil
 import signal
 import subprocess
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -110,6 +112,73 @@ def test_nothing_that_is_done_is_read_again(tmp_path):
     shape, weights = read_model(path), StoredWeights(tmp_path / "dist" / "model")
     done = {"model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.gate_proj.weight"}
     assert {name for name, _, _ in dist_to_hf._blocks(places(shape), shape, weights, done)} == hf_names(shape) - done
+
+
+def stop_at(monkeypatch, call):
+    """Writing a tensor raises at that call."""
+
+    def then(count):
+        if count == call:
+            raise Stop
+
+    counting(monkeypatch.setattr, hf_writer.HfWriter, "write", then)
+
+
+def test_a_conversion_back_goes_on_from_any_tensor_also_between_two_of_one_parameter(tmp_path, monkeypatch):
+    monkeypatch.setattr(output, "JOURNAL_EVERY", 1)
+    path = hf_folder(tmp_path / "hf", "qwen2", True, layers=1)
+    there(path, tmp_path / "dist")
+    for call in range(2, 6):  # after q, k, v and the output projection
+        out = tmp_path / f"back-{call}"
+        with monkeypatch.context() as m, pytest.raises(Stop):
+            stop_at(m, call)
+            back(tmp_path / "dist", out)
+        back(tmp_path / "dist", out)
+        assert tree(out) == tree(path)
+
+
+def test_what_the_journal_names_is_on_the_disk(tmp_path, monkeypatch, small_parts):
+    path, synced, named = hf_folder(tmp_path / "hf", layers=1), set(), []
+    fsync, record = os.fsync, output.Aside.record
+
+    def seen(handle):
+        synced.add(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
+        fsync(handle)
+
+    def recorded(aside, parts):
+        named.extend(parts)
+        files = {name if name.endswith(".distcp") else "model.safetensors" for name in parts}
+        assert files <= synced
+        synced.clear()
+        record(aside, parts)
+
+    monkeypatch.setattr(os, "fsync", seen)
+    monkeypatch.setattr(output.Aside, "record", recorded)
+    there(path, tmp_path / "dist")
+    files = list(named)
+    back(tmp_path / "dist", tmp_path / "back")
+    assert sorted(files) == sorted(p.name for p in (tmp_path / "dist/model").glob("*.distcp")) and len(files) > 2
+    assert {"model.norm.weight", "model.embed_tokens.weight"} <= set(named)
+
+
+def test_what_is_left_must_fit_on_the_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(output, "JOURNAL_EVERY", 1)
+    path, dist, out = hf_folder(tmp_path / "hf", layers=1), tmp_path / "dist", tmp_path / "back"
+    size = there(path, tmp_path / "first")
+    room = {"free": size - 1}
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(**room))
+    for convert, source, made in ((there, path, dist), (back, dist, out)):
+        room["free"] = size - 1
+        with pytest.raises(StorageError, match=f"{made}.partial.* needs 0.0 GB more, 0.0 are free: make room"):
+            convert(source, made)
+        room["free"] = size
+        if convert is back:
+            with monkeypatch.context() as m, pytest.raises(Stop):
+                stop_at(m, 4)
+                convert(source, made)
+            room["free"] = size - 1  # a part is there
+        convert(source, made)
+    assert tree(out) == tree(path)
 
 
 def interrupted(path, out, calls=30):

@@ -1,9 +1,18 @@
 """What torch's reader finds wrong is one line, about what is wrong."""
 
-import pytest
-from torch.distributed.checkpoint.api import CheckpointException
+import pickle
 
-from dapo_megatron.checkpoint.safe_metadata import common_fits, metadata_fits
+import pytest
+import torch
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from dapo_megatron.checkpoint.safe_metadata import COMMON, METADATA, check_objects, common_fits, metadata_fits
 from dapo_megatron.errors import StorageError
 
 
@@ -29,3 +38,20 @@ def test_only_a_merge_that_fails_is_told_of_what_ranks_share(tmp_path):
         raise ValueError("Cannot merge two lists with different\nlengths (1 and 2, encountered at level ())")
     with pytest.raises(ValueError, match="of something else"), common_fits(tmp_path):
         raise ValueError("of something else")
+
+
+@pytest.mark.parametrize(
+    ("rows", "is_whole"),
+    [([(0, 2), (2, 2)], True), ([(0, 2)], False), ([(0, 2), (2, 1)], False), ([(0, 2), (1, 2), (2, 2)], False)],
+)
+def test_the_pieces_of_a_tensor_are_all_of_it_once(tmp_path, rows, is_whole):
+    """(first, number) of the rows of each piece of a tensor [4, 3]."""
+    pieces = [ChunkStorageMetadata(torch.Size((first, 0)), torch.Size((count, 3))) for first, count in rows]
+    tensor = TensorStorageMetadata(TensorProperties(dtype=torch.float32), torch.Size((4, 3)), pieces)
+    (tmp_path / METADATA).write_bytes(pickle.dumps(Metadata({"weight": tensor}, None, {})))
+    torch.save({}, tmp_path / COMMON)
+    if is_whole:
+        assert check_objects(tmp_path).state_dict_metadata["weight"].size == (4, 3)
+    else:
+        with pytest.raises(StorageError, match="the pieces of weight leave gaps or overlap"):
+            check_objects(tmp_path)

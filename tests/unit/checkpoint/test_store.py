@@ -1,8 +1,10 @@
 """Published, found, retained; the manifest as a file."""
 
 import errno
+import itertools
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -11,11 +13,19 @@ import xxhash
 
 from dapo_megatron.checkpoint import integrity, store
 from dapo_megatron.checkpoint.background import BackgroundCall
-from dapo_megatron.checkpoint.manifest import MANIFEST, Manifest, encode_manifest, read_manifest
+from dapo_megatron.checkpoint.manifest import (
+    MANIFEST,
+    Manifest,
+    encode_manifest,
+    model_numbers,
+    read_manifest,
+    require_model,
+)
 from dapo_megatron.config import CheckpointConfig
 from dapo_megatron.errors import ConfigError, StorageError
 from dapo_megatron.run_folder import RunFolder
 from dapo_megatron.weights import hf_folder
+from dapo_megatron.weights.families import FAMILIES, Experts, ModelShape, RopeScaling
 
 
 def write(run_dir, step, metrics=None):
@@ -52,9 +62,37 @@ def test_an_evaluation_that_came_late_is_added_to_an_intact_checkpoint(tmp_path)
     store.add_metrics(folder, 4, {"eval/accuracy": 0.5})  # was not saved
     assert names(tmp_path) == ["step_000003"]
     assert integrity.intact_manifest(path).metrics == {"eval/accuracy": 0.25}
+    store.add_metrics(folder, 3, {"eval/greedy_accuracy": 0.5})
+    assert read_manifest(path).metrics == {"eval/accuracy": 0.25, "eval/greedy_accuracy": 0.5}
     (tmp_path / "checkpoints" / ".step_000003.manifest").write_text("killed here")
     store.clean(folder)
     assert names(tmp_path) == ["step_000003"] and store.latest(folder) == path
+
+
+SHAPE = ModelShape(FAMILIES["Qwen3MoeForCausalLM"], 2, 64, 96, 8, 4, 8, 128, True, 1e-6, 1e4, None, 512)
+SHAPE = replace(SHAPE, experts=Experts(8, 2, 32, True))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"family": FAMILIES["Qwen3ForCausalLM"]},
+        *({name: 1} for name in ("layers", "hidden", "ffn", "heads", "kv_heads", "head_dim", "vocab", "max_positions")),
+        {"tied": False},
+        {"norm_eps": 1e-5},
+        {"rope_theta": 1e6},
+        {"rope_scaling": RopeScaling("linear", (("factor", 2.0),))},
+        {"window": 256},
+        {"experts": None},
+        {"experts": Experts(8, 2, 32, False)},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_the_weights_of_another_model_are_refused(tmp_path, change):
+    made = Manifest(format="weights", model=model_numbers(SHAPE), dtype="float32")
+    require_model(made, tmp_path, SHAPE)
+    with pytest.raises(ConfigError, match=f"{tmp_path} holds a model with {next(iter(change))}="):
+        require_model(made, tmp_path, replace(SHAPE, **change))
 
 
 def test_steps_are_ordered_as_numbers(tmp_path):
@@ -135,6 +173,43 @@ def test_an_unreadable_checkpoint_does_not_end_the_search(tmp_path, monkeypatch)
         integrity.intact_manifest(RunFolder(tmp_path).checkpoint(2))
 
 
+def test_shares_of_the_files_are_all_of_them(tmp_path):
+    """Whatever the number of ranks that hash: a damaged file is seen by one of them, and by no other."""
+    for i in range(7):
+        (tmp_path / f"{i}.distcp").write_bytes(bytes(10 - i))
+    files = integrity.records_of(tmp_path, integrity.files_in(tmp_path))
+    manifest = Manifest(format="weights", model={}, dtype="float32", files=files)
+    for name, shares in itertools.product(files, (1, 2, 3, 9)):
+        whole = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(b"\1" + whole[1:])
+        seen = 0
+        for share in range(shares):
+            try:
+                integrity.check_hashes(tmp_path, manifest, share, shares)
+            except StorageError as e:
+                assert f"{tmp_path / name} is damaged" in str(e)
+                seen += 1
+        assert seen == 1
+        (tmp_path / name).write_bytes(whole)
+
+
+def test_a_checkpoint_under_another_name_is_refused(tmp_path):
+    other = write(tmp_path, 3).rename(tmp_path / "checkpoints/step_000009")
+    with pytest.raises(StorageError, match=f"{other} is the checkpoint step_000003 under another name: rename it"):
+        store.latest(RunFolder(tmp_path))
+    other.rename(tmp_path / "elsewhere")
+    assert read_manifest(tmp_path / "elsewhere").step == 3
+
+
+def test_a_file_that_was_made_a_link_is_refused(tmp_path):
+    """What it points to may change after it was looked at, and lie on a disk that other nodes do not see."""
+    file = write(tmp_path, 1) / "controller.json"
+    file.rename(tmp_path / "moved")
+    file.symlink_to(tmp_path / "moved")
+    with pytest.raises(StorageError, match="controller.json does not belong to the checkpoint"):
+        store.latest(RunFolder(tmp_path))
+
+
 @pytest.mark.parametrize("stray", ["folder", "link", "linked folder"])
 def test_what_does_not_belong_to_it_is_named(tmp_path, stray):
     path = write(tmp_path, 1)
@@ -168,6 +243,26 @@ def test_of_a_checkpoint_moved_to_another_disk_only_the_link_goes(tmp_path):
     (tmp_path / "checkpoints/.step_000001.partial").symlink_to(moved)
     store.clean(RunFolder(tmp_path))
     assert names(tmp_path) == ["step_000002"] and (moved / MANIFEST).exists()
+
+
+def test_one_that_is_half_removed_is_not_found_and_goes_the_next_time(tmp_path, monkeypatch):
+    for step in (1, 2):
+        write(tmp_path, step)
+
+    def killed(path):
+        (path / "controller.json").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as m:
+        m.setattr(store, "_remove", killed)
+        with pytest.raises(KeyboardInterrupt):
+            store.retain(RunFolder(tmp_path), CheckpointConfig(keep_last=1))
+    assert store.latest(RunFolder(tmp_path)).name == "step_000002"
+    assert [p.name for p in store.published(RunFolder(tmp_path))] == ["step_000002"]
+    write(tmp_path, 1)  # the step was done again, before anybody cleaned up
+    (tmp_path / "checkpoints/.step_000001.partial/model").mkdir(parents=True)
+    store.retain(RunFolder(tmp_path), CheckpointConfig(keep_last=1))
+    assert names(tmp_path) == ["step_000002"]
 
 
 def test_a_damaged_checkpoint_is_not_removed(tmp_path):

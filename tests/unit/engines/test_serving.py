@@ -8,7 +8,7 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from dapo_megatron.engines import serving
+from dapo_megatron.engines import engine_set, serving
 from dapo_megatron.engines.client import EngineClient, Unanswered
 from dapo_megatron.engines.engine_set import EngineSet, Member, of_urls, read_engine_set, write_engine_set
 from dapo_megatron.engines.wire import SamplingParams
@@ -234,6 +234,71 @@ def test_one_that_answers_is_not_asked_whether_it_lives():
     asyncio.run(run())
 
 
+def test_it_rests_twice_as_long_each_time_it_fails_until_it_answers():
+    """However many of its requests tell of one failure."""
+
+    async def run():
+        engines, server = serving.ServingEngines(lambda: of_urls([]), 9.0, 4), serving.Server(Member("engine-0", ""))
+
+        def rests_s():
+            server.serves = True
+            for _ in range(3):
+                engines.failed(server, "HTTP 500")
+            assert not server.serves
+            return round(server.rests_until - asyncio.get_running_loop().time(), 1)
+
+        assert [rests_s() for _ in range(7)] == [1, 2, 4, 8, 16, 30, 30]
+        engines.answered(server, [1])
+        assert rests_s() == 1
+
+    asyncio.run(run())
+
+
+class Answers:
+    """A session in which an engine gives these HTTP statuses."""
+
+    def __init__(self, model_info, server_info, version="3"):
+        self.statuses, self.version = {"/model_info": model_info, "/server_info": server_info}, version
+
+    @asynccontextmanager
+    async def get(self, url, timeout):
+        self.status = self.statuses[url]
+        yield self
+
+    async def read(self):
+        return b"{}"
+
+    async def json(self):
+        return {"weight_version": self.version}
+
+
+@pytest.mark.parametrize(
+    ("answers", "serves", "why_not"),
+    [
+        (Answers(200, 200), True, None),
+        (Answers(200, 404), True, None),  # it has no such page, and answers
+        (Answers(200, 500), False, "/server_info: HTTP 500"),
+        (Answers(503, 200), False, "HTTP 503"),
+        (Answers(200, 200, "default"), False, "it serves version default, which nobody pushed"),
+    ],
+)
+def test_one_that_does_not_serve_is_probed_and_loses_its_requests_when_it_is_silent_for_long(answers, serves, why_not):
+    async def run():
+        engines, server = serving.ServingEngines(lambda: of_urls([]), 9.0, 4), serving.Server(Member("engine-0", ""))
+        owed = asyncio.create_task(asyncio.sleep(60))
+        server.attempts, server.silent_since = {owed}, asyncio.get_running_loop().time() - 10
+        await engines._probe(server, answers)
+        await asyncio.sleep(0)
+        assert server.serves == serves
+        is_silent = why_not is not None and "HTTP" in why_not
+        if why_not is not None:
+            assert server.why_not == (f"no sign of life for 10 s ({why_not})" if is_silent else why_not)
+        assert owed.cancelled() == is_silent
+        owed.cancel()
+
+    asyncio.run(run())
+
+
 def test_a_silent_engine_loses_its_requests_to_another_though_nobody_replaces_it(monkeypatch):
     monkeypatch.setattr(serving, "PROBE_TIMEOUT", aiohttp.ClientTimeout(total=0.3))
 
@@ -303,7 +368,7 @@ def test_a_deadline_begins_with_the_slot_and_its_error_is_of_its_own_kind():
     asyncio.run(asyncio.wait_for(run(), 30))
 
 
-def test_the_set_is_written_and_read_and_missing_is_told(tmp_path):
+def test_the_set_is_written_and_read_and_missing_is_told(tmp_path, monkeypatch):
     folder, engines = (
         RunFolder(tmp_path),
         EngineSet(5, (Member("engine-0", "http://a:1", 3), Member("engine-1", "http://b:2"))),
@@ -311,6 +376,9 @@ def test_the_set_is_written_and_read_and_missing_is_told(tmp_path):
     with pytest.raises(ConfigError, match=r"engines\.json cannot be read"):
         read_engine_set(folder)
     write_engine_set(folder, engines)
+    assert read_engine_set(folder) == engines
+    folder.engine_set.rename(tmp_path / "aside")  # another node replaces it at this moment
+    monkeypatch.setattr(engine_set.time, "sleep", lambda _: (tmp_path / "aside").rename(folder.engine_set))
     assert read_engine_set(folder) == engines
 
     async def run():

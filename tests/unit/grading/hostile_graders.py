@@ -48,6 +48,10 @@ def eats_memory(text: str, truth: str) -> bool:
     return text == truth
 
 
+def takes_memory(text: str, truth: str) -> bool:
+    return len(bytearray(int(truth) * 2**20)) > 0
+
+
 class Unpicklable(Exception):
     """Cannot be rebuilt from its arguments: it would break the pipe of a pool that sends exceptions."""
 

@@ -363,3 +363,45 @@ def test_a_bad_reference_is_one_clear_line(reference, message):
 def test_a_grader_whose_import_ends_the_process_is_one_clear_line():
     with pytest.raises(DapoError, match="its process dies while it imports the grader"):
         grade_all([("34", "34")], grader="exits_at_import:grade")
+
+
+def test_those_that_wait_in_the_queue_have_the_time_of_those_before_them(monkeypatch):
+    """One worker, four answers of a second each: the last is no slower than its limit of three."""
+
+    async def run():
+        async with GradingPool("hostile_graders:waits", 1, 3.0, 256) as graders:
+            monkeypatch.setattr("dapo_megatron.grading.pool.START_TIMEOUT_S", 0.5)
+            return await asyncio.gather(*(graders.grade(f"text {i}", "truth") for i in range(4))), graders.unknown
+
+    verdicts, unknown = asyncio.run(asyncio.wait_for(run(), 120))
+    assert verdicts == ["right"] * 4 and not unknown
+
+
+def test_a_pool_that_broke_under_several_answers_is_replaced_once():
+    async def run():
+        async with GradingPool("hostile_graders:first_character", 1, 2.0, 256) as graders:
+            broken = graders._pool
+            graders._replace(broken)
+            replaced = graders._pool
+            graders._replace(broken)
+            assert graders._pool is replaced is not broken
+            assert await graders.grade("truth", "truth") == "right"
+
+    asyncio.run(asyncio.wait_for(run(), 120))
+
+
+def test_a_grader_may_take_what_is_allowed_beside_its_imports():
+    cases = [("take", "200"), ("take", "600")]
+    assert grade_all(cases, "hostile_graders:takes_memory", memory_mib=256)[:2] == (["right", "unknown"], {"raised": 1})
+
+
+def test_each_answer_has_its_own_cpu_time():
+    """The limit of a process is on its whole life: one worker computes longer than any answer may."""
+    verdicts, unknown, _ = grade_all(
+        [(f"text {i}", "truth") for i in range(13)],
+        "hostile_graders:computes",
+        workers=1,
+        timeout_s=1.0,
+        by_cpu_time=True,
+    )
+    assert verdicts == ["right"] * 13 and unknown == {}

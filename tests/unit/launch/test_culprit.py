@@ -138,6 +138,15 @@ def test_a_process_is_silent():
     )
 
 
+def test_of_several_the_longest_silence_and_the_first_failure_are_named():
+    silent = changed(changed(run("idle", "update"), "controller", silence_s=20.0), "trainer-1", silence_s=40.0)
+    assert culprit(silent)[0] == "trainer-1"
+    assert culprit(changed(silent, "controller", silence_s=50.0))[0] == "controller"
+    first, later = ended("crash", "it began", 5.0), ended("engine", "and took it along", 6.0)
+    assert culprit(changed(changed(run(), "trainer-0", exit=later), "trainer-1", exit=first))[0] == "trainer-1"
+    assert culprit(changed(changed(run(), "trainer-0", exit=first), "trainer-1", exit=later))[0] == "trainer-0"
+
+
 def test_the_launcher_is_gone():
     seen = run(launcher=process("launcher", Phase.RUNNING, silence_s=TIMEOUT_S))
     assert judge(seen).condition == Condition.FAILED and judge(seen).culprit == "launcher"

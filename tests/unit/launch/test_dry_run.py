@@ -16,7 +16,11 @@ from dapo_megatron.config import load_config
 from dapo_megatron.errors import DapoError
 from launch import slurm
 from launch.demo import write_data, write_model
-from launch.dry_run import Options, dry_run
+from launch.dry_run import Gpu, Options, _gpu, dry_run
+from launch.engine_memory import engine_memory
+from launch.plan import GIB, micro_batches
+from launch.sbatch import Request
+from tests.unit.actor.test_memory import QWEN_32B
 from tests.unit.weights.real_configs import CONFIGS
 
 ROOT = Path(__file__).parents[3]
@@ -110,6 +114,41 @@ def test_a_heterogeneous_job(tmp_path):
     text = told(tmp_path, "32b", script=script)
     assert "node16" in text and "of 141 (engine.mem_fraction=0.5)" in text
     assert "of 141 (engine.mem_fraction=0.6)" in told(tmp_path, "32b", "engine.mem_fraction=0.6", script=script)
+
+
+def test_of_two_kinds_of_gpu_the_smaller_one_counts():
+    kinds = [Request(8, 8, 96, "h200"), Request(8, 8, 96, "h100")]
+    for groups in (kinds, kinds[::-1]):
+        assert _gpu(groups, None).gib == 80 and _gpu(groups, 60.0) == Gpu(60.0, (9, 0))
+    assert _gpu([Request(8, 8, 96)], None).gib == 80
+
+
+@pytest.mark.parametrize(
+    ("tokens", "replicas", "count"),
+    [
+        (5000, 1, 171),  # 512 sequences, 3 in each
+        (5000, 8, 22),  # 64 a replica
+        (16384, 8, 64),
+        (22528, 8, 64),  # one that is longer than the budget stands alone
+    ],
+)
+def test_micro_batches_by_hand(tokens, replicas, count):
+    layout = [f"actor.data_parallel_size={replicas}", "actor.micro_batch_tokens=16384"]
+    config = load_config(RECIPES / "dapo_qwen2.5_32b.yaml", [*layout, "launch.engine_nodes=null"])
+    assert micro_batches(config, tokens) == count
+
+
+@pytest.mark.parametrize(("tp", "heads"), [(1, 8), (4, 2), (8, 1), (16, 1)])
+def test_the_kv_cache_of_an_engine_by_hand(tp, heads):
+    """GPUs of 80 GiB, 0.9 of them for bfloat16 weights and the cache; beyond 8 GPUs, two hold the same head."""
+    changes = [f"engine.tensor_parallel_size={tp}", "engine.mem_fraction=0.9", "engine.replicas=1"]
+    config = load_config(RECIPES / "dapo_qwen2.5_32b.yaml", changes)
+    found = engine_memory(config, QWEN_32B, 80 * GIB)
+    token = 2 * 64 * heads * 128 * 2
+    assert found.weights == 32763876352 * 2 // tp
+    assert (
+        found.kv_tokens == (int(80 * GIB * 0.9) - found.weights) // token and found.kv_cache == found.kv_tokens * token
+    )
 
 
 CANNOT_WORK = {

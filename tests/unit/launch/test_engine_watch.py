@@ -76,6 +76,15 @@ def test_what_replaces_one_has_its_own_time(server, watch):
     assert silent_after(watch, 5.5 * LOOK_S) == {}
 
 
+def test_one_that_is_followed_on_has_no_new_time(watch):
+    """The engine set is written whenever another engine is started."""
+    mute = Member("engine-0", "http://127.0.0.1:9")
+    watch.follow([mute])
+    assert silent_after(watch, 3 * LOOK_S) == {}
+    watch.follow([mute, Member("engine-1", "http://127.0.0.1:9")])
+    assert list(silent_after(watch, 2.5 * LOOK_S)) == ["engine-0"]
+
+
 def test_a_refusal_is_no_answer(server):
     watch = EngineWatch("another key", timeout_s=1, start_timeout_s=1.5 * LOOK_S)
     watch.follow([Member("engine-0", server[1])])

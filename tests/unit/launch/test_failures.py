@@ -91,6 +91,14 @@ def test_the_controllers_own_words_come_first_then_the_earliest(folder):
     assert isinstance(error, DataError) and "the controller stopped: no prompts" in str(error)
 
 
+def test_whose_fault_it_was_is_not_known_where_another_left_no_word(folder):
+    """It may be the one of whose end the others complain; what is no crash has its own reason."""
+    for kind, host in (("crash", None), ("engine", socket.gethostname())):
+        leave_word(folder, "trainer-0", kind, "the other side is gone")
+        error, found = failure(folder, [child(folder, f"trainer-{i}", "sys.exit(1)") for i in range(2)])
+        assert "the trainer-0 stopped: the other side is gone" in str(error) and found == host
+
+
 def test_an_engine_never_leaves_by_itself(folder):
     leave_word(folder, "controller", None, "")
     controller = child(folder, "controller", "sys.exit(0)")

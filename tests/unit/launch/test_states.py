@@ -195,15 +195,19 @@ def test_where_no_more_failures_are_allowed_the_time_limit_is_none():
         assert isinstance(after(state(**began, can_fail=False), *events)[1][0], End)
     # What an earlier start had done beyond its checkpoint is done again first.
     assert after(state(**began), Progress(5, saved=5), *stop)[1] == [Requeue("time limit", (), False)]
+    # A checkpoint that makes way for another of its step was saved all the same.
+    assert after(state(**began), Progress(5, saved=5), Progress(5, saved=4), *stop)[1][0].is_failure is False
     at = state(**began, can_fail=False, restarts=0)
     assert after(at, *stop)[1] == [End("preempted", "stopped: time limit")]
     assert after(at, HostLost("node3"))[1] == [End("crash", "node3 is lost, and no spare host is left")]
     assert after(at, Progress(7), CRASH)[1] == [End("crash", "trainer-1 was killed")]
 
 
-def test_who_ends_a_run_for_good_is_heard_after_who_wants_it_back():
-    _, actions = after(state(), StopAsked("time limit", True), StopAsked("a person", False), Finished(False))
-    assert isinstance(actions[0], End)
+def test_who_ends_a_run_for_good_is_heard_before_and_after_who_wants_it_back():
+    for_good, wants_back = StopAsked("a person", False), StopAsked("time limit", True)
+    for stops in ([wants_back, for_good], [for_good, wants_back]):
+        _, actions = after(state(), *stops, Finished(False))
+        assert isinstance(actions[0], End)
 
 
 def test_a_stop_between_two_starts_does_not_wait():

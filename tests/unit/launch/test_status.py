@@ -186,8 +186,8 @@ def test_the_last_line_of_the_starts_may_be_cut_off(folder):
         read_attempts(folder)
 
 
-def test_only_a_whole_checkpoint_counts(folder):
-    for step, missing in ((5, False), (10, True)):
+def test_the_newest_whole_checkpoint_counts(folder):
+    for step, missing in ((3, False), (5, False), (10, True)):
         path = folder.checkpoint(step)
         path.mkdir(parents=True)
         files = {"controller.json": FileRecord(2, "0")}
@@ -197,7 +197,7 @@ def test_only_a_whole_checkpoint_counts(folder):
             (path / "controller.json").write_text("{}")
         os.utime(path / "manifest.json", (time.time() - 120,) * 2)
     _, text = shown(folder)
-    assert "step 5, 2 min 0" in text and "step 10" not in text
+    assert "step 5, 2 min 0" in text and "step 10" not in text and "step 3" not in text
 
 
 def test_whose_clock_counts():

@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 
 from dapo_megatron.errors import ConfigError
-from launch.port_map import WEIGHT_GROUPS, job_ports, ports_needed
+from launch.port_map import WEIGHT_GROUPS, PortMap, job_ports, ports_needed
 from launch.topology import Node, place, place_ranks, split
 from tests.tiny import run_config
 
@@ -200,6 +200,9 @@ def test_engines_leave_a_node_for_the_trainer():
 
 def test_ports_of_jobs():
     assert ports_needed(27, 2) == 64
+    PortMap(job_ports(20000, 1)).require(27, 2)
+    with pytest.raises(ConfigError, match="28 engines on one node and 2 pipeline stages need 66 ports, a job has 64"):
+        PortMap(job_ports(20000, 1)).require(28, 2)
     ranges = [job_ports(20000, job) for job in range(1000, 1199)]
     assert len({port for r in ranges for port in r}) == 199 * 64
     assert min(r[0] for r in ranges) == 20000 and max(r[-1] for r in ranges) < 32768

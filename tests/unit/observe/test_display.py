@@ -114,4 +114,4 @@ def test_sparkline():
     assert sparkline([0, 1, 2, 3, 4, 5, 6, 7]) == "▁▂▃▄▅▆▇█"
     assert sparkline([2.0, 2.0]) == "▁▁"
     assert sparkline([float("nan")]) == ""
-    assert len(sparkline(list(range(99)), width=10)) == 10
+    assert sparkline([*range(99), 7, 0], width=2) == "█▁" and len(sparkline(list(range(99)), width=10)) == 10

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from dapo_megatron.errors import DapoError
+from dapo_megatron.observe.catalog import reduce_updates
 from dapo_megatron.observe.metrics import MetricsWriter, read_metrics
+from dapo_megatron.observe.pace import Pace, pace
 from dapo_megatron.run_folder import RunFolder
 
 
@@ -31,6 +33,30 @@ def test_round_trip_keeps_every_name_and_non_finite_values_become_nan(tmp_path):
     assert math.isnan(back["policy/loss"]) and math.isnan(back["my own/metric"])
     assert back["a/b"] == 0.5 and back["c/d"] == 2.0
     json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail)
+
+
+def test_a_steps_updates_are_one_record():
+    """Means of what is a mean, the largest difference, the smallest norm, the last rate, and how many were skipped."""
+    first = {"policy/loss": 1.0, "mismatch/abs_max": 0.5, "optimizer/grad_norm_min": 3.0}
+    second = {"policy/loss": 2.0, "mismatch/abs_max": 0.1, "optimizer/grad_norm_min": 4.0}
+    updates = [
+        first | {"optimizer/lr": 1e-6, "optimizer/skipped": 1.0},
+        second | {"optimizer/lr": 2e-6, "optimizer/skipped": 1.0},
+    ]
+    assert reduce_updates(updates) == {
+        "policy/loss": 1.5,
+        "mismatch/abs_max": 0.5,
+        "optimizer/grad_norm_min": 3.0,
+        "optimizer/lr": 2e-6,
+        "optimizer/skipped": 2.0,
+    }
+
+
+def test_the_pace_is_that_of_the_last_ten_steps():
+    """A slow beginning (compilation, a cold disk) is soon forgotten; one slow step is no pace."""
+    records = [{"step": float(s), "time/step": 100.0 if s <= 20 or s == 27 else 2.0} for s in range(1, 31)]
+    assert pace([{"step": 0.0}, *records, {"step": 30.0}], 40) == Pace(2.0, 20.0)
+    assert pace(records, 30) == Pace(2.0, 0.0) and pace([{"step": 0.0}], 40) is None
 
 
 def test_each_line_is_there_as_soon_as_it_is_written(tmp_path):

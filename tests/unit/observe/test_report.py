@@ -130,3 +130,13 @@ def test_metrics_alone_are_enough(tmp_path):
 def test_a_folder_without_metrics_is_named(tmp_path):
     with pytest.raises(DapoError, match=f"no metrics in {tmp_path}"):
         write_report(RunFolder(tmp_path))
+
+
+def test_the_figures_of_speed_are_medians(tmp_path):
+    """One slow step, as the first is, says nothing of the run."""
+    metrics = MetricsWriter(RunFolder(tmp_path), tensorboard=False, wandb_project=None, resume_step=None)
+    for step, seconds in enumerate((100.0, 2.0, 3.0), start=1):
+        metrics.write({"step": step, "time/step": seconds, "speed/response_tokens_per_second": 6000 / seconds})
+    data = Page(write_report(RunFolder(tmp_path)).read_text("utf-8")).data
+    tiles = {tile["label"]: (tile["value"], tile["note"]) for tile in data["tiles"]}
+    assert tiles["step time"] == ("3.0 s", "median") and tiles["generated tokens/s"] == ("2,000", "median")

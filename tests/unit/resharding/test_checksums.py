@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dapo_megatron.resharding.checksums import differing, engine_parameter, expected_checksums, find_checksum
+from dapo_megatron.resharding.engine_parts import vocabulary_rows
 from dapo_megatron.weights.families import FAMILIES, Experts, ModelShape
 from dapo_megatron.weights.table import hf_shapes, parameter_mappings
 
@@ -54,6 +55,21 @@ def test_two_ranks_of_a_dense_model():
     assert found["lm_head.weight"] == [sha(part) for part in rows.chunk(2)]
     # Embedding, output, norm; two norms, qkv with a bias, output, gate and up, down.
     assert len(found) == 3 + 2 + 2 + 3
+
+
+@pytest.mark.parametrize(
+    ("vocab", "tp_size", "rows"),
+    [
+        (67, 1, 128),
+        (67, 2, 64),
+        (64, 2, 32),
+        (67, 3, 64),  # 128 rows are no multiple of 3: padded to one of 64 x 3
+        (151936, 6, 25344),
+        (151936, 8, 18992),
+    ],
+)
+def test_rows_of_the_vocabulary_on_each_rank(vocab, tp_size, rows):
+    assert vocabulary_rows(vocab, tp_size) == rows
 
 
 def test_experts_are_left_out_and_the_engines_type_counts():

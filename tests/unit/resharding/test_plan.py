@@ -11,7 +11,7 @@ from dapo_megatron.config import ActorConfig, EngineConfig
 from dapo_megatron.distributed.sizes import expert_tensor_parallel_size
 from dapo_megatron.errors import ConfigError
 from dapo_megatron.resharding.engine_parts import engine_parts
-from dapo_megatron.resharding.plan import plan_push
+from dapo_megatron.resharding.plan import plan_buckets, plan_push
 from dapo_megatron.weights.families import FAMILIES, Experts, ModelShape
 from dapo_megatron.weights.table import from_shards, hf_names, hf_shapes, parameter_mappings, to_shard
 
@@ -156,6 +156,22 @@ def test_the_ranks_of_an_engine_share_every_tensor(model, engine_tp):
     assert planned(shape, ActorConfig(), engine_tp, 2).kept == tuple(kept)
 
 
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "engine_tp"), [(8, 2, 1), (8, 2, 2), (8, 2, 4), (8, 2, 8), (6, 3, 6), (4, 1, 4), (12, 4, 2)]
+)
+def test_each_rank_has_the_keys_and_values_of_its_queries(heads, kv_heads, engine_tp):
+    sizes = (1, 8, 24, heads, kv_heads, 4, 64, True, 1e-6, 1e4, None, 64)
+    shape = ModelShape(FAMILIES["LlamaForCausalLM"], *sizes)
+    (rule,) = (m for m in parameter_mappings(shape).values() if m.kind == "qkv")
+    for rank in range(engine_tp):
+        q, k, v = (
+            [row // 4 for row in range(rows.start, rows.stop, 4)]
+            for rows, _ in engine_parts(rule, shape, engine_tp, rank)
+        )
+        assert q == list(range(rank * heads // engine_tp, (rank + 1) * heads // engine_tp))
+        assert k == v == sorted({head // (heads // kv_heads) for head in q})
+
+
 def test_by_hand():
     """One layer's worth of arithmetic: Llama, hidden 8, 2 heads of 4, ffn 16, vocabulary 10, TP 2, PP 2."""
     shape = ModelShape(FAMILIES["LlamaForCausalLM"], 2, 8, 16, 2, 2, 4, 10, False, 1e-6, 1e4, None, 64)
@@ -175,6 +191,16 @@ def test_by_hand():
     # The slower of the two counts: half of a matrix in float32 has the bytes of all of it in bfloat16.
     assert plan.seconds(1000.0, 500.0) == plan.gathered / 500 > plan.bytes / 1000
     assert plan.seconds(1000.0, 5000.0) == plan.bytes / 1000
+
+
+def test_a_bucket_may_be_full():
+    tensors = [(name, (10,)) for name in "abcdefg"]
+    assert [bucket.names for bucket in plan_buckets(tensors, "bfloat16", 60)] == [
+        ("a", "b", "c"),
+        ("d", "e", "f"),
+        ("g",),
+    ]
+    assert [len(bucket.names) for bucket in plan_buckets(tensors, "bfloat16", 59)] == [2, 2, 2, 1]
 
 
 def test_a_tensor_beyond_the_bucket_stands_alone():

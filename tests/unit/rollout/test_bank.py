@@ -206,6 +206,7 @@ def test_files_of_steps_that_nobody_can_resume_are_removed(tmp_path):
         ("grading", {"unknown": "mask"}, True),
         ("data", {"template": "boxed"}, True),
         ("engine", {"deterministic": True}, True),
+        ("engine", {"dtype": "bfloat16"}, True),
         ("rollout", {"concurrency": 3, "bank_bytes": 1}, False),
         ("grading", {"workers": 7}, False),
         ("trainer", {"steps": 7}, False),

@@ -91,6 +91,31 @@ def test_every_number_is_settled_once(steps):
         run.check()
 
 
+def test_what_is_with_the_engines_over_several_batches_is_told_once():
+    buffer, told = GroupBuffer(PROMPTS, seed=SEED, shuffle=True), []
+    issued = [buffer.issue() for _ in range(4)]
+    for step in (1, 2, 3):
+        buffer.begin_step(0)
+        buffer.graded(group(*issued[step], 0), "kept")
+        told += [(e.step, e.order, e.fate) for e in buffer.end_step(1, step, 0)[1]]
+    # Number 0 never comes back, 2 and 3 do after the first batch.
+    with_engines = [(step, order) for step, order, fate in told if fate == "issued"]
+    assert sorted(with_engines) == [(1, 0), (1, 2), (1, 3)]
+    assert [(step, order) for step, order, fate in told if fate == "kept"] == [(1, 1), (2, 2), (3, 3)]
+
+
+def test_what_was_kept_steps_ago_counts_less_and_less():
+    """Eight groups of which none is kept, beside four that were expected to be; then half as much at every batch."""
+    buffer = GroupBuffer(PROMPTS, seed=SEED, shuffle=True)
+    for number, prompt in [buffer.issue() for _ in range(8)]:
+        buffer.graded(group(number, prompt, 0), "all_wrong")
+    assert (buffer.share.kept, buffer.share.seen) == (4, 12)
+    buffer.end_step(0, 1, 0)
+    assert (buffer.share.kept, buffer.share.seen) == (2, 6)
+    resumed = GroupBuffer(PROMPTS, seed=SEED, shuffle=True, state=encode_snapshot(buffer.snapshot()), step=1)
+    assert (resumed.share.kept, resumed.share.seen) == (2, 6)
+
+
 def test_other_prompts_than_the_run_began_with_are_refused():
     """Also the same ones in another order, and with another answer; the same ones go on."""
     state = encode_snapshot(GroupBuffer(PROMPTS, seed=SEED, shuffle=True).snapshot())

@@ -274,6 +274,16 @@ def test_requests_at_once_are_all_waited_for_and_their_waits_count_once():
         call_with(Sampler((0.5, 0.01), (0.5, 0.01)), two, 0.4)
 
 
+def test_a_wait_counts_once_also_where_a_request_that_did_not_wait_ends_between():
+    async def three(prompt, engine):
+        await asyncio.gather(*(engine.generate([1]) for _ in range(3)))
+        await asyncio.sleep(0.6)
+        return good()
+
+    with pytest.raises(ConfigError, match="no response within rollout.function_timeout_s=0.4 s"):
+        call_with(Sampler((0.5, 0.01), (0.0, 0.55), (0.5, 0.1)), three, 0.4)
+
+
 def test_a_function_that_makes_request_after_request_has_its_deadline():
     async def talks(prompt, engine):
         for _ in range(20):

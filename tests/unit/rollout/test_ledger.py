@@ -1,6 +1,7 @@
 """What a ledger proves, and that it does not where a prompt was lost or used twice."""
 
 import asyncio
+import os
 import random
 import sys
 
@@ -9,7 +10,7 @@ import pytest
 
 from dapo_megatron.data.snapshot import decode_snapshot
 from dapo_megatron.observe.jsonl import append_lines
-from dapo_megatron.rollout.ledger import Entry, check_exactly_once, check_snapshot, read_ledger
+from dapo_megatron.rollout.ledger import Entry, Ledger, check_exactly_once, check_snapshot, read_ledger
 from tests.unit.rollout.test_producer import PROMPTS, World, every_third, producer, trained
 from tools.check_ledger import main
 
@@ -107,6 +108,15 @@ def test_a_planted_fault_is_found(run, kind, says, capsys):
     assert tool(run.parent, "--prompts", str(SIZE)) == 1
     out, err = capsys.readouterr()
     assert says in err and "error: " in err and "skipped or used twice" not in out
+
+
+def test_what_is_settled_is_on_the_disk(tmp_path, monkeypatch):
+    """Before the batch leaves: a checkpoint of its step must not outlive its lines."""
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append(os.fstat(handle).st_size))
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    ledger.settle([Entry(1, 0, "p0", "kept", 0), Entry(1, 1, "p1", "carried", 0)])
+    assert synced == [ledger.path.stat().st_size] and len(read_ledger(ledger.path)) == 2
 
 
 def test_a_snapshot_that_has_lost_a_waiting_number_is_found(tmp_path):

@@ -245,6 +245,101 @@ def test_a_slow_group_is_waited_for_before_it_is_too_old_and_not_sooner(tmp_path
     assert buffer.issue()[0] == 1
 
 
+def test_a_group_that_is_issued_again_is_as_old_as_its_last_issue(tmp_path):
+    """Its answers are of the version that is live then: a step does not wait for it sooner."""
+    world = World(lambda p: "mixed")
+    c = producer(tmp_path, world, wanted=2, rollout={"max_policy_lag": 2, "max_reissues": 1})
+
+    async def run():
+        lost, calls = asyncio.Event(), []
+
+        async def make(prompt, order):
+            if order == 0:
+                calls.append(c._version)
+                await (lost if len(calls) == 1 else asyncio.Event()).wait()
+                raise Unanswered("its engine died")
+            return await world.make_group(prompt, order)
+
+        c.make_group = make
+        for step in (1, 2, 3):  # version 2 would have to wait for a group of version 0
+            await asyncio.wait_for(c.step(step, step - 1, lambda _: None), 5)
+            if step == 2:
+                lost.set()
+                await asyncio.sleep(0.01)
+            c.run_ahead()
+            world.version = step
+        await c.close()
+        return calls
+
+    assert asyncio.run(run()) == [0, 1]
+
+
+def test_what_the_next_step_could_not_train_is_taken_first(tmp_path):
+    """Number 0 waited in a queue over a push, number 1 did not: version 2 could not train it any more."""
+    world = World(lambda p: "mixed")
+    c = producer(tmp_path, world, wanted=1, rollout={"max_policy_lag": 1})
+    sampled_by = {0: 1, 1: 0}
+
+    async def make(prompt, order):
+        if order not in sampled_by:
+            await asyncio.Event().wait()
+        spans = [VersionSpan(sampled_by[order], 0, 1)]
+        verdicts = ("right", "wrong")
+        return ScoredGroup(
+            order, prompt, [response(prompt.id, i, [1], version_spans=spans, verdict=v) for i, v in enumerate(verdicts)]
+        )
+
+    async def run():
+        c.make_group = make
+        out = [await c.step(2, 1, lambda _: None), await c.step(3, 2, lambda _: None)]
+        await c.close()
+        return out
+
+    assert [[g.order for g in made.groups] for made in asyncio.run(run())] == [[1], [0]]
+
+
+def test_ahead_of_the_trainer_as_many_are_issued_as_its_lag_allows_and_a_batch_more_while_it_waits(tmp_path):
+    world = World(lambda p: "mixed")
+    c = producer(tmp_path, world, wanted=3, rollout={"max_policy_lag": 1}, dynamic_sampling=False)
+
+    async def run():
+        release = asyncio.Event()
+
+        async def make(prompt, order):
+            await release.wait()
+            return await world.make_group(prompt, order)
+
+        c.make_group = make
+        step = asyncio.ensure_future(c.step(1, 0, lambda _: None))
+        await asyncio.sleep(0)
+        assert c.buffer.state.next_order == 6
+        release.set()
+        await step
+        while c.buffer.issued:
+            await asyncio.sleep(0.001)
+        c.run_ahead()
+        assert len(c.buffer.kept) == 3 and not c.buffer.issued  # a batch is ready: what is newer then will be better
+        await c.close()
+
+    asyncio.run(run())
+
+
+def test_the_engines_get_few_more_groups_than_they_have_room_for(tmp_path):
+    """Room for 8 responses is room for four groups of two; one more waits beside them."""
+    world, most = World(every_third), 0
+    c = producer(tmp_path, world, wanted=20, rollout={"max_policy_lag": 2, "concurrency": 8})
+    make_group = world.make_group
+
+    async def make(prompt, order):
+        nonlocal most
+        most = max(most, len(c.buffer.issued))
+        return await make_group(prompt, order)
+
+    c.make_group = make
+    asyncio.run(trained(c, world, 1, 3))
+    assert most == 5
+
+
 def test_an_error_between_two_steps_is_raised_by_the_next(tmp_path):
     world = World(lambda p: "mixed")
     c = producer(tmp_path, world, wanted=2, rollout={"max_policy_lag": 1})

@@ -1,11 +1,12 @@
 """From verdicts to rewards, advantages and masks."""
 
 import copy
+from collections import Counter
 
 import pytest
 
 from dapo_megatron.records import Group, Prompt, VersionSpan
-from dapo_megatron.rollout.metrics import kept_cache_share, response_metrics
+from dapo_megatron.rollout.metrics import group_metrics, kept_cache_share, response_metrics
 from dapo_megatron.rollout.scoring import score_group
 from tests.tiny import response, run_config, same
 
@@ -122,3 +123,13 @@ def test_the_age_of_what_is_trained_counts_by_tokens():
     found = response_metrics(seen[:1], seen, 6)
     assert found["rollout/lag_mean"] == (3 * 6 + 1 * 4 + 2 * 2) / 12 and found["rollout/lag_max"] == 3
     assert found["response/length_trained"] == 6 and found["response/length_mean"] == 22 / 3
+    young = Group(2, PROMPT, responses[1:])
+    assert response_metrics([young], [young], 6)["rollout/lag_max"] == 2
+    assert response_metrics([young, seen[0]], seen, 6)["rollout/lag_max"] == 3
+
+
+def test_a_step_of_carried_groups_alone_has_filtered_none():
+    fates = Counter({"kept": 4, "carried": 1})
+    found = group_metrics(fates, carried_in=5, rounds=1.0, fresh_kept=0, generated=0)
+    assert found["groups/kept_share"] == 1 and (found["groups/kept"], found["groups/surplus"]) == (4, 1)
+    assert group_metrics(fates, 0, 1.0, fresh_kept=5, generated=8)["groups/kept_share"] == 5 / 8

@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from dapo_megatron.errors import ConfigError
-from dapo_megatron.weights.families import RopeScaling
+from dapo_megatron.weights.families import Experts, RopeScaling
 from dapo_megatron.weights.hf_config import read_model
 from dapo_megatron.weights.rotary import scaled_frequencies
 from tests.unit.weights.real_configs import CONFIGS
@@ -108,6 +108,15 @@ def test_old_and_new_rotary_keys_say_the_same(tmp_path):
 def test_defaults_are_those_of_transformers(tmp_path, tree, head_dim, kv_heads):
     shape = read(tmp_path, tree)
     assert (shape.head_dim, shape.kv_heads) == (head_dim, kv_heads)
+
+
+@pytest.mark.parametrize("renormalise", [True, False, None])
+def test_the_weights_of_a_tokens_experts_sum_to_one_where_it_says_so(tmp_path, renormalise):
+    tree = MOE if renormalise is None else MOE | {"norm_topk_prob": renormalise}
+    (tmp_path / "config.json").write_text(json.dumps(tree))
+    hf = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert read(tmp_path, tree).experts == Experts(4, 2, 24, hf.norm_topk_prob)
+    assert renormalise in (None, hf.norm_topk_prob)
 
 
 def test_a_mixture_saved_by_either_name(tmp_path):

@@ -1,0 +1,104 @@
+"""Short responses to one input that are asked for at once are one request, and each of them somebody's own."""
+
+import asyncio
+
+import pytest
+
+from dapo_megatron.engines.coalescing import TOGETHER_TOKENS, CoalescingClient
+from dapo_megatron.engines.wire import SamplingParams
+from dapo_megatron.errors import EngineError
+
+SHORT, LONG = SamplingParams(max_new_tokens=TOGETHER_TOKENS), SamplingParams(max_new_tokens=TOGETHER_TOKENS + 1)
+
+
+class Client:
+    """Takes requests until it is let go, then gives each sample its number."""
+
+    concurrency = 3
+
+    def __init__(self, error=None):
+        self.counts, self.cancelled, self.go, self.error = [], 0, asyncio.Event(), error
+
+    async def generate(self, input_ids, params, count=1):
+        first = sum(self.counts)
+        self.counts.append(count)
+        try:
+            await self.go.wait()
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        if self.error is not None:
+            raise self.error
+        return list(range(first, first + count))
+
+
+async def asked(client, count, params=SHORT):
+    coalescing = CoalescingClient(client)
+    tasks = [asyncio.create_task(coalescing.generate([1, 2], params)) for _ in range(count)]
+    await asyncio.sleep(0.01)
+    return tasks
+
+
+def test_as_many_travel_together_as_may_be_in_flight_and_everybody_gets_another_sample():
+    async def run():
+        client = Client()
+        tasks = await asked(client, 7)
+        client.go.set()
+        assert await asyncio.gather(*tasks) == list(range(7)) and client.counts == [3, 3, 1]
+
+    asyncio.run(run())
+
+
+def test_long_ones_go_alone():
+    async def run():
+        client = Client()
+        tasks = await asked(client, 3, LONG)
+        assert client.counts == [1, 1, 1]
+        client.go.set()
+        assert await asyncio.gather(*tasks) == [0, 1, 2]
+
+    asyncio.run(run())
+
+
+def test_a_request_ends_when_nobody_waits_for_any_of_its_responses():
+    async def run():
+        client = Client()
+        first, second, third = await asked(client, 3)
+        first.cancel(), second.cancel()
+        await asyncio.sleep(0.01)
+        assert client.cancelled == 0
+        client.go.set()
+        assert await third == 2
+        client = Client()
+        for task in (tasks := await asked(client, 3)):
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.sleep(0.01)
+        assert client.cancelled == 1
+
+    asyncio.run(run())
+
+
+def test_who_is_cancelled_before_the_request_is_sent_is_not_asked_for():
+    async def run():
+        client = Client()
+        coalescing = CoalescingClient(client)
+        tasks = [asyncio.create_task(coalescing.generate([1, 2], SHORT)) for _ in range(2)]
+        asyncio.get_running_loop().call_soon(tasks[0].cancel)
+        await asyncio.sleep(0.01)
+        client.go.set()
+        assert await tasks[1] in (0, 1) and tasks[0].cancelled()
+
+    asyncio.run(run())
+
+
+def test_what_fails_is_heard_by_all():
+    async def run():
+        client = Client(EngineError("no engine answers"))
+        tasks = await asked(client, 2)
+        client.go.set()
+        for task in tasks:
+            with pytest.raises(EngineError, match="no engine answers"):
+                await task
+
+    asyncio.run(run())
