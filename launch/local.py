@@ -13,7 +13,7 @@ from launch.attempt import asked_by_signals, attempt, raise_end
 from launch.attempts import open_logs
 from launch.commands import Command
 from launch.environment import shared_environment
-from launch.job import Job, Resume
+from launch.job import Job, Resume, require_run
 from launch.machine import raise_open_files_limit, this_machine
 from launch.network import require_interface
 from launch.port_map import ports_needed
@@ -56,9 +56,8 @@ def run_local(config: RunConfig, *, resume: Resume | None = None, weights: Path 
         KeyboardInterrupt: Ctrl-C or SIGTERM.
     """
     folder = RunFolder(Path(config.run_dir))
-    if resume is not None and not folder.config.exists():
-        # Nothing is made where there is nothing to go on from.
-        raise ConfigError(f"{folder.path} holds no run: start it without --resume")
+    if resume is not None:
+        require_run(folder)  # nothing is made where there is nothing to go on from
     if config.launch.container is not None:
         raise ConfigError("launch.container is of SLURM jobs: start this one in a container, or set it to null")
     if config.launch.interface is not None:

@@ -12,7 +12,7 @@ from dapo_megatron.observe.jsonl import append_lines
 from dapo_megatron.errors import ConfigError, StorageError
 from dapo_megatron.run_folder import RunFolder
 from dapo_megatron.weights.hf_config import read_model
-from launch.job import prepare_new, prepare_resume
+from launch.job import check_resume, prepare_new, prepare_resume
 from launch.local import run_local
 from tests.tiny import hf_folder
 
@@ -130,8 +130,18 @@ def test_records_are_not_given_up_for_want_of_checkpoints(begun, lost, resume):
     append_lines(begun.metrics, [{"step": step} for step in range(22 if lost == "checkpoints" else 5)])
     if lost == "damaged":
         (begun.checkpoints / ".step_000010.damaged").mkdir(parents=True)
-    with pytest.raises(ConfigError, match="holds no checkpoint, but the run is at step"):
-        prepare_resume(config(begun.path), begun, resume)
+    for look in (check_resume, prepare_resume):
+        with pytest.raises(ConfigError, match="holds no checkpoint, but the run is at step"):
+            look(config(begun.path), begun, resume)
+
+
+@pytest.mark.parametrize("resume", ["latest", "latest-intact"])
+def test_a_dry_run_of_a_resume_tells_what_the_resume_would(tmp_path, begun, resume):
+    nowhere = tmp_path / "nowhere"
+    with pytest.raises(ConfigError, match="nowhere holds no run: start it without --resume"):
+        check_resume(config(nowhere), RunFolder(nowhere), resume)
+    assert not nowhere.exists()
+    check_resume(config(begun.path), begun, resume)  # ended before its first checkpoint: it would begin again
 
 
 def test_a_second_resume_says_what_it_takes_back(begun, capsys):
