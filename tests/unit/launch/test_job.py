@@ -4,7 +4,9 @@ import shutil
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from dapo_megatron import cli
 from dapo_megatron.checkpoint import store
 from dapo_megatron.checkpoint.manifest import Manifest, model_numbers
 from dapo_megatron.config import LaunchConfig, ModelConfig, RunConfig, load_config
@@ -167,11 +169,21 @@ def test_where_there_is_no_run_nothing_is_made(tmp_path):
     [
         ({"engine_nodes": 1}, "launch.engine_nodes=1 leaves no node for the trainer, there are 1"),
         ({"interface": "ib77"}, "launch.interface=ib77 is no interface of"),
+        ({"container": {"runtime": "pyxis", "image": "a"}}, "launch.container is of SLURM jobs"),
     ],
 )
-def test_where_processes_have_no_place_nothing_is_made(tmp_path, launch, says):
+def test_where_processes_have_no_place_nothing_is_made(tmp_path, monkeypatch, launch, says):
     with pytest.raises(ConfigError, match=says):
         run_local(config(tmp_path / "none").model_copy(update={"launch": LaunchConfig(**launch)}))
+    (tmp_path / "t.jsonl").write_text("{}\n")
+    tree = {"run_dir": str(tmp_path / "none"), "model": {"path": str(MODELS[0])}, "launch": launch}
+    tree["data"] = {"train": str(tmp_path / "t.jsonl"), "max_prompt_tokens": 64}
+    tree |= {"rollout": {"max_response_tokens": 64}, "algorithm": {"overlong_cache": 16}}
+    tree["engine"] = {"context_length": 128}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(tree))
+    monkeypatch.setattr(cli, "_run_module", lambda *a: pytest.fail("went on"))  # reads the rows of the data
+    refused = CliRunner().invoke(cli.app, ["run", str(tmp_path / "r.yaml"), "--dry-run"])
+    assert isinstance(refused.exception, ConfigError) and says in str(refused.exception)
     assert not (tmp_path / "none").exists()
 
 
