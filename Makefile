@@ -1,9 +1,11 @@
 # make help   this list
+# make setup   the environment in .venv, which the others make where it is missing
 # make demo   set up, then train a tiny model to add, every part real
 # make test   set up, then all tests (about 40 minutes on 2 cores); FAST=1 leaves out the slow ones
 # make test-full   the same, with every combination of layout, model, packing and loss, and with megatron-core 0.19
 # make test-slurm   set up and install SLURM (Debian's slurm-wlm and munge; as root), then the tests on a real cluster
-# make lint   ruff and mypy
+# make lint   set up, then ruff and mypy
+# make clean   remove what setting up has made, the demo's model and runs/
 # make prove REV=HEAD~1   that this tree computes what another revision does, bit for bit: every layout and a short run
 # make bench-trl   set up, TRL too in an environment of its own, then compare speed with it; ARGS=--quick for a few steps
 # make bench-chaos   the demo run killed at random moments and resumed, again and again; ARGS="--minutes 60" for an hour

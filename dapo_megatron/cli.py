@@ -72,9 +72,12 @@ def run(
         raise ConfigError("give --resume or --resume-weights-only: one goes on with a run, the other begins a new one")
     if dry_run:
         from launch.job import check_new, check_resume
+        from launch.local import placed
 
         folder = RunFolder(Path(config.run_dir))
         check_resume(config, folder, resume) if resume else check_new(config, folder, resume_weights_only)
+        with placed(config):
+            pass  # this machine has what the run needs
         _print_plan(config)
         _run_module("dapo_megatron.rollout.dry_run", [str(recipe), *(overrides or [])], dict(os.environ))
         print("dry run: nothing was started")

@@ -79,12 +79,27 @@ def not_a_folder(folder: RunFolder) -> ConfigError:
 
 
 def check_resume(config: RunConfig, folder: RunFolder, resume: Resume) -> None:
-    """Whether a run can go on; nothing is changed. Raises as prepare_resume."""
-    changes(load_config(folder.config), config)
-    if resume == "latest-intact":
-        store.latest_intact(folder)
-    elif store.published(folder):
+    """Whether a run can go on; nothing is changed.
+
+    Raises:
+        ConfigError: the folder holds no run; otherwise as prepare_resume.
+        StorageError: as prepare_resume.
+    """
+    require_run(folder)
+    began = load_config(folder.config)
+    changes(began, config)
+    if not store.published(folder):
+        _require_young(folder, began)
+    elif resume == "latest":
         store.latest(folder)
+    else:
+        store.latest_intact(folder)
+
+
+def require_run(folder: RunFolder) -> None:
+    """Raise ConfigError where there is nothing to go on from."""
+    if not folder.config.exists():
+        raise ConfigError(f"{folder.path} holds no run: start it without --resume")
 
 
 def prepare_resume(config: RunConfig, folder: RunFolder, resume: Resume) -> Job:

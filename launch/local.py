@@ -2,7 +2,8 @@
 
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from dapo_megatron.config import RunConfig
@@ -13,7 +14,7 @@ from launch.attempt import asked_by_signals, attempt, raise_end
 from launch.attempts import open_logs
 from launch.commands import Command
 from launch.environment import shared_environment
-from launch.job import Job, Resume
+from launch.job import Job, Resume, require_run
 from launch.machine import raise_open_files_limit, this_machine
 from launch.network import require_interface
 from launch.port_map import ports_needed
@@ -56,19 +57,28 @@ def run_local(config: RunConfig, *, resume: Resume | None = None, weights: Path 
         KeyboardInterrupt: Ctrl-C or SIGTERM.
     """
     folder = RunFolder(Path(config.run_dir))
-    if resume is not None and not folder.config.exists():
-        # Nothing is made where there is nothing to go on from.
-        raise ConfigError(f"{folder.path} holds no run: start it without --resume")
+    if resume is not None:
+        require_run(folder)  # nothing is made where there is nothing to go on from
+    with placed(config) as placement:
+        with attempt(config, folder, resume, weights) as job:
+            _run(config, folder, job, placement)
+        return write_report(folder)
+
+
+@contextmanager
+def placed(config: RunConfig) -> Iterator[Placement]:
+    """Where every process of a run goes on this machine; inside the block nothing else gets their ports.
+
+    Raises:
+        ConfigError: the machine has not what the run needs, or an option is not for one machine.
+    """
     if config.launch.container is not None:
         raise ConfigError("launch.container is of SLURM jobs: start this one in a container, or set it to null")
     if config.launch.interface is not None:
         require_interface(config.launch.interface)
     raise_open_files_limit(config.concurrency)
     with reserved_ports(ports_needed(config.engine.replicas, config.actor.pipeline_model_parallel_size)) as ports:
-        placement = place(config, *split([this_machine()], config.launch.engine_nodes), ports)
-        with attempt(config, folder, resume, weights) as job:
-            _run(config, folder, job, placement)
-        return write_report(folder)
+        yield place(config, *split([this_machine()], config.launch.engine_nodes), ports)
 
 
 def _run(config: RunConfig, folder: RunFolder, job: Job, placement: Placement) -> None:

@@ -27,7 +27,7 @@ def command(
     ] = None,
     like: Annotated[
         Path | None,
-        typer.Option(help="Hugging Face folder of the model, for a checkpoint without config.json and tokenizer."),
+        typer.Option(help="Hugging Face folder of the same model, whose config.json, tokenizer and so on to take."),
     ] = None,
 ) -> None:
     """Convert the weights of a distributed checkpoint to a Hugging Face folder.

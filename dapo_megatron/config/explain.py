@@ -8,7 +8,7 @@ from dapo_megatron.config.run import RunConfig
 
 
 def fields(section: type[BaseModel] = RunConfig, prefix: str = "") -> list[tuple[str, str, str]]:
-    """(dotted name, type, documentation) of every option, in the order of this file."""
+    """(dotted name, type, documentation) of every option, in the order of RunConfig."""
     rows: list[tuple[str, str, str]] = []
     for name, field in section.model_fields.items():
         kind = field.annotation

@@ -45,7 +45,7 @@ def convert_dist_to_hf(
 
     Args:
         dtype: type of all weights; None keeps what is stored.
-        like: folder with config.json, tokenizer and so on, for a checkpoint that holds none; where it has weights, they
+        like: folder with config.json, tokenizer and so on, in place of the checkpoint's own; where it has weights, they
             say which tensor goes into which file.
 
     Returns:

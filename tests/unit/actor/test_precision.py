@@ -23,6 +23,7 @@ from dapo_megatron.actor.packing_demands import packing_rules
 from dapo_megatron.config import PrecisionConfig, load_config
 from dapo_megatron.errors import ConfigError
 from dapo_megatron.weights.families import FAMILIES, ModelShape
+from launch.topology import Node
 from tests.tiny import groups, hf_folder, packed_batch, run_config
 
 HOPPER = Machine("2.20.2", (9, 0), "13.0")
@@ -235,6 +236,7 @@ def test_a_run_is_refused_before_anything_starts(tmp_path, monkeypatch, argument
     (tmp_path / "r.yaml").write_text(f"model: {{path: {model}}}\ndata: {{train: {tmp_path}/train.jsonl}}\n")
     monkeypatch.setattr("launch.local.run_local", lambda *a, **k: pytest.fail("started"))
     monkeypatch.setattr(cli, "_run_module", lambda *a: None)  # reads the rows of the data
+    monkeypatch.setattr("launch.local.this_machine", lambda: Node("here", "127.0.0.1", 0, 2))
     small = ["engine.context_length=512", "rollout.max_response_tokens=256", "data.max_prompt_tokens=256"]
     overrides = [*small, "algorithm.overlong_cache=64", f"run_dir={tmp_path}/run"]
     command = ["run", str(tmp_path / "r.yaml"), *overrides, *arguments]

@@ -4,7 +4,9 @@ import shutil
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from dapo_megatron import cli
 from dapo_megatron.checkpoint import store
 from dapo_megatron.checkpoint.manifest import Manifest, model_numbers
 from dapo_megatron.config import LaunchConfig, ModelConfig, RunConfig, load_config
@@ -12,7 +14,7 @@ from dapo_megatron.observe.jsonl import append_lines
 from dapo_megatron.errors import ConfigError, StorageError
 from dapo_megatron.run_folder import RunFolder
 from dapo_megatron.weights.hf_config import read_model
-from launch.job import prepare_new, prepare_resume
+from launch.job import check_resume, prepare_new, prepare_resume
 from launch.local import run_local
 from tests.tiny import hf_folder
 
@@ -130,8 +132,18 @@ def test_records_are_not_given_up_for_want_of_checkpoints(begun, lost, resume):
     append_lines(begun.metrics, [{"step": step} for step in range(22 if lost == "checkpoints" else 5)])
     if lost == "damaged":
         (begun.checkpoints / ".step_000010.damaged").mkdir(parents=True)
-    with pytest.raises(ConfigError, match="holds no checkpoint, but the run is at step"):
-        prepare_resume(config(begun.path), begun, resume)
+    for look in (check_resume, prepare_resume):
+        with pytest.raises(ConfigError, match="holds no checkpoint, but the run is at step"):
+            look(config(begun.path), begun, resume)
+
+
+@pytest.mark.parametrize("resume", ["latest", "latest-intact"])
+def test_a_dry_run_of_a_resume_tells_what_the_resume_would(tmp_path, begun, resume):
+    nowhere = tmp_path / "nowhere"
+    with pytest.raises(ConfigError, match="nowhere holds no run: start it without --resume"):
+        check_resume(config(nowhere), RunFolder(nowhere), resume)
+    assert not nowhere.exists()
+    check_resume(config(begun.path), begun, resume)  # ended before its first checkpoint: it would begin again
 
 
 def test_a_second_resume_says_what_it_takes_back(begun, capsys):
@@ -157,11 +169,21 @@ def test_where_there_is_no_run_nothing_is_made(tmp_path):
     [
         ({"engine_nodes": 1}, "launch.engine_nodes=1 leaves no node for the trainer, there are 1"),
         ({"interface": "ib77"}, "launch.interface=ib77 is no interface of"),
+        ({"container": {"runtime": "pyxis", "image": "a"}}, "launch.container is of SLURM jobs"),
     ],
 )
-def test_where_processes_have_no_place_nothing_is_made(tmp_path, launch, says):
+def test_where_processes_have_no_place_nothing_is_made(tmp_path, monkeypatch, launch, says):
     with pytest.raises(ConfigError, match=says):
         run_local(config(tmp_path / "none").model_copy(update={"launch": LaunchConfig(**launch)}))
+    (tmp_path / "t.jsonl").write_text("{}\n")
+    tree = {"run_dir": str(tmp_path / "none"), "model": {"path": str(MODELS[0])}, "launch": launch}
+    tree["data"] = {"train": str(tmp_path / "t.jsonl"), "max_prompt_tokens": 64}
+    tree |= {"rollout": {"max_response_tokens": 64}, "algorithm": {"overlong_cache": 16}}
+    tree["engine"] = {"context_length": 128}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(tree))
+    monkeypatch.setattr(cli, "_run_module", lambda *a: pytest.fail("went on"))  # reads the rows of the data
+    refused = CliRunner().invoke(cli.app, ["run", str(tmp_path / "r.yaml"), "--dry-run"])
+    assert isinstance(refused.exception, ConfigError) and says in str(refused.exception)
     assert not (tmp_path / "none").exists()
 
 
