@@ -227,17 +227,14 @@ def shard_numel(mapping: ParameterMapping, shape: ModelShape, tp_size: int) -> i
 
 
 def _sender_peak(shape: ModelShape, gathers: Sequence[Gather], buckets: Sequence[Bucket], item_bytes: int) -> int:
-    """While a bucket is filled: it, the one before, which is under way, the shards gathered last, and what is made of
-    one parameter's. While shards are gathered: gloo's copy of them (NCCL needs none, and so less than this), and one of
-    the sender's own, where they are of several parameters."""
+    """While a bucket is filled: it, the one before, which is under way, the shards gathered last (of the sender's own a
+    copy, where they are of several parameters), and what is made of one parameter's."""
     sized = ((g, g.mappings[0].expert is None, g.shard_bytes * g.ranks) for g in gathers)
     peak, before, filled, left = 0, 0, 0, iter(buckets)
     names: list[str] = []
     for together in gathered_together(sized, GATHER_BYTES):
-        shards = sum(g.shard_bytes * g.ranks for g in together if g.ranks > 1)
-        own = sum(g.shard_bytes for g in together if g.ranks > 1) if len(together) > 1 else 0
-        # A bucket is made when its first tensor has been gathered.
-        peak = max(peak, (before + filled if names else filled) + 2 * shards + own)
+        copied = sum(g.shard_bytes for g in together if g.ranks > 1) if len(together) > 1 else 0
+        shards = sum(g.shard_bytes * (g.ranks - 1) for g in together) + copied
         for gather in together:
             for i in range(len(gather.tensors)):
                 if not names:

@@ -184,10 +184,10 @@ def test_by_hand():
     # Halves of the matrices, in float32, and the whole of each norm.
     assert first.contributed(experts=False) == 4 * (40 + (layer - 16) // 2 + 16) and not first.contributed(experts=True)
     assert plan.gathered == first.contributed(experts=False) + second.contributed(experts=False)
-    # In float32: the shards of both ranks, a copy of them, and one of the sender's own. Later it is less: the bucket in
-    # bfloat16, the shards, and q, k and v joined and taken apart.
+    # The bucket in bfloat16; in float32 the other rank's shards, a copy of the sender's own, and q, k and v joined and
+    # taken apart.
     own = first.contributed(experts=False)
-    assert first.sender_peak == 2 * own + 2 * own + own > first.bytes + 2 * own + 2 * 4 * (3 * 8 * 8)
+    assert first.sender_peak == first.bytes + 2 * own + 2 * 4 * (3 * 8 * 8)
     # The slower of the two counts: half of a matrix in float32 has the bytes of all of it in bfloat16.
     assert plan.seconds(1000.0, 500.0) == plan.gathered / 500 > plan.bytes / 1000
     assert plan.seconds(1000.0, 5000.0) == plan.bytes / 1000
