@@ -49,7 +49,7 @@ def test_32b_on_128_gpus(qwen_32b):
         f"{size:.4g} GB in 194 buckets, the largest of 1485 MiB; each of the 64 ranks receives all",
         "keeps 16.38 GB",
         f"{gathered:.4g} GB from other ranks to the senders",
-        # The embedding in the sender: seven shards beside its own, whole, flat; and a down projection, which is on its way.
+        # In the sender: the embedding, of seven others, whole, and flat; a down projection, which is on its way.
         f"sender {((2 + 7 / 8) * 152064 * 5120 + 5120 * 27648) * 2 / 2**30:.3g} GiB",
         f"at least {max(size / 50, gathered / 100):.3g} s: {size / 50:.3g} s at 50 GB/s",
         "model.embed_tokens.weight",
