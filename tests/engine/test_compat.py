@@ -23,6 +23,14 @@ def import_server(folder):
     return subprocess.run([sys.executable, "-c", IMPORT], env=environment, capture_output=True, text=True, timeout=200)
 
 
+def probed(what):
+    """What a probe has printed, which ran in an engine's environment."""
+    command, environment = [sys.executable, f"tests/engine/{what}_probe.py"], engine_environment(os.environ, cpu=True)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def test_with_the_stand_ins_it_is_imported():
     done = import_server(SGLANG_CPU)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -37,22 +45,13 @@ def test_without_one_it_is_not(tmp_path, name):
 
 
 def test_the_plugin_attends_as_sglang_does_and_is_faster():
-    environment = engine_environment(os.environ, cpu=True)
-    command = [sys.executable, "tests/engine/attention_probe.py"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
-    for kind, found in json.loads(done.stdout.splitlines()[-1]).items():
+    for kind, found in probed("attention").items():
         assert found["replaced"] and found["difference"] < 5e-6, (kind, found)
         assert found["plugin_s"] < found["own_s"] / 2, (kind, found)
 
 
 def test_the_plugin_forks_what_sglang_would_spawn():
-    environment = engine_environment(os.environ, cpu=True)
-    command = [sys.executable, "tests/engine/fork_probe.py"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found == {"before": {"method": "spawn"}, "after": {"method": "fork", "imported": True}}
+    assert probed("fork") == {"before": {"method": "spawn"}, "after": {"method": "fork", "imported": True}}
 
 
 def murmur3(seed, position, column):
@@ -70,11 +69,7 @@ def murmur3(seed, position, column):
 
 
 def test_without_the_plugin_seeds_are_not_heard():
-    environment = engine_environment(os.environ, cpu=True)
-    command = [sys.executable, "tests/engine/sampling_probe.py"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = probed("sampling")
     before, after = found["before"], found["after"]
     assert before["seeds"] is None and isinstance(before["hashes"], str)
     first, second, third, fourth = zip(*before["sampled"], strict=True)
