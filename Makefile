@@ -1,7 +1,7 @@
 # make help   this list
 # make setup   the environment in .venv, which the others make where it is missing
 # make demo   set up, then train a tiny model to add, every part real
-# make test   set up, then all tests (about 40 minutes on 2 cores); FAST=1 leaves out the slow ones
+# make test   set up, then all tests (about 35 minutes on 2 cores); FAST=1 leaves out the slow ones
 # make test-full   the same, with every combination of layout, model, packing and loss, and with megatron-core 0.19
 # make test-slurm   set up and install SLURM (Debian's slurm-wlm and munge; as root), then the tests on a real cluster
 # make lint   set up, then ruff and mypy
