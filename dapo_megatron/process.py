@@ -15,7 +15,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import msgspec
 
@@ -170,6 +170,18 @@ def run_reported(reporter: Reporter, program: Callable[[], object]) -> int:
         return EXIT_CODES[line.kind]
     reporter.ended(None, "")
     return 0
+
+
+def leave(code: int) -> NoReturn:
+    """End a process that has used torch.distributed, without taking its interpreter down first.
+
+    A thread of gloo that drops the last reference to a tensor meanwhile would abort it ("terminate called without an
+    active exception"), after all its work was done.
+    """
+    with contextlib.suppress(OSError):  # a log on a full disk
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
 
 
 def read_statuses(folder: RunFolder) -> list[Status]:

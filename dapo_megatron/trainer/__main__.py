@@ -4,7 +4,6 @@ import argparse
 import gc
 import logging
 import os
-import sys
 from pathlib import Path
 
 import torch
@@ -20,7 +19,7 @@ from dapo_megatron.config import load_config
 from dapo_megatron.distributed.layout import init_parallel
 from dapo_megatron.engines.engine_set import read_engine_set
 from dapo_megatron.keys import read_keys
-from dapo_megatron.process import Reporter, run_reported
+from dapo_megatron.process import Reporter, leave, run_reported
 from dapo_megatron.resharding.push import Pusher
 from dapo_megatron.run_folder import RunFolder
 from dapo_megatron.trainer.controller_client import ControllerClient
@@ -70,4 +69,4 @@ def _train(args: argparse.Namespace, reporter: Reporter) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

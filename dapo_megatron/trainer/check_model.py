@@ -7,7 +7,6 @@ Random tokens in packed sequences, every position, the whole vocabulary. One of 
 
 import argparse
 import os
-import sys
 from math import prod
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from dapo_megatron.actor.model import policy_module, transformer_config
 from dapo_megatron.config import RunConfig
 from dapo_megatron.distributed.layout import init_parallel
 from dapo_megatron.errors import ConfigError, DapoError, exit_code
+from dapo_megatron.process import leave
 from dapo_megatron.weights.families import ModelShape
 from dapo_megatron.weights.hf_config import read_model
 from dapo_megatron.weights.hf_folder import HfFolder, check_weights
@@ -126,4 +126,4 @@ def _trainer_logprobs(folder: Path, shape: ModelShape, sequences: list[torch.Ten
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

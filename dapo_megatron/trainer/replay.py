@@ -9,7 +9,6 @@ first replica works on the micro-batch, padded as the layout of the replay asks,
 import argparse
 import io
 import math
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +32,7 @@ from dapo_megatron.config import RunConfig, load_config
 from dapo_megatron.distributed.layout import init_parallel
 from dapo_megatron.errors import exit_code
 from dapo_megatron.observe import catalog as m
+from dapo_megatron.process import leave
 from dapo_megatron.trainer.skipped import WEIGHTS, read_dump
 from dapo_megatron.weights.hf_config import read_model
 
@@ -108,4 +108,4 @@ def table_of(rows: list[Row]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

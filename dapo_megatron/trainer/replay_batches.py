@@ -7,7 +7,6 @@ with another number of replicas the sequences are spread anew.
 """
 
 import argparse
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -33,6 +32,7 @@ from dapo_megatron.checkpoint.train_state import TrainState
 from dapo_megatron.config import RunConfig, load_config
 from dapo_megatron.distributed.layout import Layout, init_parallel
 from dapo_megatron.errors import DapoError, exit_code
+from dapo_megatron.process import leave
 from dapo_megatron.run_folder import RunFolder
 from dapo_megatron.trainer.loop import train_batch
 from dapo_megatron.trainer.replica_batch import ReplicaBatch
@@ -133,4 +133,4 @@ def own_batch(batch: StepBatch, rules: PackingRules, layout: Layout) -> ReplicaB
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

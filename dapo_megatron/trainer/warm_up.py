@@ -8,7 +8,6 @@ Reads data.train of the config, whose rows hold `response` besides the prompt, a
 import argparse
 import random
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from dapo_megatron.data.rows import load_rows
 from dapo_megatron.distributed.layout import init_parallel
 from dapo_megatron.errors import DapoError, exit_code
 from dapo_megatron.observe import catalog as m
+from dapo_megatron.process import leave
 from dapo_megatron.weights.exporter import export_stage
 from dapo_megatron.weights.hf_config import read_model
 
@@ -96,4 +96,4 @@ def _save(actor: Actor, source: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())
