@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from dapo_megatron.errors import ConfigError, DapoError
+from dapo_megatron.errors import ConfigError, DapoError, DataError
 from dapo_megatron.weights.families import ModelShape
 from dapo_megatron.weights.hf_config import read_json
 from dapo_megatron.weights.table import check_names, hf_shapes, parameter_mappings, some_names
@@ -47,12 +47,19 @@ def side_files(folder: Path, *, nested: bool = True) -> list[str]:
 
     Args:
         nested: also those in folders; otherwise only small ones (SMALL bytes) that lie in the folder itself.
+
+    Raises:
+        DataError: a link among those in folders leads to a folder, or to nothing.
     """
     found = [INDEX] if (folder / INDEX).is_file() and not (folder / SINGLE).exists() else []
     for path in sorted(folder.rglob("*") if nested else folder.iterdir()):
         name = path.relative_to(folder)
         hidden = any(part.startswith(".") for part in name.parts[:-1])
-        if not path.is_file() or hidden or path.name.endswith(_NOT_BESIDE):
+        if hidden or path.name.endswith(_NOT_BESIDE):
+            continue
+        if not path.is_file():
+            if nested and path.is_symlink():
+                raise DataError(f"{path} is a link to {path.readlink()}, which is no file: copy or remove it")
             continue
         if nested or path.stat().st_size <= SMALL:
             found.append(str(name))

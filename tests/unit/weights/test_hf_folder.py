@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dapo_megatron.errors import ConfigError
+from dapo_megatron.errors import ConfigError, DataError
 from dapo_megatron.weights.hf_config import read_model
-from dapo_megatron.weights.hf_folder import HfFolder, check_weights
+from dapo_megatron.weights.hf_folder import HfFolder, check_weights, side_files
 from tests.tiny import hf_folder
 
 EMBEDDING, NORM = "model.embed_tokens.weight", "model.norm.weight"
@@ -188,3 +188,18 @@ def test_a_tied_model_with_an_output_layer_of_its_own(tmp_path):
     assert "tie_word_embeddings=true, but lm_head.weight differs" in refusal(path)
     change(path, **{"lm_head.weight": embedding[:-1].clone()})
     assert "tie_word_embeddings=true, but lm_head.weight differs" in refusal(path)
+
+
+@pytest.mark.parametrize("target", ["elsewhere", "nowhere"])
+def test_a_link_among_the_side_files_that_is_no_file_is_refused(tmp_path, target):
+    folder = tmp_path / "hf"
+    for place in (folder / "assets", folder / ".cache", tmp_path / "elsewhere"):
+        place.mkdir(parents=True)
+    (tmp_path / "elsewhere" / "guide.md").write_text("a guide")
+    (folder / "assets" / "guide.md").symlink_to(tmp_path / "elsewhere" / "guide.md")
+    (folder / ".cache" / "hidden").symlink_to(tmp_path / target)
+    assert side_files(folder) == ["assets/guide.md"]
+    (folder / "assets" / "more").symlink_to(tmp_path / target)
+    with pytest.raises(DataError, match=f"assets/more is a link to .*/{target}, which is no file: copy or remove it"):
+        side_files(folder)
+    assert side_files(folder, nested=False) == []
