@@ -1,6 +1,6 @@
 """Rows of both systems -> medians, time to accuracy, and the printed table. Pure but for the table."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -58,9 +58,15 @@ class Summary:
     longest: float
 
 
-def from_metrics(records: Sequence[dict], started: float) -> Run:
-    """This project's run, from its metrics.jsonl and the Unix time of the command."""
-    first, *steps = records
+def from_metrics(records: Iterable[dict], system: str, started: float) -> Run:
+    """This project's run, from its metrics.jsonl and the Unix time of the command.
+
+    With a lag, evaluation runs beside training and has records of its own.
+    """
+    of_step: dict[int, dict] = {}
+    for record in records:
+        of_step[record["step"]] = record | of_step.get(record["step"], {})
+    first, *steps = of_step.values()
     rows = []
     for r in steps:
         seconds = r["time/step"] - sum(r.get(f"time/{name}", 0.0) for name in NOT_OF_THE_STEP)
@@ -68,7 +74,7 @@ def from_metrics(records: Sequence[dict], started: float) -> Run:
         tokens, longest = r["rollout/response_tokens"], r["response/length_max"]
         rows.append(Row(r["step"], seconds, phases, tokens, longest, r.get("eval/accuracy")))
     startup = first["time"] - started - first.get("time/evaluate", 0.0)
-    return Run("this project", startup, first.get("eval/accuracy"), rows)
+    return Run(system, startup, first.get("eval/accuracy"), rows)
 
 
 def from_trl(records: Sequence[dict], system: str, started: float) -> Run:
@@ -118,30 +124,38 @@ def seconds_to(rows: Sequence[Row], target: float) -> float | None:
     return None
 
 
-def table(title: str, ours: Run, trl: Run, skip: int, target: float | None) -> Table:
-    """Both systems side by side; the ratio is above 1 where this project is the better one."""
-    out = Table("", ours.system, trl.system, "ratio", title=title, title_justify="left")
+def table(title: str, ours: Sequence[Run], trl: Run, skip: int, target: float | None) -> Table:
+    """All runs side by side; a ratio is above 1 where that run of this project is better than TRL's."""
+    runs = (*ours, trl)
+    found = [summarize(run.rows, skip) for run in runs]
+    out = Table("", *(column for run in ours for column in (run.system, "ratio")), trl.system, title=title)
+    out.title_justify = "left"
     for column in out.columns[1:]:
         column.justify = "right"
-    a, b = summarize(ours.rows, skip), summarize(trl.rows, skip)
-    speed = a.tokens_per_second, b.tokens_per_second
-    out.add_row("response tokens trained a second", *(f"{x:.0f}" for x in speed), f"{speed[0] / speed[1]:.2f}")
-    out.add_row("seconds a step", f"{a.seconds:.3f}", f"{b.seconds:.3f}", f"{b.seconds / a.seconds:.2f}")
+    rates = [s.tokens_per_second for s in found]
+    out.add_row("response tokens trained a second", *_beside(rates, 0, [rate / rates[-1] for rate in rates]))
+    out.add_row("seconds a step", *_times([s.seconds for s in found], 3))
     for name, label in LABELS.items():
-        out.add_row(f"  {label}", f"{a.phases[name]:.3f}", f"{b.phases[name]:.3f}", "")
-    out.add_row("response tokens a step", f"{a.tokens:.0f}", f"{b.tokens:.0f}", "")
-    out.add_row("longest response of a step", f"{a.longest:.0f}", f"{b.longest:.0f}", "")
+        out.add_row(f"  {label}", *_beside([s.phases[name] for s in found], 3))
+    out.add_row("response tokens a step", *_beside([s.tokens for s in found], 0))
+    out.add_row("longest response of a step", *_beside([s.longest for s in found], 0))
     if target is not None:
-        out.add_row(f"seconds to accuracy {target:.0%}", *_to_target(seconds_to(ours.rows, target), trl, target))
-        out.add_row("accuracy before and after", _before_after(ours), _before_after(trl), "")
-    out.add_row("seconds to start", f"{ours.startup:.1f}", f"{trl.startup:.1f}", f"{trl.startup / ours.startup:.2f}")
+        out.add_row(f"seconds to accuracy {target:.0%}", *_times([seconds_to(run.rows, target) for run in runs], 1))
+        accuracies = [cell for run in ours for cell in (_before_after(run), "")]
+        out.add_row("accuracy before and after", *accuracies, _before_after(trl))
+    out.add_row("seconds to start", *_times([run.startup for run in runs], 1))
     return out
 
 
-def _to_target(ours: float | None, trl: Run, target: float) -> tuple[str, str, str]:
-    theirs = seconds_to(trl.rows, target)
-    ratio = f"{theirs / ours:.2f}" if ours and theirs else ""
-    return tuple("not reached" if s is None else f"{s:.1f}" for s in (ours, theirs)) + (ratio,)
+def _times(seconds: Sequence[float | None], digits: int) -> list[str]:
+    return _beside(seconds, digits, [seconds[-1] / s if s and seconds[-1] else None for s in seconds])
+
+
+def _beside(values: Sequence[float | None], digits: int, ratios: Sequence[float | None] | None = None) -> list[str]:
+    """The cells of a row, each with its ratio but the last."""
+    texts = ["not reached" if value is None else f"{value:.{digits}f}" for value in values]
+    notes = ["" if ratio is None else f"{ratio:.2f}" for ratio in ratios or [None] * len(values)]
+    return [cell for pair in zip(texts, notes, strict=True) for cell in pair][:-1]
 
 
 def _before_after(run: Run) -> str:

@@ -9,6 +9,10 @@ with two; the faster run counts); this project has an SGLang server beside two d
 and sends weights to it. TRL has no dynamic sampling, so it is off here too. TRL mixes the responses of all prompts
 into every update; this project keeps groups whole. TRL grades between generation and update, which counts as rest;
 here grading overlaps with generation. The log-prob comparison after a push (a check, not training) is off.
+
+This project runs twice: generating and training in turn, as TRL does, and with rollout.max_policy_lag=1, where the
+engine answers while one rank trains on responses of weights that are a step older. Evaluation is off the clock but
+for the run with a lag, where it goes on beside training.
 """
 
 import argparse
@@ -24,7 +28,7 @@ import yaml
 from rich.console import Console
 
 from benchmarks.results import Run, from_metrics, from_trl, summarize, table
-from benchmarks.workloads import WORKLOADS, Workload, trl_settings
+from benchmarks.workloads import WAYS, WORKLOADS, Workload, trl_settings
 from dapo_megatron.config import RunConfig
 from dapo_megatron.errors import DapoError, exit_code
 from dapo_megatron.observe.jsonl import read_lines
@@ -75,8 +79,12 @@ def compare(args: argparse.Namespace) -> None:
         workload.prepare(folder)
         steps = args.steps or (4 if args.quick else workload.steps)
         every = min(steps, args.evaluate_every)
-        config = workload.recipe(folder, out / workload.name, steps=steps, evaluate_every=every, extra=args.overrides)
-        ours = run_ours(config, out, workload, args.deadline)
+        ours = []
+        for i, (system, layout) in enumerate(WAYS.items()):
+            name = f"{workload.name}-{i}"
+            extra = [*layout, *args.overrides]
+            config = workload.recipe(folder, out / name, steps=steps, evaluate_every=every, extra=extra)
+            ours.append(run_ours(config, out, name, system, args.deadline))
         theirs = max(
             (run_trl(config, out, workload, args.deadline, args.trl_python, threads) for threads in TRL_THREADS),
             key=lambda run: summarize(run.rows, WARM_UP_STEPS).tokens_per_second,
@@ -85,13 +93,13 @@ def compare(args: argparse.Namespace) -> None:
     console.print(f"medians over steps, the first {WARM_UP_STEPS} left out; raw results and logs: {out}")
 
 
-def run_ours(config: RunConfig, out: Path, workload: Workload, deadline: float) -> Run:
+def run_ours(config: RunConfig, out: Path, name: str, system: str, deadline: float) -> Run:
     """Run this project in processes of its own."""
-    recipe = out / f"{workload.name}.yaml"
+    recipe = out / f"{name}.yaml"
     recipe.write_text(yaml.safe_dump(config.model_dump()))
     command = [sys.executable, "-m", "dapo_megatron.cli", "run", str(recipe)]
-    started = run_within(command, out / f"{workload.name}-ours.log", deadline, threads=1)
-    return from_metrics(read_lines(Path(config.run_dir) / "metrics.jsonl"), started)
+    started = run_within(command, out / f"{name}.log", deadline, threads=1)
+    return from_metrics(read_lines(Path(config.run_dir) / "metrics.jsonl"), system, started)
 
 
 def run_trl(config: RunConfig, out: Path, workload: Workload, deadline: float, python: Path, threads: int) -> Run:

@@ -20,6 +20,14 @@ LONGEST_RESPONSE = 256
 LONG_WARM_UP_UPDATES = 300
 
 
+WAYS = {
+    "this project": ("actor.data_parallel_size=2",),
+    "this project, lag 1": ("rollout.max_policy_lag=1", "actor.data_parallel_size=1"),
+}
+"""How this project runs a workload, each in the faster layout of those that two cores allow for a model that fits into
+one: the engine and two ranks in turn, as TRL does it, or the engine beside one rank."""
+
+
 @dataclass(frozen=True)
 class Workload:
     """One column of figures: what is trained, and how far."""
@@ -42,9 +50,7 @@ class Workload:
             f"data.train={folder / 'train.jsonl'}",
             f"data.eval={folder / 'eval.jsonl' if self.target is not None else 'null'}",
             "algorithm.dynamic_sampling=false",
-            # The faster of the layouts that two cores allow for a model that fits into one.
             "actor.tensor_model_parallel_size=1",
-            "actor.data_parallel_size=2",
             f"trainer.steps={steps}",
             f"checkpoint.every={steps}",
             f"evaluation.every={evaluate_every}",

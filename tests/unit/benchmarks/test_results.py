@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import median
 
 import pytest
-from benchmarks.results import Row, from_metrics, from_trl, seconds_to, summarize
+from benchmarks.results import Row, Run, from_metrics, from_trl, seconds_to, summarize, table
 from benchmarks.workloads import LONGEST_RESPONSE, WORKLOADS, thought_length, trl_settings
 
 
@@ -36,13 +36,44 @@ def test_neither_evaluation_nor_verification_is_of_the_step():
     times = {"generate": 1.0, "old_logprobs": 0.25, "update": 0.5, "push": 0.125, "evaluate": 3.0, "verify": 2.0}
     record = {"step": 1, "rollout/response_tokens": 40.0, "response/length_max": 5.0, "eval/accuracy": 0.5}
     record |= {f"time/{name}": s for name, s in times.items()} | {"time/step": 4.0}
-    run = from_metrics(
-        [{"step": 0, "time": 130.0, "time/evaluate": 10.0, "eval/accuracy": 0.25}, record], started=100.0
-    )
+    before = {"step": 0, "time": 130.0, "time/evaluate": 10.0, "eval/accuracy": 0.25}
+    run = from_metrics([before, record], "ours", started=100.0)
     assert run.startup == 20.0
     assert run.accuracy_before == 0.25
     assert run.rows == [
         Row(1, 2.0, {"generate": 1.0, "old_logprobs": 0.25, "update": 0.5, "sync": 0.125}, 40.0, 5.0, 0.5)
+    ]
+
+
+def test_an_evaluation_beside_training_is_that_of_its_step():
+    times = {f"time/{name}": 0.5 for name in ("generate", "old_logprobs", "update", "push")} | {"time/step": 2.0}
+    steps = [{"step": i, "time": 130.0 + i, "rollout/response_tokens": 9.0, "response/length_max": 5.0} for i in (1, 2)]
+    evaluated = [{"step": i, "time": 140.0 + i, "eval/accuracy": 0.5 + i / 10} for i in (0, 1)]
+    records = [{"step": 0, "time": 130.0}, evaluated[0], steps[0] | times, steps[1] | times, evaluated[1]]
+    run = from_metrics(iter(records), "lag 1", started=100.0)
+    assert (run.system, run.startup, run.accuracy_before) == ("lag 1", 30.0, 0.5)
+    assert [(r.step, r.seconds, r.accuracy) for r in run.rows] == [(1, 2.0, 0.6), (2, 2.0, None)]
+
+
+def test_a_ratio_above_one_is_better_than_trl():
+    slow, fast = (Run(name, 8.0, 0.25, [row(1, s), row(2, s, accuracy=0.75)]) for name, s in (("a", 4.0), ("b", 1.0)))
+    trl = Run("TRL", 2.0, 0.25, [row(1, 2.0), row(2, 2.0, accuracy=0.75)])
+    printed = table("short", [slow, fast], trl, 1, 0.5)
+    assert [column.header for column in printed.columns] == ["", "a", "ratio", "b", "ratio", "TRL"]
+    rows = {cells[0]: cells[1:] for cells in zip(*(column.cells for column in printed.columns), strict=True)}
+    assert rows["response tokens trained a second"] == ("25", "0.50", "100", "2.00", "50")
+    assert rows["seconds a step"] == ("4.000", "0.50", "1.000", "2.00", "2.000")
+    assert rows["seconds to accuracy 50%"] == ("8.0", "0.50", "2.0", "2.00", "4.0")
+    assert rows["accuracy before and after"] == ("25.0% -> 75.0%", "", "25.0% -> 75.0%", "", "25.0% -> 75.0%")
+    assert rows["seconds to start"] == ("8.0", "0.25", "8.0", "0.25", "2.0")
+    never = table("short", [slow, fast], trl, 1, 0.9)
+    cells = [list(column.cells) for column in never.columns]
+    assert [column[cells[0].index("seconds to accuracy 90%")] for column in cells[1:]] == [
+        "not reached",
+        "",
+        "not reached",
+        "",
+        "not reached",
     ]
 
 
