@@ -1,5 +1,6 @@
 """Run a function on several gloo ranks: processes forked from one that has imported everything already."""
 
+import gc
 import multiprocessing
 import os
 import queue
@@ -67,6 +68,7 @@ def _rank(rank, world, port, function, args, answers):
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank)
     )
     torch.set_num_threads(1)
+    gc.freeze()  # or each collection goes through all that pytest holds, and copies it page by page
     try:
         dist.init_process_group("gloo", timeout=timedelta(seconds=DEADLINE_S))
         answers.put((rank, None, function(*args)))
