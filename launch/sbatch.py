@@ -1,7 +1,8 @@
 """What a batch script asks SLURM for, and which run it starts: read from its #SBATCH lines and its last one. Pure.
 
 Only what decides the size of the job is read: --nodes, --gpus-per-node or --gres=gpu:, --ntasks-per-node with
---cpus-per-task, or --cpus-per-gpu; and --time. A line `#SBATCH hetjob` begins the next group of a heterogeneous job.
+--cpus-per-task, or --cpus-per-gpu; and --time. A line `#SBATCH hetjob` begins the next group of a heterogeneous job. A
+job array is refused.
 """
 
 import re
@@ -11,10 +12,28 @@ from dataclasses import dataclass
 from itertools import takewhile
 
 from dapo_megatron.errors import ConfigError
+from launch.allocation import NO_ARRAY
 from launch.time_limit import read_time
 
-SHORT = {"-N": "--nodes", "-c": "--cpus-per-task", "-n": "--ntasks", "-G": "--gpus", "-w": "--nodelist", "-t": "--time"}
-READ = ("--nodes", "--gpus-per-node", "--gres", "--ntasks-per-node", "--cpus-per-task", "--cpus-per-gpu", "--time")
+SHORT = {
+    "-N": "--nodes",
+    "-c": "--cpus-per-task",
+    "-n": "--ntasks",
+    "-G": "--gpus",
+    "-w": "--nodelist",
+    "-t": "--time",
+    "-a": "--array",
+}
+READ = (
+    "--nodes",
+    "--gpus-per-node",
+    "--gres",
+    "--ntasks-per-node",
+    "--cpus-per-task",
+    "--cpus-per-gpu",
+    "--time",
+    "--array",
+)
 UNREAD = {
     "--gpus": "--gpus-per-node",
     "--gpus-per-task": "--gpus-per-node",
@@ -118,6 +137,8 @@ def _options(words: Sequence[str]) -> dict[str, str]:
 
 
 def _request(options: dict[str, str], where: str) -> Request:
+    if "--array" in options:
+        raise ConfigError(f"{where}: --array={options['--array']}: no task of an array is put back alone: {NO_ARRAY}")
     for name, instead in UNREAD.items():
         is_of_gpus = not name.startswith("--tres") or "gpu" in options.get(name, "")
         if name in options and is_of_gpus and instead not in options:

@@ -100,6 +100,8 @@ def test_the_script_that_runs():
         (["--gres=gpu:h100"], "'h100' is no number of GPUs"),
         (["--gpus-per-node=h100:4,a100:4"], "is no number of GPUs"),
         (["--cpus-per-task=x"], "--cpus-per-task=x"),
+        (["--nodes=2", "--array=1-10%1"], "--array=1-10%1: no task of an array is put back alone: submit"),
+        (["-a 0-3"], "--array=0-3: "),
     ],
 )
 def test_refused(options, says):
