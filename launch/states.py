@@ -18,8 +18,9 @@ together. They run in slots, the places that the placement plans. Each slot is o
                 EngineLost, HostLost      restarting  as above
                 StopAsked                 over        Requeue or End: the newest checkpoint is what there is
     stopping    Finished                  over        End; Requeue if work is left and whoever asked wants it back
-                TrainingFailed, HostLost  over        Requeue or End
-                GraceOver                 over        Requeue or End
+                TrainingFailed, GraceOver over        Requeue or End
+                HostLost                  over        Requeue or End, if it is the training's
+                EngineLost; engines' host stopping    nothing: a save may not need them, and the grace is short
     any         Progress                  the same    (the steps are remembered)
     over        any                       over
 """
@@ -287,9 +288,10 @@ def _host_lost(state: State, host: str) -> tuple[State, list[Action]]:
     if host not in state.hosts:
         return state, []
     state = replace(state, failures={**state.failures, host: max(BAD_AFTER, state.failures.get(host, 0))})
-    if state.phase is Phase.STOPPING:
-        return _stopped(state, f"{state.why}; and then {host} was lost")
     slot = state.hosts.index(host)
+    if state.phase is Phase.STOPPING:
+        why = f"{state.why}; and then {host} was lost"
+        return _stopped(state, why) if slot in state.training else (state, [])
     state, moved = _moved_from_bad_hosts(state, [slot])
     if not moved:
         # No fault of the run: how far it got does not matter.

@@ -184,6 +184,16 @@ def test_a_stop_is_asked_for_and_waited_for(comes_back):
     ]
 
 
+def test_a_run_that_stops_can_do_without_the_hosts_of_engines():
+    stopping, _ = after(state(), Progress(1, saved=1), StopAsked("time limit", True))
+    found, actions = after(stopping, HostLost("node3"))
+    assert actions == [] and found.phase is Phase.STOPPING
+    assert after(found, Progress(2, saved=2), Finished(False))[1] == [Requeue("time limit", ("node3",), False)]
+    assert after(found, HostLost("node1"))[1] == [
+        Requeue("time limit; and then node1 was lost", ("node1", "node3"), False)
+    ]
+
+
 def test_where_no_more_failures_are_allowed_the_time_limit_is_none():
     stop = [StopAsked("time limit", True), Finished(False)]
     assert after(state(can_fail=False), Progress(1, saved=1), *stop)[1] == [Requeue("time limit", (), False)]

@@ -197,6 +197,32 @@ def test_a_rank_that_ends_before_its_record_can_be_read_has_not_failed(folder, m
     assert began == ["engine-0", "engine-1", "controller", "trainer"]
 
 
+def test_a_run_that_stops_does_not_look_after_its_engines(folder, monkeypatch):
+    """SLURM would be asked at every look whether the host of a dead one is down, until the grace is over."""
+    asked, looks = iter([StopAsked("SIGTERM", comes_back=False)]), []
+
+    def engine_dies(world):
+        world.lost_hosts = lambda look: looks.append(look) or []
+        world.end = lambda children: pytest.fail(f"ended: {[child.name for child in children]}")
+        world.kill("engine-1")
+
+    def others_hang(world):
+        hangs = [(member, "hangs") for member in read_engine_set(folder).members]
+        monkeypatch.setattr(under_test.EngineWatch, "silent", lambda _: hangs)
+
+    def done(world):
+        world.end = lambda children: None
+        world.finish("controller", "trainer-0", "trainer-1")
+
+    monkeypatch.setattr(under_test, "LOOK_S", 0.0)
+    with Reporter(folder, "trainer-0") as reporter:
+        reporter.phase("update")
+        scenes = [engine_dies, others_hang, lambda _: None, done]
+        end, began = play(folder, monkeypatch, *scenes, asked=lambda: next(asked, None))
+    assert end.kind == "preempted" and looks and not any(looks)
+    assert began == ["engine-0", "engine-1", "controller", "trainer"]
+
+
 @pytest.mark.parametrize("phase", ["start", "update"])
 def test_a_stop_has_its_grace_once_there_is_something_to_save(folder, monkeypatch, phase):
     watched = supervisor(folder, Hosts())
