@@ -25,7 +25,7 @@ from launch.attempts import final_phase, note_attempt, told_restarts
 from launch.backend import Backend
 from launch.commands import command_of_controller, command_of_engine, command_of_rank
 from launch.engine_watch import EngineWatch
-from launch.failures import failed, failure, hang
+from launch.failures import failed, failure, hang, unheard_of
 from launch.heartbeats import Heartbeats
 from launch.job import Job, prepare_restart
 from launch.journal import Journal
@@ -111,6 +111,7 @@ class Supervisor:
         self._generation = 0
         self._controller: list[Child] = []
         self._trainer: list[Child] = []
+        self._training_began = 0.0
         self._heartbeats = Heartbeats(config.deadlines.heartbeat)
         api_key, deadlines = read_keys(folder).engine_api_key, config.deadlines
         self._engine_watch = EngineWatch(api_key, deadlines.engine, deadlines.engine_start)
@@ -198,6 +199,10 @@ class Supervisor:
         statuses = [s for s in read_statuses(self.folder) if s.process in running]
         for status, silence_s in self._heartbeats.silent(statuses, now)[:1]:
             yield TrainingFailed("crash", str(hang(status, silence_s)), status.host)
+        # An srun waits for its step for ever, and a process for a file system.
+        started_s, unheard = now - self._training_began, sorted(running - {s.process for s in statuses})
+        if unheard and started_s >= self.config.deadlines.engine_start:
+            yield TrainingFailed("crash", str(unheard_of(unheard[0], started_s)))
         for member, message in [(m, text) for m, text in self._engine_watch.silent() if m.name in engines][:1]:
             child = engines[member.name]
             self.backend.end([child])
@@ -242,6 +247,7 @@ class Supervisor:
         self._controller = self.backend.start("controller", [controller], [head], grace=True)
         ranks = [command_of_rank(self.job, placement, place.rank, self._shared) for place in placement.ranks]
         hosts = [p.node.name for p in placement.ranks]
+        self._training_began = time.monotonic()
         self._trainer = self.backend.start("trainer", ranks, hosts, grace=True)
         self.journal.note(f"controller starts on {head}, trainer ranks on {', '.join(dict.fromkeys(hosts))}")
 

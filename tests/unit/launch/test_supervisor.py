@@ -1,6 +1,7 @@
 """In which order a supervisor tells what it sees, and what its log keeps of it."""
 
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -171,6 +172,33 @@ def test_engines_are_started_again_alone_and_the_training_beside_them(folder, mo
     assert end == End(None, "finished")
     assert began == ["engine-0", "engine-1", "controller", "trainer", "engine-1", "engine-1", "controller", "trainer"]
     assert seen == [(1, [1, 1]), (2, [1, 2]), (3, [1, 3])]
+
+
+@pytest.mark.parametrize("mute", ["controller", "trainer-1"])
+def test_one_that_never_gives_a_sign_of_life_hangs(folder, monkeypatch, mute):
+    """As where SLURM does not make its step: an srun waits for ever."""
+    clock = time.monotonic()
+    monkeypatch.setattr(under_test.time, "monotonic", lambda: clock)
+    monkeypatch.setattr(under_test.Heartbeats, "silent", lambda *_: [])  # all others are well
+    monkeypatch.setattr(under_test.EngineWatch, "silent", lambda _: [])
+    monkeypatch.setattr("launch.job.clear", lambda folder: None)  # and live on
+
+    def later(seconds):
+        nonlocal clock
+        clock += seconds
+
+    def done(world):
+        world.finish("controller", "trainer-0", "trainer-1")
+
+    scenes = [lambda _: later(590), lambda _: later(20), lambda _: None, lambda _: later(590), lambda _: None, done]
+    with ExitStack() as others:
+        for name in {"controller", "trainer-0", "trainer-1"} - {mute}:
+            others.enter_context(Reporter(folder, name))
+        end, began = play(folder, monkeypatch, *scenes)
+    assert end == End(None, "finished")
+    assert began == ["engine-0", "engine-1", "controller", "trainer", "controller", "trainer"]
+    log = folder.journal.read_text()
+    assert f" the {mute} hangs: no sign of life since it was started 610 s ago; see logs/latest/" in log
 
 
 @pytest.mark.parametrize(("step", "kind"), [(8, "preempted"), (9, None)])
