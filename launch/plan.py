@@ -61,7 +61,7 @@ class HostMemory:
     gather: int
     """Of its ranks, while a fully_reshardable one is gathered."""
     responses: int
-    """Of a step in the controller, all of them as long as may be, twice where generation runs ahead."""
+    """Of a step in the controller, all of them as long as may be; and of the steps that generation may run ahead."""
     graders: int
     """At most."""
 
