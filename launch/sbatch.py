@@ -47,8 +47,8 @@ UNREAD = {
 MODULE = "launch.slurm"
 OPERATORS = frozenset(";|&<>")
 """Of the shell: what follows them is no argument of the launcher."""
-ARGUMENTS = '"$@"'
-"""Where a script hands on what it was given itself."""
+ARGUMENTS = re.compile(r""" *("?)\$(?:@|\{@\})\1""")
+"""Where a script hands on what it was given itself: "$@"."""
 
 
 @dataclass(frozen=True)
@@ -95,9 +95,15 @@ def read_script(text: str, where: str) -> Script:
     return Script(requests, recipe, overrides, min(limits, default=None))
 
 
-def filled(text: str, arguments: Sequence[str]) -> str:
-    """The script as it runs when `sbatch SCRIPT arguments` starts it."""
-    return re.sub(rf" *{re.escape(ARGUMENTS)}", lambda _: "".join(f" {shlex.quote(a)}" for a in arguments), text)
+def filled(text: str, arguments: Sequence[str], where: str) -> str:
+    """The script as it runs when `sbatch SCRIPT arguments` starts it.
+
+    Raises:
+        ConfigError: it would not hear of its arguments.
+    """
+    if arguments and ARGUMENTS.search(text) is None:
+        raise ConfigError(f'{where} hands on no argument, and {arguments[0]} is one: end its last line in "$@"')
+    return ARGUMENTS.sub(lambda _: "".join(f" {shlex.quote(a)}" for a in arguments), text)
 
 
 def _words(line: str, where: str, apart: str = "") -> list[str]:

@@ -34,7 +34,7 @@ SIZES_7B = {
     "num_attention_heads": 28,
     "num_key_value_heads": 4,
 }
-RUN_32B = "exec python -m launch.slurm --recipe launch/recipes/dapo_qwen2.5_32b.yaml"
+RUN_32B = 'exec python -m launch.slurm --recipe launch/recipes/dapo_qwen2.5_32b.yaml "$@"'
 MODELS = {"32b": QWEN, "7b": QWEN | SIZES_7B}
 OPTIONS = Options(
     script=None,
