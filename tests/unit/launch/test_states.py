@@ -63,8 +63,21 @@ def test_an_engine_that_failed_twice_moves_to_a_spare_host():
 
 @pytest.mark.parametrize(("limit", "says"), [(0, "killed"), (2, "killed (after 2 restarts of engine-0)")])
 def test_an_engine_is_not_started_for_ever(limit, says):
-    found, actions = after(state(restarts=limit), *(limit + 1) * [EngineLost("engine-0", "killed")])
+    found, actions = after(state(restarts=limit, requeue=False), *(limit + 1) * [EngineLost("engine-0", "killed")])
     assert actions == [End("engine", says)] and found.phase is Phase.OVER
+
+
+def test_where_the_engines_of_one_host_alone_fail_the_job_comes_back_without_it():
+    often = 3 * [EngineLost("engine-0", "killed")]
+    why = "killed (after 2 restarts of engine-0)"
+    assert after(state(), *often)[1] == [Requeue(why, ("node2",), True)]
+    assert after(state(can_fail=False), *often)[1] == after(state(requeue=False), *often)[1] == [End("engine", why)]
+    # Others fail too, or there are none: the engines are what is wrong.
+    assert after(state(), EngineLost("engine-1", "killed"), *often)[1] == [End("engine", why)]
+    alone = replace(state(), engines={"engine-0": 1})
+    assert after(alone, *often)[1] == [End("engine", why)]
+    # Failed once, it is not left out: the next start would be the same.
+    assert after(state(restarts=0), often[0])[1] == [End("engine", "killed")]
 
 
 def test_one_engine_does_not_use_up_the_restarts_of_another():
