@@ -197,11 +197,15 @@ def report(scene: Scene, lags: list[int], folder: Path, console: Console) -> boo
     return is_met
 
 
+def engines_of(gpus: int) -> list[int]:
+    """Engines on about one eighth of so many GPUs, two eighths, ... ; at least one."""
+    return sorted({max(1, gpus * share // 8 // GPUS_PER_ENGINE) for share in range(1, 8)})
+
+
 def split(scene: Scene, gpus: int, lags: list[int], folder: Path, console: Console) -> None:
     """Seconds a step for several splits of so many GPUs, where training alone on all takes `train_s` / 4."""
     table = Table("GPUs of engines", "of the trainer", *(f"lag {lag}: s a step" for lag in lags))
-    for share in (1, 2, 3, 4, 5, 6, 7):
-        engines = gpus * share // 8 // GPUS_PER_ENGINE
+    for engines in engines_of(gpus):
         trainers = gpus - engines * GPUS_PER_ENGINE
         at = Scene(scene.prompts, engines, scene.steps, scene.train_s / 4 * gpus / trainers, scene.seed)
         seconds = [mean(simulate(at, lag, folder).step_s) for lag in lags]
@@ -220,11 +224,13 @@ def main() -> int:
     parser.add_argument("--split", type=int, metavar="GPUS", help="compare splits of so many GPUs instead")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if args.split is not None and args.split < 2 * GPUS_PER_ENGINE:
+        parser.error(f"--split {args.split}: an engine takes {GPUS_PER_ENGINE} GPUs, give at least twice as many")
     scene = Scene(args.prompts, args.engines, args.steps, 0.0, args.seed)
     scene.train_s = args.train * generation_s(scene)
     console = Console(width=max(120, Console().width))
     with tempfile.TemporaryDirectory() as folder:
-        if args.split:
+        if args.split is not None:
             split(scene, args.split, args.lags, Path(folder), console)
             return 0
         return 0 if report(scene, args.lags, Path(folder), console) else 1

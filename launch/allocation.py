@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from dapo_megatron.errors import ConfigError, DapoError
 from launch.slurm_calls import slurm
 
+NO_ARRAY = "submit the script without --array, once for each run_dir"
+
 
 @dataclass(frozen=True)
 class Node:
@@ -60,7 +62,7 @@ def find_allocation(environment: Mapping[str, str]) -> Allocation:
     """The allocation of the job whose batch script has this environment; asks SLURM.
 
     Raises:
-        ConfigError: not inside a job.
+        ConfigError: not inside a job, or in a task of a job array.
         DapoError: scontrol failed, or did not answer.
     """
     shown = slurm("scontrol", "--details", "show", "job", str(job_number(environment)))
@@ -80,12 +82,15 @@ def read_allocation(environment: Mapping[str, str], shown: str, expand: Callable
         expand: host_names.
 
     Raises:
-        ConfigError: not a batch script's environment.
+        ConfigError: not a batch script's environment, or that of a task of a job array.
         DapoError: the environment and `shown` are not of the same job.
     """
     job = job_number(environment)
     size = _number(environment, "SLURM_HET_SIZE", 0)
     details = by_job(shown)
+    if re.match(r" ArrayJobId=", _details(details, job)):
+        # Of one number, requeue, cancel and update are of the whole array.
+        raise ConfigError(f"job {job} is a task of a job array, which cannot be put back alone: {NO_ARRAY}")
     suffixes = [f"_HET_GROUP_{i}" for i in range(size)] or [""]
     groups = tuple(_group(environment, suffix, details, expand) for suffix in suffixes)
     # SLURM ends a group at its own limit, and leaves the others alone.

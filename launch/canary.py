@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from dapo_megatron.errors import ConfigError, DapoError
@@ -21,23 +22,27 @@ APPEAR_S = 60.0
 LOOK_S = 0.2
 
 
-def check_nodes(allocation: Allocation, folder: Path, environment: Mapping[str, str]) -> None:
-    """Let every node read what is written here, and write what is read here.
+@dataclass(frozen=True)
+class Unfit:
+    """Nodes on which the job cannot run."""
 
-    Raises:
-        ConfigError: some nodes do not see the folder.
-        DapoError: some nodes did not answer.
-    """
+    nodes: tuple[str, ...]
+    error: DapoError
+    """What is wrong there: a ConfigError where they do not see the folder."""
+
+
+def unfit_nodes(allocation: Allocation, folder: Path, environment: Mapping[str, str]) -> Unfit | None:
+    """Let every node read what is written here, and write what is read here; those that do not, and why."""
     token = folder / f".canary-{secrets.token_hex(8)}"
     token.write_text(token.name)
     try:
-        _check(allocation, token, environment)
+        return _asked(allocation, token, environment)
     finally:
         for path in folder.glob(f"{token.name}*"):
             path.unlink(missing_ok=True)
 
 
-def _check(allocation: Allocation, token: Path, environment: Mapping[str, str]) -> None:
+def _asked(allocation: Allocation, token: Path, environment: Mapping[str, str]) -> Unfit | None:
     answers: dict[str, str] = {}
     said = ""
     for i, group in enumerate(allocation.groups):
@@ -45,18 +50,21 @@ def _check(allocation: Allocation, token: Path, environment: Mapping[str, str]) 
         answers |= read_answers(done.stdout)
         said = said or " ".join(done.stderr.split())[-300:]
     nodes = [node.name for node in allocation.nodes]
-    silent = [node for node in nodes if node not in answers]
-    if silent:
-        raise DapoError(f"no answer from {', '.join(silent)} within {ANSWER_S:.0f} s of asking ({said}): exclude them")
+    if silent := [node for node in nodes if node not in answers]:
+        what = f"no answer from {', '.join(silent)} within {ANSWER_S:.0f} s of asking ({said}): exclude them"
+        return Unfit(tuple(silent), DapoError(what))
     if blind := {node: answer for node, answer in answers.items() if answer != "sees it"}:
         told = "; ".join(f"{node}: {answer}" for node, answer in blind.items())
-        raise ConfigError(f"run_dir={token.parent} is not the same folder on every node ({told}): choose one that is")
+        what = f"run_dir={token.parent} is not the same folder on every node ({told}): choose one that is"
+        return Unfit(tuple(blind), ConfigError(what))
     if unseen := _not_appearing([token.with_name(f"{token.name}.{node}") for node in nodes]):
-        names = ", ".join(path.name.removeprefix(f"{token.name}.") for path in unseen)
-        raise ConfigError(
-            f"what {names} wrote into run_dir={token.parent} is not seen here after {APPEAR_S:.0f} s: choose a folder "
-            "that all nodes share"
+        names = tuple(path.name.removeprefix(f"{token.name}.") for path in unseen)
+        what = (
+            f"what {', '.join(names)} wrote into run_dir={token.parent} is not seen here after {APPEAR_S:.0f} s: "
+            "choose a folder that all nodes share"
         )
+        return Unfit(names, ConfigError(what))
+    return None
 
 
 def _ask(

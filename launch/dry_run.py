@@ -77,7 +77,7 @@ def dry_run(recipe: Path, overrides: Sequence[str], options: Options, console: C
         DapoError: the reasons why the job cannot work: all but the last are printed, the last is raised.
         typer.Exit: a row of the data, or a user's function, cannot work; it is told already.
     """
-    script = _script(recipe, options)
+    script = _script(recipe, overrides, options)
     groups, set_by_script = script.groups, script.overrides
     if options.bash:
         console.print(
@@ -174,14 +174,16 @@ def _nccl(python: str) -> str:
     return done.stdout.strip()
 
 
-def _script(recipe: Path, options: Options) -> Script:
+def _script(recipe: Path, overrides: Sequence[str], options: Options) -> Script:
     """The script that would start the job, or one that asks for the nodes that the options name."""
     if (options.script is None) == (options.nodes is None):
         raise ConfigError("--dry-run needs to know the nodes: give --script slurm/x.sh, or --nodes and --gpus-per-node")
     if options.script is None:
         assert options.nodes is not None
         return Script((Request(options.nodes, options.gpus_per_node, options.cpus_per_node),), str(recipe), ())
-    script = read_script(_text(options.script), str(options.script))
+    text = _text(options.script)
+    script = read_script(text, str(options.script))
+    filled(text, overrides, str(options.script))  # or what is planned is not what would run
     if Path(script.recipe).name != recipe.name:
         raise ConfigError(f"{options.script} runs {script.recipe}, not {recipe}: give --recipe {script.recipe}")
     return script
@@ -201,13 +203,13 @@ def _text(script: Path) -> str:
 
 def _script_text(recipe: Path, overrides: Sequence[str], groups: Sequence[Request], options: Options) -> str:
     if options.script is not None:
-        return filled(_text(options.script), overrides)
+        return filled(_text(options.script), overrides, str(options.script))
     group = groups[0]
     gpus = f"#SBATCH --gpus-per-node={group.gpus}\n" if group.gpus else ""
     head = f"#!/usr/bin/env bash\n#SBATCH --nodes={group.nodes}\n#SBATCH --ntasks-per-node=1\n{gpus}"
     head += f"#SBATCH --cpus-per-task={group.cpus}\n#SBATCH --signal=B:USR1@600\n#SBATCH --requeue\n#SBATCH --no-kill\n"
     run = f'\nexec {shlex.quote(sys.executable)} -m launch.slurm --recipe {shlex.quote(str(recipe))} "$@"\n'
-    return filled(head + run, overrides)
+    return filled(head + run, overrides, "the script")
 
 
 def _nodes(groups: Sequence[Request]) -> list[list[Node]]:

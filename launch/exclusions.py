@@ -1,7 +1,9 @@
 """Which nodes a job that goes back into the queue must not get: a function of what failed and what SLURM says. Pure.
 
 SLURM holds a job for ever that excludes so many nodes that too few are left, or one that it asks for by name: then the
-nodes that failed longest ago are not excluded. What a user excludes stays so, in each group of a heterogeneous job.
+nodes that failed longest ago are not excluded. Counted are only nodes that could replace the job's: of its reservation,
+with GPUs as its own have, and with the features that it asks for. What a user excludes stays so, in each group of a
+heterogeneous job.
 """
 
 import re
@@ -27,6 +29,14 @@ class Request:
     excluded: tuple[str, ...]
     named: tuple[str, ...] = ()
     """Nodes that it must get (--nodelist)."""
+    has: tuple[str, ...] = ()
+    """Nodes that it has now."""
+    gpus: bool = False
+    """Whether it has GPUs there."""
+    features: str | None = None
+    """That it asks for (--constraint)."""
+    reservation: str | None = None
+    """Of whose nodes alone it may get some."""
 
 
 def read_requests(allocation: Allocation, shown: str, expand: Callable[[str], list[str]]) -> list[Request]:
@@ -42,13 +52,31 @@ def read_requests(allocation: Allocation, shown: str, expand: Callable[[str], li
     details, found = by_job(shown), []
     for i, group in enumerate(allocation.groups):
         job = f"{allocation.job_id}+{i}" if allocation.is_heterogeneous else str(allocation.job_id)
-        about = re.search(r"^ +ReqNodeList=(\S+) ExcNodeList=(\S+)", details.get(group.job_id, ""), re.MULTILINE)
-        partition = re.search(r"^ +Partition=(\S+)", details.get(group.job_id, ""), re.MULTILINE)
+        text = details.get(group.job_id, "")
+        about = re.search(r"^ +ReqNodeList=(\S+) ExcNodeList=(\S+)", text, re.MULTILINE)
+        partition = re.search(r"^ +Partition=(\S+)", text, re.MULTILINE)
         if about is None or partition is None:
             raise DapoError(f"scontrol does not show which nodes job {job} may get")
         named, excluded = (() if nodes == "(null)" else tuple(expand(nodes)) for nodes in about.groups())
-        found.append(Request(job, len(group.nodes), partition[1], excluded, named))
+        found.append(
+            Request(
+                job,
+                len(group.nodes),
+                partition[1],
+                excluded,
+                named,
+                has=tuple(node.name for node in group.nodes),
+                gpus=any(node.gpus for node in group.nodes),
+                features=_given(text, "Features"),
+                reservation=_given(text, "Reservation"),
+            )
+        )
     return found
+
+
+def _given(text: str, name: str) -> str | None:
+    found = re.search(rf"^ +{name}=(\S+)", text, re.MULTILINE)
+    return None if found is None or found[1] == "(null)" else found[1]
 
 
 def by_user(request: Request, added: Sequence[str]) -> Request:
@@ -72,7 +100,7 @@ def affordable(lately: Sequence[str], requests: Sequence[Request], fit: Mapping[
     Args:
         lately: the longest ago first.
         requests: as the user made them.
-        fit: nodes of each partition that can get a job, now or when others end.
+        fit: nodes that each request's job can get, now or when others end.
     """
     left = [node for node in lately if all(node not in request.named for request in requests)]
     while left and not _enough(left, requests, fit):
@@ -81,7 +109,7 @@ def affordable(lately: Sequence[str], requests: Sequence[Request], fit: Mapping[
 
 
 def _enough(bad: Sequence[str], requests: Sequence[Request], fit: Mapping[str, Collection[str]]) -> bool:
-    may_get = [set(fit[request.partition]) - {*request.excluded, *bad} for request in requests]
+    may_get = [set(fit[request.job]) - {*request.excluded, *bad} for request in requests]
     each = all(len(nodes) >= request.count for nodes, request in zip(may_get, requests, strict=True))
     return each and len(set().union(*may_get)) >= sum(request.count for request in requests)
 
@@ -91,7 +119,46 @@ def excluded(request: Request, bad: Sequence[str]) -> tuple[str, ...]:
     return (*request.excluded, *(node for node in bad if node not in request.excluded))
 
 
-def fit_nodes(shown: str) -> set[str]:
-    """Nodes that can get a job, from `sinfo --Node --format=%N|%T`; one that does not answer (*) cannot."""
+def fit_nodes(shown: str, request: Request, reserved: Collection[str] | None = None) -> set[str]:
+    """Nodes that can get the job; one that does not answer (*) cannot.
+
+    Args:
+        shown: `sinfo --Node --format=%N|%T|%f|%G` of its partition.
+        reserved: nodes of its reservation, if it has one.
+    """
     rows = [line.strip().split("|") for line in shown.splitlines() if "|" in line]
-    return {name for name, state in rows if not state.startswith(UNFIT) and "*" not in state}
+    own = [(features, _gpus(gres)) for name, _, features, gres in rows if name in request.has]
+    return {
+        name
+        for name, state, features, gres in rows
+        if not state.startswith(UNFIT)
+        and "*" not in state
+        and (reserved is None or name in reserved)
+        and (not request.gpus or _gpus(gres) in [gpus for _, gpus in own])
+        and _has_features(features, request.features, [known for known, _ in own])
+    }
+
+
+def _gpus(gres: str) -> list[str]:
+    """gpu:h100:8(S:0-1),shard:16 -> gpu:h100:8"""
+    return sorted(re.findall(r"(?:^|,)(gpu[^,(]*)", gres))
+
+
+def _has_features(features: str, wanted: str | None, own: Sequence[str]) -> bool:
+    """Whether a node has what a job asks for; of a choice (|, [], *) that is known of nodes like the job's `own`."""
+    if wanted is None:
+        return True
+    if re.fullmatch(r"[^|\[\]*()]+", wanted):
+        return set(re.split("[&,]", wanted)) <= set(features.split(","))
+    return features in own
+
+
+def reserved_nodes(shown: str, expand: Callable[[str], list[str]]) -> list[str]:
+    """Nodes of a reservation, from `scontrol show reservation`.
+
+    Raises:
+        DapoError: it says none.
+    """
+    if (nodes := _given(shown, "Nodes")) is None:
+        raise DapoError(f"scontrol shows no nodes of the job's reservation: {' '.join(shown.split())[:100]}")
+    return expand(nodes)

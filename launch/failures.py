@@ -57,6 +57,14 @@ def hang(status: Status, silence_s: float) -> DapoError:
     )
 
 
+def unheard_of(process: str, started_s: float) -> DapoError:
+    """The error of a run one of whose processes has given no sign of life since it was started."""
+    step = process.partition("-")[0]  # whose srun may say why
+    return DapoError(
+        f"the {process} hangs: no sign of life since it was started {started_s:.0f} s ago; see logs/latest/{step}*.log"
+    )
+
+
 def _by_record(record: Exit, folder: RunFolder) -> DapoError:
     assert record.kind is not None
     log = folder.log(record.process)

@@ -46,6 +46,10 @@ class Push:
     buckets: int
     seconds: float
     """By broadcast: the pipeline stages send one after the other."""
+    senders: tuple[int, ...]
+    """Bytes that each stage's sender holds beside its weights."""
+    engine: int
+    """The same of a rank of an engine: a bucket."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ class HostMemory:
     gather: int
     """Of its ranks, while a fully_reshardable one is gathered."""
     responses: int
-    """Of a step in the controller, all of them as long as may be, twice where generation runs ahead."""
+    """Of a step in the controller, all of them as long as may be; and of the steps that generation may run ahead."""
     graders: int
     """At most."""
 
@@ -112,7 +116,8 @@ def refusals(plan: Plan, shape: ModelShape) -> list[ConfigError]:
     if not plan.placement.cpu:
         found += [
             _refusal(check_engine_memory, plan.config, plan.engine, plan.cluster.gpu_gib),
-            _trainer_refusal(plan),
+            _bucket_refusal(plan),
+            _trainer_refusal(plan) or _sender_refusal(plan),
         ]
     return [error for error in found if error is not None]
 
@@ -136,8 +141,15 @@ def _push(config: RunConfig, shape: ModelShape, bandwidth_gbs: float) -> Push:
         engine_dtype=config.engine_dtype,
         bucket_bytes=config.resharding.bucket_mib << 20,
     )
-    total = sum(stage.bytes for stage in stages)
-    return Push(total, sum(len(stage.buckets) for stage in stages), total / (bandwidth_gbs * 1e9))
+    total, buckets = sum(stage.bytes for stage in stages), [b for stage in stages for b in stage.buckets]
+    is_broadcast = config.resharding.transport == "broadcast"
+    return Push(
+        total,
+        len(buckets),
+        total / (bandwidth_gbs * 1e9),
+        tuple(stage.sender_peak for stage in stages),
+        max(b.bytes for b in buckets) if is_broadcast else 0,
+    )
 
 
 def _host_memory(config: RunConfig, placement: Placement, save: SaveBytes) -> HostMemory:
@@ -161,6 +173,29 @@ def _trainer_refusal(plan: Plan) -> ConfigError | None:
         f"pipeline stage {most.stage} of the trainer needs {most.peak / GIB:.1f} GiB a GPU ({parts}), GPUs of {gpu:g} "
         f"GiB have {gpu - RESERVE_GIB:g} for it: {_remedy(plan, most)}"
     )
+
+
+def _bucket_refusal(plan: Plan) -> ConfigError | None:
+    fraction, bucket = plan.config.engine.mem_fraction, plan.push.engine / GIB
+    beside = plan.cluster.gpu_gib * (1 - fraction)
+    if bucket <= beside:
+        return None
+    return ConfigError(
+        f"the largest bucket of a push is {bucket:.1f} GiB, engine.mem_fraction={fraction:g} leaves {beside:.1f} of "
+        f"an engine's GPU: lower resharding.bucket_mib={plan.config.resharding.bucket_mib} or engine.mem_fraction"
+    )
+
+
+def _sender_refusal(plan: Plan) -> ConfigError | None:
+    gpu = plan.cluster.gpu_gib
+    for stage, sender in zip(plan.trainer, plan.push.senders, strict=True):
+        if stage.held + sender > (gpu - RESERVE_GIB) * GIB:
+            return ConfigError(
+                f"the sender of pipeline stage {stage.stage} needs {sender / GIB:.1f} GiB for a push beside "
+                f"{stage.held / GIB:.1f}, GPUs of {gpu:g} GiB have {gpu - RESERVE_GIB:g} for both: lower "
+                f"resharding.bucket_mib={plan.config.resharding.bucket_mib}"
+            )
+    return None
 
 
 def _remedy(plan: Plan, most: StageMemory) -> str:

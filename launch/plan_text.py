@@ -141,6 +141,7 @@ def _transfers(plan: Plan) -> _Titled:
     rows = [
         ("weight push", f"{_gib(push.bytes)} GiB in {push.buckets} {pieces}"),
         ("", takes),
+        ("", f"beside the weights: sender {_gib(max(push.senders))} GiB, rank of an engine {_gib(push.engine)}"),
         ("checkpoint", f"{_gib(plan.save.disk)} GiB, every {plan.config.checkpoint.every} steps"),
     ]
     if plan.step_seconds is not None:

@@ -5,7 +5,7 @@ connections are given theirs (Linux: 32768 and up). Counted from the job's first
 
     | port              | listens                                         | on the node of     |
     |-------------------|-------------------------------------------------|--------------------|
-    | 0                 | controller, for trainer rank 0 (ZeroMQ)         | the controller     |
+    | 0                 | controller, for replicas' first ranks: ZeroMQ   | the controller     |
     | 1                 | trainer ranks meet (MASTER_PORT)                | trainer rank 0     |
     | 2 + 2k            | engine, HTTP; k counts the engines of its node  | that engine        |
     | 3 + 2k            | the engine's own processes meet (--nccl-port)   | that engine        |

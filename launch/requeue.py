@@ -22,6 +22,7 @@ from launch.exclusions import (
     fit_nodes,
     read_requests,
     remembered,
+    reserved_nodes,
 )
 from launch.journal import Journal
 from launch.slurm_calls import slurm
@@ -94,7 +95,7 @@ def _affordable(folder: RunFolder, lately: Sequence[str], requests: Sequence[Req
     if not lately:
         return []
     try:
-        fit = {p: fit_nodes(_nodes_of(p)) for p in {request.partition for request in requests}}
+        fit = {r.job: fit_nodes(_nodes_of(r.partition), r, _reserved(r)) for r in requests}
     except DapoError as e:  # better on any nodes than held for ever, or not at all
         Journal(folder).note(f"{', '.join(lately)} failed, and not excluded: {e}")
         return []
@@ -105,7 +106,13 @@ def _affordable(folder: RunFolder, lately: Sequence[str], requests: Sequence[Req
 
 
 def _nodes_of(partition: str) -> str:
-    return slurm("sinfo", "--noheader", "--Node", f"--partition={partition}", "--format=%N|%T")
+    return slurm("sinfo", "--noheader", "--Node", f"--partition={partition}", "--format=%N|%T|%f|%G")
+
+
+def _reserved(request: Request) -> list[str] | None:
+    if request.reservation is None:
+        return None
+    return reserved_nodes(slurm("scontrol", "show", "reservation", request.reservation), host_names)
 
 
 def _exclude(job: str, nodes: Sequence[str]) -> bool:

@@ -1,7 +1,8 @@
 """What a batch script asks SLURM for, and which run it starts: read from its #SBATCH lines and its last one. Pure.
 
 Only what decides the size of the job is read: --nodes, --gpus-per-node or --gres=gpu:, --ntasks-per-node with
---cpus-per-task, or --cpus-per-gpu; and --time. A line `#SBATCH hetjob` begins the next group of a heterogeneous job.
+--cpus-per-task, or --cpus-per-gpu; and --time. A line `#SBATCH hetjob` begins the next group of a heterogeneous job. A
+job array is refused.
 """
 
 import re
@@ -11,10 +12,28 @@ from dataclasses import dataclass
 from itertools import takewhile
 
 from dapo_megatron.errors import ConfigError
+from launch.allocation import NO_ARRAY
 from launch.time_limit import read_time
 
-SHORT = {"-N": "--nodes", "-c": "--cpus-per-task", "-n": "--ntasks", "-G": "--gpus", "-w": "--nodelist", "-t": "--time"}
-READ = ("--nodes", "--gpus-per-node", "--gres", "--ntasks-per-node", "--cpus-per-task", "--cpus-per-gpu", "--time")
+SHORT = {
+    "-N": "--nodes",
+    "-c": "--cpus-per-task",
+    "-n": "--ntasks",
+    "-G": "--gpus",
+    "-w": "--nodelist",
+    "-t": "--time",
+    "-a": "--array",
+}
+READ = (
+    "--nodes",
+    "--gpus-per-node",
+    "--gres",
+    "--ntasks-per-node",
+    "--cpus-per-task",
+    "--cpus-per-gpu",
+    "--time",
+    "--array",
+)
 UNREAD = {
     "--gpus": "--gpus-per-node",
     "--gpus-per-task": "--gpus-per-node",
@@ -28,8 +47,8 @@ UNREAD = {
 MODULE = "launch.slurm"
 OPERATORS = frozenset(";|&<>")
 """Of the shell: what follows them is no argument of the launcher."""
-ARGUMENTS = '"$@"'
-"""Where a script hands on what it was given itself."""
+ARGUMENTS = re.compile(r""" *("?)\$(?:@|\{@\})\1""")
+"""Where a script hands on what it was given itself: "$@"."""
 
 
 @dataclass(frozen=True)
@@ -76,9 +95,15 @@ def read_script(text: str, where: str) -> Script:
     return Script(requests, recipe, overrides, min(limits, default=None))
 
 
-def filled(text: str, arguments: Sequence[str]) -> str:
-    """The script as it runs when `sbatch SCRIPT arguments` starts it."""
-    return re.sub(rf" *{re.escape(ARGUMENTS)}", lambda _: "".join(f" {shlex.quote(a)}" for a in arguments), text)
+def filled(text: str, arguments: Sequence[str], where: str) -> str:
+    """The script as it runs when `sbatch SCRIPT arguments` starts it.
+
+    Raises:
+        ConfigError: it would not hear of its arguments.
+    """
+    if arguments and ARGUMENTS.search(text) is None:
+        raise ConfigError(f'{where} hands on no argument, and {arguments[0]} is one: end its last line in "$@"')
+    return ARGUMENTS.sub(lambda _: "".join(f" {shlex.quote(a)}" for a in arguments), text)
 
 
 def _words(line: str, where: str, apart: str = "") -> list[str]:
@@ -118,6 +143,8 @@ def _options(words: Sequence[str]) -> dict[str, str]:
 
 
 def _request(options: dict[str, str], where: str) -> Request:
+    if "--array" in options:
+        raise ConfigError(f"{where}: --array={options['--array']}: no task of an array is put back alone: {NO_ARRAY}")
     for name, instead in UNREAD.items():
         is_of_gpus = not name.startswith("--tres") or "gpu" in options.get(name, "")
         if name in options and is_of_gpus and instead not in options:

@@ -34,7 +34,7 @@ from dapo_megatron.run_folder import RunFolder
 from launch.allocation import Allocation, find_allocation, job_number
 from launch.attempt import Asked, asked_by_signals, attempt, make_folder, raise_end
 from launch.attempts import open_logs
-from launch.canary import check_nodes
+from launch.canary import unfit_nodes
 from launch.dry_run import Options, dry_run
 from launch.ending import ending
 from launch.environment import VISIBLE, shared_environment
@@ -183,7 +183,13 @@ def _supervised(
     spares: tuple[str, ...],
 ) -> End | Requeue:
     base = {name: value for name, value in os.environ.items() if name != VISIBLE}
-    check_nodes(allocation, folder.path, base)
+    limits = _limits(config.launch, allocation, folder)
+    if (unfit := unfit_nodes(allocation, folder.path, base)) is not None:
+        # At its first start the job's user is near, and may have chosen a wrong folder.
+        if not (allocation.restarts and limits.can_requeue and limits.can_fail):
+            raise unfit.error
+        Journal(folder).note(f"{unfit.error} -> back into the queue without {', '.join(unfit.nodes)}")
+        return Requeue(str(unfit.error), unfit.nodes, is_failure=True)
     placement = plan(slots)
     shared = shared_environment(config, base, cpu=placement.cpu, interface=config.launch.interface)
     towards = None if config.launch.interface is not None else placement.controller.node.address
@@ -205,7 +211,7 @@ def _supervised(
             shared=shared,
             pools=_pools(allocation),
             ends=allocation.ends,
-            limits=_limits(config.launch, allocation, folder),
+            limits=limits,
         )
         try:
             asked = _explained(by_signals, allocation.job_id)

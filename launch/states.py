@@ -5,7 +5,8 @@ together. They run in slots, the places that the placement plans. Each slot is o
 
     phase       event                     next        actions
     running     EngineLost                running     StartEngine, elsewhere if its host failed twice
-                ... too often             over        Requeue if the run got further and the job may, or else End
+                ... too often             over        Requeue if the run got further, or the engines of other hosts
+                                                      never failed, and the job may; or else End
                 TrainingFailed            restarting  EndTraining
                 ... too often             over        Requeue if the run got further and the job may, or else End
                 ... again at that step    over        End: no progress, unless a spare host takes over
@@ -18,8 +19,9 @@ together. They run in slots, the places that the placement plans. Each slot is o
                 EngineLost, HostLost      restarting  as above
                 StopAsked                 over        Requeue or End: the newest checkpoint is what there is
     stopping    Finished                  over        End; Requeue if work is left and whoever asked wants it back
-                TrainingFailed, HostLost  over        Requeue or End
-                GraceOver                 over        Requeue or End
+                TrainingFailed, GraceOver over        Requeue or End
+                HostLost                  over        Requeue or End, if it is the training's
+                EngineLost; engines' host stopping    nothing: a save may not need them, and the grace is short
     any         Progress                  the same    (the steps are remembered)
     over        any                       over
 """
@@ -256,7 +258,10 @@ def _engine_lost(state: State, name: str, why: str) -> tuple[State, list[Action]
     state = _blamed(state, state.hosts[slot])
     if state.engine_restarts.get(name, 0) >= state.limits.max_restarts:
         limit = state.limits.max_restarts
-        return _given_up(state, "engine", why if limit == 0 else f"{why} (after {limit} restarts of {name})")
+        message = why if limit == 0 else f"{why} (after {limit} restarts of {name})"
+        if _is_fault_of_host(state, state.hosts[slot]):
+            return _back(state, message, End("engine", message), is_failure=True)
+        return _given_up(state, "engine", message)
     restarts = {**state.engine_restarts, name: state.engine_restarts.get(name, 0) + 1}
     state, moved = _moved_from_bad_hosts(replace(state, engine_restarts=restarts), [slot])
     return _started_anew(state, moved, [name])
@@ -287,9 +292,10 @@ def _host_lost(state: State, host: str) -> tuple[State, list[Action]]:
     if host not in state.hosts:
         return state, []
     state = replace(state, failures={**state.failures, host: max(BAD_AFTER, state.failures.get(host, 0))})
-    if state.phase is Phase.STOPPING:
-        return _stopped(state, f"{state.why}; and then {host} was lost")
     slot = state.hosts.index(host)
+    if state.phase is Phase.STOPPING:
+        why = f"{state.why}; and then {host} was lost"
+        return _stopped(state, why) if slot in state.training else (state, [])
     state, moved = _moved_from_bad_hosts(state, [slot])
     if not moved:
         # No fault of the run: how far it got does not matter.
@@ -318,6 +324,12 @@ def _over(state: State, action: Action) -> tuple[State, list[Action]]:
 
 def _blamed(state: State, host: str) -> State:
     return replace(state, failures={**state.failures, host: state.failures.get(host, 0) + 1})
+
+
+def _is_fault_of_host(state: State, host: str) -> bool:
+    """Whether engines failed there too often and nowhere else: then others may do without it what these could not."""
+    elsewhere = [name for name, slot in state.engines.items() if state.hosts[slot] != host]
+    return host in _bad_hosts(state) and elsewhere != [] and not any(map(state.engine_restarts.get, elsewhere))
 
 
 def _host_called(state: State, name: str) -> str | None:

@@ -25,7 +25,7 @@ from launch.attempts import final_phase, note_attempt, told_restarts
 from launch.backend import Backend
 from launch.commands import command_of_controller, command_of_engine, command_of_rank
 from launch.engine_watch import EngineWatch
-from launch.failures import failed, failure, hang
+from launch.failures import failed, failure, hang, unheard_of
 from launch.heartbeats import Heartbeats
 from launch.job import Job, prepare_restart
 from launch.journal import Journal
@@ -111,6 +111,7 @@ class Supervisor:
         self._generation = 0
         self._controller: list[Child] = []
         self._trainer: list[Child] = []
+        self._training_began = 0.0
         self._heartbeats = Heartbeats(config.deadlines.heartbeat)
         api_key, deadlines = read_keys(folder).engine_api_key, config.deadlines
         self._engine_watch = EngineWatch(api_key, deadlines.engine, deadlines.engine_start)
@@ -160,7 +161,9 @@ class Supervisor:
             yield wish
         if self._grace_ends is not None and now > self._grace_ends:
             yield GraceOver()
-        children = [*self._engines.values(), *self._controller, *self._trainer]
+        # A run that stops goes on without those that fail, which would be told at every look.
+        engines = {} if self._state.phase is Phase.STOPPING else dict(self._engines)
+        children = [*engines.values(), *self._controller, *self._trainer]
         # Where something ended, its host may be gone: then that is what happened.
         self._lost += self.backend.lost_hosts(look=bool(failed(self.folder, children)))
         # Lost spares first: nothing moves to them.
@@ -169,14 +172,14 @@ class Supervisor:
             yield HostLost(self._lost.pop(0))
         if self._state.phase is Phase.RESTARTING:
             yield TrainingEnded()  # EndTraining has waited for it; the next start is on hosts that are there
-        for name, child in self._engines.items():
+        for name, child in engines.items():
             if child.process.poll() is not None:
                 yield EngineLost(name, str(failure(self.folder, [child])[0]))
         yield from self._of_training()
         if now - self._looked >= LOOK_S:
             self._looked = now
             yield self._progress()
-            yield from self._hanging(now)
+            yield from self._hanging(now, engines)
 
     def _of_training(self) -> Iterator[Event]:
         if self._trainer and all(c.process.poll() == 0 for c in self._trainer):
@@ -190,14 +193,18 @@ class Supervisor:
             yield self._progress()
             yield TrainingFailed(error.kind, str(error), host)
 
-    def _hanging(self, now: float) -> Iterator[Event]:
+    def _hanging(self, now: float, engines: Mapping[str, Child]) -> Iterator[Event]:
         children = [*self._controller, *self._trainer]
         running = {name for c in children if c.process.poll() is None for name in c.processes}
         statuses = [s for s in read_statuses(self.folder) if s.process in running]
         for status, silence_s in self._heartbeats.silent(statuses, now)[:1]:
             yield TrainingFailed("crash", str(hang(status, silence_s)), status.host)
-        for member, message in self._engine_watch.silent()[:1]:
-            child = self._engines[member.name]
+        # An srun waits for its step for ever, and a process for a file system.
+        started_s, unheard = now - self._training_began, sorted(running - {s.process for s in statuses})
+        if unheard and started_s >= self.config.deadlines.engine_start:
+            yield TrainingFailed("crash", str(unheard_of(unheard[0], started_s)))
+        for member, message in [(m, text) for m, text in self._engine_watch.silent() if m.name in engines][:1]:
+            child = engines[member.name]
             self.backend.end([child])
             yield EngineLost(member.name, f"{message}; see {child.log}")
 
@@ -240,6 +247,7 @@ class Supervisor:
         self._controller = self.backend.start("controller", [controller], [head], grace=True)
         ranks = [command_of_rank(self.job, placement, place.rank, self._shared) for place in placement.ranks]
         hosts = [p.node.name for p in placement.ranks]
+        self._training_began = time.monotonic()
         self._trainer = self.backend.start("trainer", ranks, hosts, grace=True)
         self.journal.note(f"controller starts on {head}, trainer ranks on {', '.join(dict.fromkeys(hosts))}")
 

@@ -1,10 +1,11 @@
 """One task of a SLURM step becomes one process of a job: `srun ... python -m launch.task STEP_FILE`.
 
 A step's file lists its processes by task number. What a process needs is added to its node's environment; of GPUs, the
-numbers are those that the job sees there.
+numbers are those that the job sees there. It may open as many files as its node lets it.
 """
 
 import os
+import resource
 import sys
 from pathlib import Path
 
@@ -21,7 +22,7 @@ class Task(msgspec.Struct):
     environment: dict[str, str]
     """What is set in it, beside what the node's processes have."""
     devices: list[int] | None
-    """Of the GPUs that the job sees on the node; None: nobody has any."""
+    """Of the GPUs that the job sees on the node; None: nobody has any, also where the node shows some."""
     towards: str | None
     """Address of the host towards which gloo and NCCL choose their interface; None: it is in the environment."""
 
@@ -39,10 +40,12 @@ def main() -> None:
     tasks = msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=list[Task])
     task = tasks[int(os.environ["SLURM_PROCID"])]
     environment = os.environ | task.environment
-    if task.devices is not None:
-        environment[VISIBLE] = visible_devices(task.devices, os.environ.get(VISIBLE))
+    environment[VISIBLE] = visible_devices(task.devices or (), os.environ.get(VISIBLE))
     if task.towards is not None:
         environment |= interface_environment(interface_towards(task.towards))
+    # The launcher's limit comes along only where SLURM's PropagateResourceLimits lets it.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     os.execvpe(task.arguments[0], task.arguments, environment)
 
 

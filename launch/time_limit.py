@@ -9,12 +9,12 @@ DAYS = re.compile(r"(?:(?P<days>[0-9]+)-)?(?P<rest>[0-9]+(?::[0-9]+){0,2})")
 
 
 def read_time(text: str, where: str) -> float | None:
-    """Seconds of a time limit as sbatch takes it: minutes, M:S, H:M:S, D-H, D-H:M or D-H:M:S; None: unlimited.
+    """Seconds of a time limit as sbatch takes it: minutes, M:S, H:M:S, D-H, D-H:M or D-H:M:S; None: unlimited, as 0 is.
 
     Raises:
         ConfigError: it is none; `where` says of whom.
     """
-    if text.lower() in ("infinite", "unlimited", "-1", "0"):
+    if text.lower() in ("infinite", "unlimited", "-1"):
         return None
     found = DAYS.fullmatch(text)
     if found is None:
@@ -22,9 +22,9 @@ def read_time(text: str, where: str) -> float | None:
     parts = [int(part) for part in found["rest"].split(":")]
     if found["days"] is not None:
         hours, minutes, seconds = [*parts, 0, 0][:3]
-        return float(int(found["days"]) * 86400 + hours * 3600 + minutes * 60 + seconds)
-    hours, minutes, seconds = {1: [0, *parts, 0], 2: [0, *parts], 3: parts}[len(parts)]
-    return float(hours * 3600 + minutes * 60 + seconds)
+    else:
+        hours, minutes, seconds = {1: [0, *parts, 0], 2: [0, *parts], 3: parts}[len(parts)]
+    return float(int(found["days"] or 0) * 86400 + hours * 3600 + minutes * 60 + seconds) or None
 
 
 def check_time_limit(launch: LaunchConfig, limit_s: float | None) -> None:

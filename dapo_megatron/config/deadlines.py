@@ -8,6 +8,7 @@ heartbeat       the launcher, for a sign of life of every process               
 collective      the trainer ranks, for each other                                             < waiting
 engine          the launcher, for an answer of every engine that serves
 engine_start    the launcher and trainer rank 0, for the first one                            < waiting
+                the launcher, for the first sign of life of every other process
 batch           trainer rank 0, for the controller's next batch                               < waiting
 waiting         the other ranks, while rank 0 waits for these
 saving          the threads that write a checkpoint, for the disk and each other

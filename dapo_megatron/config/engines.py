@@ -35,4 +35,4 @@ class EngineConfig(Section):
     """Seconds for one control call or one broadcast to an engine, and for it to load a push from the disk; null is half
     of trainer.collective_timeout_s."""
     start_timeout_s: float = Field(600.0, gt=0)
-    """Seconds until a started server must answer."""
+    """Seconds until a started server must answer, and controller and trainer ranks give their first sign of life."""

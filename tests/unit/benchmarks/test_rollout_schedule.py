@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from benchmarks.rollout_schedule import Scene, generation_s, simulate
+from benchmarks.rollout_schedule import Scene, engines_of, generation_s, simulate
 from benchmarks.simulated import SimulatedEngine, run_virtually
 
 
@@ -48,3 +48,8 @@ def test_the_producer_in_virtual_time(tmp_path, lag):
     assert seen.problems == [] and sum(seen.ages.values()) == 16 * 15
     assert max(seen.ages) <= max(1, lag)
     assert seen.idle > 0.3 if lag == 0 else seen.idle < 0.2
+
+
+def test_every_split_has_an_engine_and_a_trainer():
+    assert engines_of(128) == [4, 8, 12, 16, 20, 24, 28] and engines_of(24) == [1, 2, 3, 4, 5]
+    assert all(0 < 4 * engines < gpus for gpus in range(8, 200) for engines in engines_of(gpus))

@@ -140,6 +140,18 @@ def test_answers_about_other_nodes_or_jobs_are_refused():
         read_allocation(environment, gone, expand)
 
 
+def test_a_task_of_an_array_is_refused():
+    environment, shown, expand = recorded("plain")
+    task = shown.replace("JobId=1 ", "JobId=1 ArrayJobId=1 ArrayTaskId=3 ")
+    # Of the task whose number is the array's, scontrol shows the others too.
+    others = task.replace("JobId=1 ", "JobId=9 ", 1)
+    for answer in (task, task + others):
+        with pytest.raises(ConfigError, match="^job 1 is a task of a job array, .*: submit the script without --array"):
+            read_allocation(environment, answer, expand)
+    named = shown.replace("JobName=plain", "JobName=x ArrayJobId=1")
+    assert named != shown and read_allocation(environment, named, expand).job_id == 1
+
+
 def test_outside_of_a_job_nothing_is_asked():
     with pytest.raises(ConfigError, match="SLURM_JOB_ID is not set: this runs inside a SLURM job"):
         find_allocation({})

@@ -84,7 +84,7 @@ def test_a_slurm_job_is_checked_before_its_first_step(tmp_path, monkeypatch):
         "find_allocation": lambda _: allocation,
         "is_in": lambda _: True,
         "address_of": lambda _: "10.0.0.1",
-        "check_nodes": never,
+        "unfit_nodes": never,
         "requeue": never,
     }.items():
         monkeypatch.setattr(slurm, name, stand_in)

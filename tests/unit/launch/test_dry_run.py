@@ -34,7 +34,7 @@ SIZES_7B = {
     "num_attention_heads": 28,
     "num_key_value_heads": 4,
 }
-RUN_32B = "exec python -m launch.slurm --recipe launch/recipes/dapo_qwen2.5_32b.yaml"
+RUN_32B = 'exec python -m launch.slurm --recipe launch/recipes/dapo_qwen2.5_32b.yaml "$@"'
 MODELS = {"32b": QWEN, "7b": QWEN | SIZES_7B}
 OPTIONS = Options(
     script=None,
@@ -91,6 +91,7 @@ def test_32b_on_16_nodes(tmp_path):
     assert ["parameters", "3.81", "3.81"] in rows and ["optimizer", "5.72", "5.72"] in rows
     assert ["weights", "15.3"] in rows  # 61.0 GiB over 4 GPUs
     assert ["weight", "push", "61.0", "GiB", "in", "66", "buckets"] in rows and "2.6 s at 25 GB/s" in text
+    assert "beside the weights: sender 4.96 GiB, rank of an engine 1.45" in text  # as tools/plan_resharding.py says
     assert " tokens/s" not in text and "of 80 (5 of them in reserve)" in text
     assert text.endswith("dry run: nothing was started\n")
 
@@ -165,6 +166,12 @@ CANNOT_WORK = {
     "memory of the trainer": ([], {"gpu_memory_gib": 30.0, "nodes": 16}, "GPUs of 30 GiB have 25 for it"),
     "memory of the engine": (["engine.mem_fraction=0.1"], {}, "15.3 GiB of weights a GPU leave no KV cache"),
     "KV cache": (["engine.max_total_tokens=20000"], {}, "KV cache holds 20000 tokens, one sequence may have 22528"),
+    "bucket of an engine": (["resharding.bucket_mib=16384"], {}, "leaves 12.0 of an engine's GPU: lower resharding."),
+    "bucket of a sender": (
+        ["resharding.bucket_mib=16384", "resharding.transport=disk"],
+        {"gpu_memory_gib": 50.0},
+        "the sender of pipeline stage 0 needs 33.2 GiB for a push beside 17.2, GPUs of 50 GiB have 45 for both: lower",
+    ),
     "host memory": ([], {"host_memory_gib": 256.0}, "the controller's node needs 423 GiB of host memory"),
     "engine context": (["engine.context_length=20480"], {}, "exceed engine.context_length=20480"),
     "context of the model": (["engine.context_length=131073"], {}, "max_position_embeddings=131072"),

@@ -15,11 +15,12 @@ from launch.exclusions import (
     fit_nodes,
     read_requests,
     remembered,
+    reserved_nodes,
 )
 from tests.unit.launch.test_allocation import recorded
 
 HOUR = 3600.0
-NODES = {"main": {"a", "b", "c", "d"}}
+NODES = {job: {"a", "b", "c", "d"} for job in ("7", "7+0", "7+1")}
 
 
 def plain(*by_user, count=2, **more):
@@ -65,7 +66,7 @@ def test_what_the_user_excluded_stays_also_where_it_failed_in_an_earlier_job():
     ],
 )
 def test_as_many_are_excluded_as_the_job_can_do_without(lately, request_, up, left):
-    assert affordable(lately, [request_], {"main": set(up)}) == left
+    assert affordable(lately, [request_], {"7": set(up)}) == left
 
 
 def test_groups_share_the_nodes_of_a_partition_or_have_their_own():
@@ -73,8 +74,8 @@ def test_groups_share_the_nodes_of_a_partition_or_have_their_own():
     assert affordable(["a"], two, NODES) == ["a"]
     assert affordable(["c"], [two[0], Request("7+1", 2, "main", ())], NODES) == []
     own = [two[0], Request("7+1", 1, "other", ())]
-    assert affordable(["a", "x"], own, NODES | {"other": {"x", "y"}}) == ["a", "x"]
-    assert affordable(["a", "x"], own, NODES | {"other": {"x"}}) == []
+    assert affordable(["a", "x"], own, NODES | {"7+1": {"x", "y"}}) == ["a", "x"]
+    assert affordable(["a", "x"], own, NODES | {"7+1": {"x"}}) == []
 
 
 def test_what_is_excluded_always_leaves_enough():
@@ -83,18 +84,22 @@ def test_what_is_excluded_always_leaves_enough():
         for lately in itertools.permutations("abcd", size):
             left = affordable(lately, [request], NODES)
             assert list(lately[len(lately) - len(left) :]) == left
-            assert not left or len(NODES["main"] - {*excluded(request, left)}) >= count
+            assert not left or len(NODES["7"] - {*excluded(request, left)}) >= count
 
 
 def test_requests_are_read_of_every_group():
     environment, shown, expand = recorded("het_requeued")
     allocation = read_allocation(environment, shown, expand)
-    assert read_requests(allocation, shown, expand) == [Request("7+0", 2, "main", ()), Request("7+1", 1, "main", ())]
+    assert read_requests(allocation, shown, expand) == [
+        Request("7+0", 2, "main", (), has=("node1", "node2"), gpus=True),
+        Request("7+1", 1, "main", (), has=("node3",)),
+    ]
     plain_ = recorded("plain")
     changed = plain_[1].replace("ReqNodeList=(null) ExcNodeList=(null)", "ReqNodeList=n5 ExcNodeList=n[3-4],n9")
+    changed = changed.replace("Features=(null)", "Features=h100&ib").replace("   Power=", "   Reservation=ours\n ")
     named = {"n5": ["n5"], "n[3-4],n9": ["n3", "n4", "n9"]}.__getitem__
     assert read_requests(read_allocation(*plain_), changed, named) == [
-        Request("1", 3, "main", ("n3", "n4", "n9"), ("n5",))
+        Request("1", 3, "main", ("n3", "n4", "n9"), ("n5",), ("node1", "node2", "node3"), True, "h100&ib", "ours")
     ]
     with pytest.raises(DapoError, match="scontrol does not show which nodes job 1 may get"):
         read_requests(read_allocation(*plain_), shown, expand)
@@ -120,6 +125,41 @@ def test_a_node_is_fit_if_it_can_get_a_job():
         "inval": False,
         "unknown": False,
     }
-    shown = "".join(f"{state}|{state}\n" for state in states)
-    assert fit_nodes(shown) == {state for state, fit in states.items() if fit}
-    assert fit_nodes("") == set()
+    shown = "".join(f"{state}|{state}|(null)|(null)\n" for state in states)
+    assert fit_nodes(shown, plain()) == {state for state, fit in states.items() if fit}
+    assert fit_nodes("", plain()) == set()
+
+
+SHOWN = """\
+a|allocated|h100,ib,rack1|gpu:h100:8(S:0-1),shard:64
+b|allocated|h100,ib,rack2|gpu:h100:8(S:0,2),shard:32
+c|idle|h100,rack2|gpu:h100:8
+d|idle|a100,ib,rack1|gpu:a100:8
+e|idle|h100,ib,rack1|gpu:h100:4
+f|idle|ib|(null)
+"""
+
+
+@pytest.mark.parametrize(
+    ("gpus", "features", "reserved", "fit"),
+    [
+        (False, None, None, "abcdef"),
+        (True, None, None, "abc"),
+        (False, "ib", None, "abdef"),
+        (False, "h100&ib", None, "abe"),
+        (True, "rack2&h100", None, "bc"),
+        (False, "[rack1|rack2]", None, "abe"),  # a choice: nodes like a or b
+        (True, None, "bcf", "bc"),
+        (False, None, "", ""),
+    ],
+)
+def test_only_what_could_take_the_place_of_the_jobs_nodes_counts(gpus, features, reserved, fit):
+    request = plain(has=("a", "b"), gpus=gpus, features=features)
+    assert fit_nodes(SHOWN, request, None if reserved is None else list(reserved)) == set(fit)
+
+
+def test_the_nodes_of_a_reservation():
+    shown = "ReservationName=ours StartTime=1 EndTime=2\n   Nodes=n[1-2] NodeCnt=2 Features=(null)\n   TRES=cpu=4\n"
+    assert reserved_nodes(shown, {"n[1-2]": ["n1", "n2"]}.__getitem__) == ["n1", "n2"]
+    with pytest.raises(DapoError, match="scontrol shows no nodes of the job's reservation: ReservationName=ours"):
+        reserved_nodes(shown.replace("n[1-2]", "(null)"), str.split)

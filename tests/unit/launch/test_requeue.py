@@ -21,19 +21,22 @@ SCRIPT = """#!/bin/bash
 case "$*" in
   "show job"*) cat {folder}/shown ;;
   "show hostnames"*) echo "${{@: -1}}" | tr , "\\n" ;;
-  --noheader*) {sinfo} printf "node1|idle\\nnode2|idle\\nnode3|mixed\\nnode4|{state}\\n" ;;
+  "show reservation"*) printf "ReservationName=ours StartTime=1\\n   Nodes=node1,node2,node3 NodeCnt=3\\n" ;;
+  --noheader*) {sinfo} sed "s/$/|(null)|gpu:2/" {folder}/nodes ;;
   *) echo "$*" >>{folder}/told ;;
 esac
 """
 
 
-def told(monkeypatch, folder, name, by_users, bad, state="idle", sinfo="", is_failure=True):
+def told(monkeypatch, folder, name, by_users, bad, state="idle", sinfo="", is_failure=True, reservation="(null)"):
     """What SLURM is told, without the requeue itself, of a recorded job whose groups' users excluded nodes."""
     environment, shown, expand = recorded(name)
     users = iter(by_users)
-    (folder / "shown").write_text(re.sub(r"(?<=ExcNodeList=)\(null\)", lambda _: next(users), shown))
+    shown = re.sub(r"(?<=ExcNodeList=)\(null\)", lambda _: next(users), shown)
+    (folder / "shown").write_text(shown.replace("   Power=", f"   Reservation={reservation}\n   Power="))
+    (folder / "nodes").write_text(f"node1|idle\nnode2|idle\nnode3|mixed\nnode4|{state}\n")
     for command in ("scontrol", "sinfo"):
-        (folder / command).write_text(SCRIPT.format(folder=folder, state=state, sinfo=sinfo))
+        (folder / command).write_text(SCRIPT.format(folder=folder, sinfo=sinfo))
         (folder / command).chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
     monkeypatch.setattr(module, "REQUEUED_S", 0.0)
@@ -84,6 +87,13 @@ def test_where_too_few_nodes_would_be_left_none_is_excluded(monkeypatch, tmp_pat
     ]
     (line,) = RunFolder(tmp_path).journal.read_text().splitlines()
     assert line.partition(" ")[2] == "node3 failed, and not excluded: too few nodes would be left for the job"
+
+
+def test_what_a_reservation_lacks_is_not_excluded(monkeypatch, tmp_path):
+    """The partition has node4 too, which the job cannot get: SLURM would hold it for ever."""
+    bad = ("node2", "node3")
+    found = [told(monkeypatch, tmp_path, "requeued", ["(null)"], bad, reservation=name) for name in ("(null)", "ours")]
+    assert found == [["update JobId=6 ExcNodeList=node2,node3"], ["update JobId=6 ExcNodeList=node3"]]
 
 
 def test_where_sinfo_fails_the_job_comes_back_on_any_nodes(monkeypatch, tmp_path):

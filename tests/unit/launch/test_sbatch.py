@@ -75,9 +75,18 @@ def test_the_run():
 
 def test_the_script_that_runs():
     text = script("--nodes=3")
-    assert filled(text, []) == text.replace(' "$@"', "")
-    assert "a.yaml 'data.train=[a, b]' seed=3\n" in filled(text, ["data.train=[a, b]", "seed=3"])
-    assert r"'x=\1'" in filled(text, [r"x=\1"])
+    assert filled(text, [], "x.sh") == text.replace(' "$@"', "")
+    for handed_on in ('"$@"', "$@", '"${@}"', "${@}"):
+        other = text.replace('"$@"', handed_on)
+        assert "a.yaml 'data.train=[a, b]' seed=3\n" in filled(other, ["data.train=[a, b]", "seed=3"], "x.sh")
+    assert r"'x=\1'" in filled(text, [r"x=\1"], "x.sh")
+
+
+def test_a_script_that_hands_on_no_argument():
+    deaf = script("--nodes=3").replace(' "$@"', "")
+    assert filled(deaf, [], "x.sh") == deaf
+    with pytest.raises(ConfigError, match="^x.sh hands on no argument, and seed=3 is one: end its last line in"):
+        filled(deaf, ["seed=3"], "x.sh")
 
 
 @pytest.mark.parametrize(
@@ -100,6 +109,8 @@ def test_the_script_that_runs():
         (["--gres=gpu:h100"], "'h100' is no number of GPUs"),
         (["--gpus-per-node=h100:4,a100:4"], "is no number of GPUs"),
         (["--cpus-per-task=x"], "--cpus-per-task=x"),
+        (["--nodes=2", "--array=1-10%1"], "--array=1-10%1: no task of an array is put back alone: submit"),
+        (["-a 0-3"], "--array=0-3: "),
     ],
 )
 def test_refused(options, says):

@@ -63,8 +63,21 @@ def test_an_engine_that_failed_twice_moves_to_a_spare_host():
 
 @pytest.mark.parametrize(("limit", "says"), [(0, "killed"), (2, "killed (after 2 restarts of engine-0)")])
 def test_an_engine_is_not_started_for_ever(limit, says):
-    found, actions = after(state(restarts=limit), *(limit + 1) * [EngineLost("engine-0", "killed")])
+    found, actions = after(state(restarts=limit, requeue=False), *(limit + 1) * [EngineLost("engine-0", "killed")])
     assert actions == [End("engine", says)] and found.phase is Phase.OVER
+
+
+def test_where_the_engines_of_one_host_alone_fail_the_job_comes_back_without_it():
+    often = 3 * [EngineLost("engine-0", "killed")]
+    why = "killed (after 2 restarts of engine-0)"
+    assert after(state(), *often)[1] == [Requeue(why, ("node2",), True)]
+    assert after(state(can_fail=False), *often)[1] == after(state(requeue=False), *often)[1] == [End("engine", why)]
+    # Others fail too, or there are none: the engines are what is wrong.
+    assert after(state(), EngineLost("engine-1", "killed"), *often)[1] == [End("engine", why)]
+    alone = replace(state(), engines={"engine-0": 1})
+    assert after(alone, *often)[1] == [End("engine", why)]
+    # Failed once, it is not left out: the next start would be the same.
+    assert after(state(restarts=0), often[0])[1] == [End("engine", "killed")]
 
 
 def test_one_engine_does_not_use_up_the_restarts_of_another():
@@ -181,6 +194,16 @@ def test_a_stop_is_asked_for_and_waited_for(comes_back):
     assert after(found, EngineLost("engine-0", "killed"))[1] == []
     assert after(state(requeue=False), StopAsked("time limit", comes_back), Finished(False))[1] == [
         End("preempted", "stopped: time limit")
+    ]
+
+
+def test_a_run_that_stops_can_do_without_the_hosts_of_engines():
+    stopping, _ = after(state(), Progress(1, saved=1), StopAsked("time limit", True))
+    found, actions = after(stopping, HostLost("node3"))
+    assert actions == [] and found.phase is Phase.STOPPING
+    assert after(found, Progress(2, saved=2), Finished(False))[1] == [Requeue("time limit", ("node3",), False)]
+    assert after(found, HostLost("node1"))[1] == [
+        Requeue("time limit; and then node1 was lost", ("node1", "node3"), False)
     ]
 
 

@@ -1,6 +1,7 @@
 """In which order a supervisor tells what it sees, and what its log keeps of it."""
 
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -173,6 +174,33 @@ def test_engines_are_started_again_alone_and_the_training_beside_them(folder, mo
     assert seen == [(1, [1, 1]), (2, [1, 2]), (3, [1, 3])]
 
 
+@pytest.mark.parametrize("mute", ["controller", "trainer-1"])
+def test_one_that_never_gives_a_sign_of_life_hangs(folder, monkeypatch, mute):
+    """As where SLURM does not make its step: an srun waits for ever."""
+    clock = time.monotonic()
+    monkeypatch.setattr(under_test.time, "monotonic", lambda: clock)
+    monkeypatch.setattr(under_test.Heartbeats, "silent", lambda *_: [])  # all others are well
+    monkeypatch.setattr(under_test.EngineWatch, "silent", lambda _: [])
+    monkeypatch.setattr("launch.job.clear", lambda folder: None)  # and live on
+
+    def later(seconds):
+        nonlocal clock
+        clock += seconds
+
+    def done(world):
+        world.finish("controller", "trainer-0", "trainer-1")
+
+    scenes = [lambda _: later(590), lambda _: later(20), lambda _: None, lambda _: later(590), lambda _: None, done]
+    with ExitStack() as others:
+        for name in {"controller", "trainer-0", "trainer-1"} - {mute}:
+            others.enter_context(Reporter(folder, name))
+        end, began = play(folder, monkeypatch, *scenes)
+    assert end == End(None, "finished")
+    assert began == ["engine-0", "engine-1", "controller", "trainer", "controller", "trainer"]
+    log = folder.journal.read_text()
+    assert f" the {mute} hangs: no sign of life since it was started 610 s ago; see logs/latest/" in log
+
+
 @pytest.mark.parametrize(("step", "kind"), [(8, "preempted"), (9, None)])
 def test_who_is_asked_to_stop_at_the_last_step_has_finished(folder, monkeypatch, step, kind):
     def done(world):
@@ -194,6 +222,32 @@ def test_a_rank_that_ends_before_its_record_can_be_read_has_not_failed(folder, m
         monkeypatch.setattr(under_test.time, "sleep", lambda _: world.finish("controller", "trainer-0", "trainer-1"))
 
     _, began = play(folder, monkeypatch, ends_without_a_record)
+    assert began == ["engine-0", "engine-1", "controller", "trainer"]
+
+
+def test_a_run_that_stops_does_not_look_after_its_engines(folder, monkeypatch):
+    """SLURM would be asked at every look whether the host of a dead one is down, until the grace is over."""
+    asked, looks = iter([StopAsked("SIGTERM", comes_back=False)]), []
+
+    def engine_dies(world):
+        world.lost_hosts = lambda look: looks.append(look) or []
+        world.end = lambda children: pytest.fail(f"ended: {[child.name for child in children]}")
+        world.kill("engine-1")
+
+    def others_hang(world):
+        hangs = [(member, "hangs") for member in read_engine_set(folder).members]
+        monkeypatch.setattr(under_test.EngineWatch, "silent", lambda _: hangs)
+
+    def done(world):
+        world.end = lambda children: None
+        world.finish("controller", "trainer-0", "trainer-1")
+
+    monkeypatch.setattr(under_test, "LOOK_S", 0.0)
+    with Reporter(folder, "trainer-0") as reporter:
+        reporter.phase("update")
+        scenes = [engine_dies, others_hang, lambda _: None, done]
+        end, began = play(folder, monkeypatch, *scenes, asked=lambda: next(asked, None))
+    assert end.kind == "preempted" and looks and not any(looks)
     assert began == ["engine-0", "engine-1", "controller", "trainer"]
 
 
