@@ -1,6 +1,6 @@
 """Rows of both systems -> medians, time to accuracy, and the printed table. Pure but for the table."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -58,22 +58,17 @@ class Summary:
     longest: float
 
 
-def from_metrics(records: Iterable[dict], system: str, started: float) -> Run:
-    """This project's run, from its metrics.jsonl and the Unix time of the command.
-
-    With a lag, evaluation runs beside training and has records of its own.
-    """
-    of_step: dict[int, dict] = {}
-    for record in records:
-        of_step[record["step"]] = record | of_step.get(record["step"], {})
-    first, *steps = of_step.values()
+def from_metrics(records: Sequence[dict], system: str, started: float) -> Run:
+    """This project's run, from its records and the Unix time of the command."""
+    first, *steps = records
     rows = []
     for r in steps:
         seconds = r["time/step"] - sum(r.get(f"time/{name}", 0.0) for name in NOT_OF_THE_STEP)
         phases = {name: r[f"time/{'push' if name == 'sync' else name}"] for name in PHASES}
         tokens, longest = r["rollout/response_tokens"], r["response/length_max"]
         rows.append(Row(r["step"], seconds, phases, tokens, longest, r.get("eval/accuracy")))
-    startup = first["time"] - started - first.get("time/evaluate", 0.0)
+    # With a lag, evaluation is beside training, and its own time is another.
+    startup = first["time"] - started - first.get("time/evaluate", first.get("eval/seconds", 0.0))
     return Run(system, startup, first.get("eval/accuracy"), rows)
 
 

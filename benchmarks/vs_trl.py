@@ -32,6 +32,8 @@ from benchmarks.workloads import WAYS, WORKLOADS, Workload, trl_settings
 from dapo_megatron.config import RunConfig
 from dapo_megatron.errors import DapoError, exit_code
 from dapo_megatron.observe.jsonl import read_lines
+from dapo_megatron.observe.metrics import read_metrics
+from dapo_megatron.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[1]
 CORES = 2
@@ -99,7 +101,7 @@ def run_ours(config: RunConfig, out: Path, name: str, system: str, deadline: flo
     recipe.write_text(yaml.safe_dump(config.model_dump()))
     command = [sys.executable, "-m", "dapo_megatron.cli", "run", str(recipe)]
     started = run_within(command, out / f"{name}.log", deadline, threads=1)
-    return from_metrics(read_lines(Path(config.run_dir) / "metrics.jsonl"), system, started)
+    return from_metrics(read_metrics(RunFolder(Path(config.run_dir))), system, started)
 
 
 def run_trl(config: RunConfig, out: Path, workload: Workload, deadline: float, python: Path, threads: int) -> Run:

@@ -24,16 +24,27 @@ def append_lines(path: Path, rows: Sequence[dict[str, Any]], *, sync: bool = Fal
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of `path` in order, none if there is no file; a torn last line is left out."""
+    """Rows of `path` in order, none if there is no file; a torn last line is left out.
+
+    Raises:
+        DataError: a line is no such row.
+    """
     if not path.exists():
         return
     with path.open(encoding="ascii") as file:
         for number, line in enumerate(file, start=1):
             if line.endswith("\n"):
-                try:
-                    yield json.loads(line)
-                except ValueError as e:
-                    raise DataError(f"{path}, line {number}: not JSON ({e}); remove the line") from None
+                yield _row(line, f"{path}, line {number}")
+
+
+def _row(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as e:
+        raise DataError(f"{where}: not JSON ({e}); remove the line") from None
+    if not isinstance(row, dict) or not isinstance(row.get("step"), int | float):
+        raise DataError(f"{where}: no object with the number of a step; remove the line")
+    return row
 
 
 def cut_after(path: Path, step: int | None) -> None:

@@ -45,14 +45,9 @@ def test_neither_evaluation_nor_verification_is_of_the_step():
     ]
 
 
-def test_an_evaluation_beside_training_is_that_of_its_step():
-    times = {f"time/{name}": 0.5 for name in ("generate", "old_logprobs", "update", "push")} | {"time/step": 2.0}
-    steps = [{"step": i, "time": 130.0 + i, "rollout/response_tokens": 9.0, "response/length_max": 5.0} for i in (1, 2)]
-    evaluated = [{"step": i, "time": 140.0 + i, "eval/accuracy": 0.5 + i / 10} for i in (0, 1)]
-    records = [{"step": 0, "time": 130.0}, evaluated[0], steps[0] | times, steps[1] | times, evaluated[1]]
-    run = from_metrics(iter(records), "lag 1", started=100.0)
-    assert (run.system, run.startup, run.accuracy_before) == ("lag 1", 30.0, 0.5)
-    assert [(r.step, r.seconds, r.accuracy) for r in run.rows] == [(1, 2.0, 0.6), (2, 2.0, None)]
+def test_an_evaluation_beside_training_is_not_of_the_start():
+    before = {"step": 0, "time": 130.0, "eval/seconds": 10.0, "eval/accuracy": 0.25}
+    assert from_metrics([before], "lag 1", started=100.0).startup == 20.0
 
 
 def test_a_ratio_above_one_is_better_than_trl():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from dapo_megatron.errors import DapoError
+from dapo_megatron.errors import DapoError, DataError
 from dapo_megatron.observe.catalog import reduce_updates
 from dapo_megatron.observe.metrics import MetricsWriter, read_metrics
 from dapo_megatron.observe.pace import Pace, pace
@@ -33,6 +33,21 @@ def test_round_trip_keeps_every_name_and_non_finite_values_become_nan(tmp_path):
     assert math.isnan(back["policy/loss"]) and math.isnan(back["my own/metric"])
     assert back["a/b"] == 0.5 and back["c/d"] == 2.0
     json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail)
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ('{"step": 2', "not JSON"),
+        ("[2]", "no object with the number of a step"),
+        ('{"version": 2}', "no object with the number of a step"),
+        ('{"step": "2"}', "no object with the number of a step"),
+    ],
+)
+def test_a_line_that_is_no_record_is_named(tmp_path, line, says):
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
+    with pytest.raises(DataError, match=f"metrics.jsonl, line 2: {says}.*; remove the line"):
+        read_metrics(RunFolder(tmp_path))
 
 
 def test_a_steps_updates_are_one_record():
