@@ -19,6 +19,8 @@ from launch.time_limit import check_time_limit, read_time
         ("2-03:04:05", 2 * 86400 + 3 * 3600 + 245),
         ("UNLIMITED", None),
         ("infinite", None),
+        ("-1", None),
+        ("0", None),
     ],
 )
 def test_every_way_to_write_a_time_limit(text, seconds):
