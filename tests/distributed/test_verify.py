@@ -10,7 +10,7 @@ import pytest
 from tests.distributed.harness import run_ranks  # noqa: F401  # first: patches megatron-core on machines without CUDA
 from tests.tiny import run_config
 
-from dapo_megatron.engines.wire import Completion
+from dapo_megatron.engines.wire import Completion, SamplingParams
 from dapo_megatron.errors import EngineError
 from dapo_megatron.records import VersionSpan
 from dapo_megatron.resharding import verify as module
@@ -72,7 +72,7 @@ def row(prompt, logprob):
 
 
 def test_the_worst_of_all_engines_is_told(tmp_path):
-    off = [(0.0, 2e-5), (4e-5, 0.0)]
+    off = [(4e-5, 0.0), (0.0, 2e-5)]
     found = compared(tmp_path, *(row(p, -1.0 + d) for pair in off for p, d in zip(PROMPTS, pair, strict=True)))
     assert (found.mean, found.max) == (pytest.approx(2e-5), pytest.approx(4e-5))
 
@@ -104,6 +104,11 @@ def test_checksums_name_the_engine_and_the_parameter(tmp_path, monkeypatch):
     b.held = [b.held[0], {"x": "2", "y": "0"}]
     with pytest.raises(EngineError, match="engine http://b holds other weights .* in 1 of 2 parameters: y "):
         verifier._compare_weights()
+
+
+def test_prompts_are_sampled_as_a_rollout_does_and_past_the_models_own_end(tmp_path):
+    sections = {"rollout": {"temperature": 0.7}, "resharding": {"verify_tokens": 5}}
+    assert verifier_of(tmp_path, **sections).params == SamplingParams(5, 0.7, ignore_eos=True)
 
 
 def test_every_token_but_the_first_is_scored():
