@@ -2,7 +2,9 @@
 
 import time
 from concurrent.futures import Future
+from contextlib import nullcontext
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from dapo_megatron.engines.control import EngineControl
 from dapo_megatron.errors import DapoError, EngineError
 from dapo_megatron.resharding.broadcast import Broadcast
 from dapo_megatron.resharding.fill import fill
+from dapo_megatron.resharding import group as weight_group
 from dapo_megatron.resharding.group import end_group
 from dapo_megatron.resharding.plan import Bucket
 
@@ -101,6 +104,34 @@ def waits_for_a_group_that_ends():
 
 def test_who_waits_in_a_group_that_ends_goes_on():
     assert max(run_ranks(2, waits_for_a_group_that_ends)) < GLOO_S / 2
+
+
+@pytest.mark.parametrize(("backend", "seconds"), [("gloo", 30), ("nccl", 60)])
+def test_the_watchdog_of_nccl_comes_after_the_senders_own_deadline(monkeypatch, backend, seconds):
+    """It would end the whole process."""
+    timeouts = []
+
+    def made(*_, timeout, **options):
+        timeouts.append(timeout)
+        return "group", None
+
+    monkeypatch.setattr(weight_group, "_new_process_group_helper", made)
+    weight_group.join_as_sender("pushes", dist.HashStore(), 2, backend, 30)
+    del dist.distributed_c10d._world.pg_group_ranks["group"]
+    assert timeouts == [timedelta(seconds=seconds)]
+
+
+def test_engines_elsewhere_are_given_an_address_that_leads_to_them(monkeypatch):
+    towards = []
+
+    class Probe(nullcontext):
+        def __enter__(self):
+            return SimpleNamespace(connect=towards.append, getsockname=lambda: ("10.0.0.1", 5))
+
+    monkeypatch.setattr(weight_group.socket, "socket", lambda *_: Probe())
+    assert weight_group.sender_address(["http://127.0.0.1:1", "http://localhost:2"]) == "127.0.0.1" and not towards
+    assert weight_group.sender_address(["http://10.0.0.2:1", "http://127.0.0.1:2"]) == "10.0.0.1"
+    assert towards == [("10.0.0.2", 9)]
 
 
 @pytest.mark.parametrize("names", [("b.weight", "a.weight"), ("a.weight",)])

@@ -2,7 +2,10 @@
 
 import asyncio
 import multiprocessing
-from contextlib import contextmanager
+import threading
+import time
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,9 +18,10 @@ from dapo_megatron.batching.build import build_step_batch
 from dapo_megatron.distributed.layout import init_parallel
 from dapo_megatron.errors import DapoError
 from dapo_megatron.keys import make_keys
-from dapo_megatron.messages import Part, Done, FetchPart
+from dapo_megatron.messages import Done, FetchPart, FetchState, Part
 from dapo_megatron.rollout.served import ServedBatch
 from dapo_megatron.rpc import RpcClient, RpcServer
+from dapo_megatron.trainer import replica_batch
 from dapo_megatron.trainer.replica_batch import PartFetcher, fetched_batch
 from launch.ports import reserved_ports
 
@@ -122,3 +126,48 @@ def test_a_controller_that_is_gone_is_named_before_the_others_give_up(tmp_path):
     with reserved_ports(1) as (port,):
         found = run_ranks(2, received, config, f"tcp://127.0.0.1:{port}", make_keys(), [[1], [1]])
     assert len(set(found)) == 1 and f"127.0.0.1:{port} did not answer FetchPart within 2 s" in found[0]
+
+
+class Rpc:
+    """Answers at once with what it was asked for; or never."""
+
+    def __init__(self, answers=True):
+        self.answers, self.waits = answers, threading.Event()
+
+    def send(self, request, deadline_s):
+        self.request = request
+
+    def receive(self, is_interrupted):
+        self.waits.set()
+        end = time.monotonic() + 5
+        while not self.answers and not is_interrupted() and time.monotonic() < end:
+            time.sleep(0.01)
+        return Part(repr(self.request).encode())
+
+    def close(self):
+        pass
+
+
+def test_every_part_of_the_own_replica_is_asked_for_and_of_no_other(monkeypatch):
+    monkeypatch.setattr(replica_batch, "all_agree", lambda *_: nullcontext())
+    monkeypatch.setattr(replica_batch, "share_in_replica", lambda payload, layout: payload)
+    monkeypatch.setattr(replica_batch, "decode_part", lambda payload: (None, [payload.decode()]))
+    parts = [[1, 3], [2, 1]]
+    for replica in (0, 1):
+        fetcher = PartFetcher(Rpc(), deadline_s=9)
+        batch = fetched_batch(fetcher, SimpleNamespace(dp_rank=replica), None, 5, 0, parts)
+        asked = [[repr(FetchPart(5, u, replica, part)) for part in range(parts[u][replica])] for u in (0, 1)]
+        assert [batch.shard(1), batch.shard(0)] == asked[::-1]
+        states = [repr(FetchState(5, part)) for part in range(2)]
+        assert fetcher.begin_state(5, 2).result().decode() == "".join(states)
+        fetcher.close()
+
+
+def test_what_is_not_fetched_yet_is_given_up_at_the_end():
+    rpc = Rpc(answers=False)
+    fetcher = PartFetcher(rpc, deadline_s=9)
+    fetcher.begin(1, 0, [1, 1])
+    rpc.waits.wait()
+    began = time.monotonic()
+    fetcher.close()
+    assert time.monotonic() < began + 2

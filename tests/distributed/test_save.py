@@ -1,6 +1,7 @@
 """Saving while training goes on: what is written, by whom, when it is published, and that all of it comes back."""
 
 import os
+import struct
 import threading
 import time
 from itertools import pairwise
@@ -282,6 +283,14 @@ def forget_the_moments(actor):
 
 def forget_the_schedule(actor):
     actor.schedule.load_state_dict = lambda state: None
+
+
+@pytest.mark.parametrize(("dtype", "pattern"), [(torch.bfloat16, "h"), (torch.float32, "i"), (torch.float64, "q")])
+def test_a_sum_is_that_of_the_patterns_of_all_elements_in_64_bits(dtype, pattern):
+    tensor = torch.tensor([1.5, -2.0, 3e38, -0.0, float("nan")], dtype=dtype).repeat(100)
+    (raw,) = tensor[None].view(torch.uint8).numpy()
+    total = sum(struct.unpack(f"{len(tensor)}{pattern}", raw.tobytes()))
+    assert bit_sum(tensor) == (total + 2**63) % 2**64 - 2**63
 
 
 def forget_everything(actor):

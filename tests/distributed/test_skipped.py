@@ -21,24 +21,25 @@ from dapo_megatron.checkpoint.integrity import intact_manifest
 from dapo_megatron.checkpoint.train_state import TrainState
 from dapo_megatron.errors import DapoError, StorageError
 from dapo_megatron.trainer.loop import train_step
-from dapo_megatron.trainer.skipped import count_skipped, read_dump
+from dapo_megatron.trainer.skipped import count_skipped, read_dump, sources
 
 
-def poisoned_batch(config, layout):
-    """A step's batch of two updates; the second has a bad advantage in the last micro-batch of its last replica."""
+def poisoned_batch(config, layout, updates):
+    """A step's batch of two updates; `updates` have a bad advantage in the last micro-batch of their last replica."""
     sequences = []
 
     def poison(batch):
-        bad = batch.mini_batches[1].shards[-1][-1]
-        bad[-1] = replace(bad[-1], advantage=np.nan)
-        sequences.extend(sample.source for sample in bad)
+        for update in updates:
+            bad = batch.mini_batches[update].shards[-1][-1]
+            bad[-1] = replace(bad[-1], advantage=np.nan)
+            sequences.extend(sample.source for sample in bad)
 
     return replica_batch(config, 24, layout, 5, poison), sequences
 
 
-def poisoned_step(config, skipped_before):
+def poisoned_step(config, skipped_before, updates=(1,)):
     actor = actor_on_rank(config)
-    batch, sequences = poisoned_batch(config, actor.layout)
+    batch, sequences = poisoned_batch(config, actor.layout, updates)
     before = [p.detach().clone() for p in actor.modules[0].parameters()]
     losses = []
     update = actor.update
@@ -119,12 +120,20 @@ def test_what_is_no_dump_is_one_line(tmp_path):
     assert found.returncode == 1 and "is no dump, no dumped batch and no run that holds batches" in found.stderr
 
 
+def test_a_dump_tells_the_sequences_of_each_update_that_was_skipped(tmp_path):
+    run_ranks(2, poisoned_step, config_of(tmp_path, data_parallel_size=2), 0, (0, 1))
+    dump, batch = read_dump(tmp_path / "run/dumps/step_000005")
+    assert (dump.in_a_row, [u.update for u in dump.updates]) == (2, [0, 1])
+    for update, mini_batch in zip(dump.updates, batch.mini_batches, strict=True):
+        assert update.micro_batches == [sources(shard) for shard in mini_batch.shards]
+
+
 def test_a_dump_of_an_update_that_its_batch_has_not_is_refused(tmp_path):
-    update = {"update": 2, "grad_norm": "inf", "loss": "1", "micro_batches": []}
+    update = {"update": 1, "grad_norm": "inf", "loss": "1", "micro_batches": []}
     (tmp_path / "dump.json").write_text(json.dumps({"step": 1, "version": 0, "in_a_row": 1, "updates": [update]}))
     part = Place(step=1, version=0, update=0, updates=1, replica=0, replicas=1, part=0, parts=1)
     write_parts(tmp_path / "batch.msgpack", [encode_part(part, [])])
-    with pytest.raises(StorageError, match=r"dump.json names update 2, batch.msgpack has 1: damaged"):
+    with pytest.raises(StorageError, match=r"dump.json names update 1, batch.msgpack has 1: damaged"):
         read_dump(tmp_path)
 
 

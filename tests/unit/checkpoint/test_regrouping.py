@@ -42,3 +42,6 @@ def test_a_group_that_was_not_saved_is_an_error():
     loaded = {0: state(group(1.0)), 1: state(*EXPERTS), "param_state": "all"}
     with pytest.raises(ValueError, match=r"no saved parameter group has \{'wd_mult': 0\.0"):
         regrouped(loaded, [DENSE])
+    for other in ({"lr_mult": 10.0}, {"is_decoupled_lr": True}):
+        with pytest.raises(ValueError, match="no saved parameter group has"):
+            regrouped(loaded, [[group(1.0, **other)]])

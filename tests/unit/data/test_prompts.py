@@ -117,6 +117,7 @@ GOOD = {"question": "?", "answer": "1"}
         ({"question": "", "answer": "1"}, "question", "found str ''"),
         ({"question": [], "answer": "1"}, "question", "found list []"),
         ({"question": [{"role": "user"}], "answer": "1"}, "question", "{role, content}, found list"),
+        ({"question": [{"content": "?"}], "answer": "1"}, "question", "{role, content}, found list"),
         ({"question": "?", "answer": ""}, "answer", "the answer is empty"),
         ({"question": "?", "answer": " \n"}, "answer", "the answer is empty"),
         ({"question": "?", "answer": None}, "answer", "expected text or a number, found NoneType None"),
@@ -142,6 +143,8 @@ def test_a_bad_row_names_file_line_and_field(load, bad, field, message):
         ({"template": "dopa"}, "unknown template 'dopa', did you mean 'dapo'"),
         ({"answer_pattern": "("}, "is not a regular expression"),
         ({"answer_pattern": "#### .+"}, "has 0 groups, exactly one is needed"),
+        ({"answer_pattern": "(####|=) (.+)"}, "has 2 groups, exactly one is needed"),
+        ({"answer_pattern": "1|#### (.+)"}, "line 1, field 'answer': the answer is empty"),
         ({"answer_pattern": "#### (.+)"}, "line 1, field 'answer': nothing matches data.answer_pattern"),
     ],
 )
@@ -226,9 +229,10 @@ def truths(loaded):
     ],
 )
 def test_a_number_is_the_plain_decimal_that_stands_in_the_file(written, plain, tmp_path, tokenizer):
-    path = tmp_path / "data.jsonl"
-    path.write_text(f'{{"question": "?", "answer": {written}}}\n')
-    assert truths(load_prompts(path, tokenizer)) == [(plain,)]
+    row = f'{{"question": "?", "answer": {written}}}'
+    for name, text in (("data.jsonl", row), ("data.json", f"[{row}]")):
+        (tmp_path / name).write_text(text)
+        assert truths(load_prompts(tmp_path / name, tokenizer)) == [(plain,)]
 
 
 @pytest.mark.parametrize("written", ["1e999999999", "1e-999999999", "1e99999999999999999999999", "9" * 1002])
@@ -286,14 +290,29 @@ def test_a_last_message_of_the_assistant_is_continued(load, tokenizer):
     assert prompt.text == "1+1?"
 
 
+def test_of_several_turns_the_last_question_is_what_is_asked(load, tokenizer):
+    turns = [*ASKED, {"role": "assistant", "content": "2"}, {"role": "user", "content": "And 1+2?"}]
+    assert load([{"question": turns, "answer": "3"}]).prompts[0].text == "And 1+2?"
+
+
+def test_a_template_may_trim_what_is_said_and_leave_out_earlier_thoughts(load, tokenizer, monkeypatch):
+    """As Llama 3's and Qwen3's do."""
+    said = "{{ (m.content.split('</think>')[-1] if m.role == 'assistant' else m.content) | trim }};"
+    monkeypatch.setattr(tokenizer, "chat_template", f"{{% for m in messages %}}{said}{{% endfor %}}")
+    turns = [{"role": "user", "content": " 1+1? "}, {"role": "assistant", "content": "<think>1, 2</think>2"}, *ASKED]
+    prompt = load([{"question": turns, "answer": "2"}]).prompts[0]
+    assert tokenizer.decode(prompt.input_ids) == "1+1?;2;1+1?;"
+
+
 def test_system_prompt(load, tokenizer):
     for question in (ASKED, "1+1?"):
         prompt = load([{"question": question, "answer": "2"}], system_prompt="Be brief.").prompts[0]
         text = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n"
         assert tokenizer.decode(prompt.input_ids) == text and prompt.text == "1+1?"
-    messages = [{"role": "system", "content": "Think."}, *ASKED]
-    with pytest.raises(DataError, match="line 2, field 'question': .* unset data.system_prompt"):
-        load([GOOD, {"question": messages, "answer": "2"}], system_prompt="Be brief.")
+    own = {"role": "system", "content": "Think."}
+    for messages in ([own, *ASKED], [*ASKED, own]):
+        with pytest.raises(DataError, match="line 2, field 'question': .* unset data.system_prompt"):
+            load([GOOD, {"question": messages, "answer": "2"}], system_prompt="Be brief.")
 
 
 def test_variables_of_the_chat_template(load, tokenizer, monkeypatch):
@@ -364,6 +383,16 @@ def test_a_folder_without_tokenizer(tmp_path):
     with pytest.raises(ConfigError, match=f"model.path={tmp_path}: no readable tokenizer") as caught:
         load_tokenizer(str(tmp_path))
     assert "\n" not in str(caught.value)
+
+
+def test_code_in_a_models_folder_is_not_run(tmp_path):
+    names = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(names))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "own"} | names))
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: ...\n")
+    with pytest.raises(ConfigError, match="no readable tokenizer"):
+        load_tokenizer(str(tmp_path))
+    assert not (tmp_path / "ran").exists()
 
 
 def test_longest_and_progress(load, tmp_path, tokenizer):

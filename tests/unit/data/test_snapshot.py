@@ -4,6 +4,7 @@ import re
 import struct
 
 import msgspec
+import numpy as np
 import pytest
 
 from dapo_megatron.data.sampler import PromptSampler
@@ -45,6 +46,11 @@ def test_it_comes_back_bit_for_bit():
     assert msgspec.json.decode(encode_snapshot(before))["next_order"] == 17  # JSON, for whoever looks
 
 
+def test_the_end_of_an_epoch_is_a_place_to_stand():
+    at_end = msgspec.structs.replace(snapshot().sampler, epoch=1, position=7)
+    assert decode_snapshot(encode_snapshot(snapshot(sampler=at_end, next_order=14, carried=[])), 12).sampler == at_end
+
+
 def test_it_travels_in_parts(monkeypatch):
     monkeypatch.setattr("dapo_megatron.data.snapshot.PART_BYTES", 100)
     whole = encode_snapshot(snapshot())
@@ -74,6 +80,11 @@ def sampler(**changes):
 GROUP = snapshot().carried[0]
 
 
+def carried(**changes):
+    (whole,) = GROUP.responses
+    return ScoredGroup(15, GROUP.prompt, [msgspec.structs.replace(whole, **changes)])
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
@@ -90,7 +101,10 @@ GROUP = snapshot().carried[0]
         ({"carried": [GROUP, GROUP]}, "numbers [15, 15, 9] wait"),
         ({"again": [(15, "p")]}, "numbers [15, 15] wait"),
         ({"again": [(17, "p")]}, "of 17 prompts issued, numbers [15, 17] wait"),
+        ({"again": [(-1, "p")]}, "of 17 prompts issued, numbers [15, -1] wait"),
         ({"carried": [ScoredGroup(15, GROUP.prompt, [])]}, "group 15 is carried without responses"),
+        ({"carried": [carried(token_ids=np.zeros(0, np.int32))]}, "group 15 is carried without responses"),
+        ({"carried": [carried(version_spans=[])]}, "group 15 is carried without responses"),
     ],
 )
 def test_what_cannot_be_is_refused_in_a_line(changes, says):

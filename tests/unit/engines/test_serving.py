@@ -234,6 +234,26 @@ def test_one_that_answers_is_not_asked_whether_it_lives():
     asyncio.run(run())
 
 
+def test_of_a_new_set_those_that_stay_go_on_with_what_they_owe_and_who_is_gone_loses_it():
+    async def run():
+        now = [of_urls(["http://a", "http://b"])]
+        engines = serving.ServingEngines(lambda: now[0], 9.0, 4)
+        engines._look()
+        stays, goes = engines._servers
+        owed = [asyncio.create_task(asyncio.sleep(60)) for _ in range(2)]
+        for server, task in zip((stays, goes), owed, strict=True):
+            server.serves, server.responses, server.attempts = True, 2, {task}
+        now[0] = EngineSet(2, (now[0].members[0], Member("engine-1", "http://b", start=2)))
+        engines._look()
+        await asyncio.sleep(0)
+        kept, new = engines._servers
+        assert kept is stays and (kept.serves, kept.responses) == (True, 2) and new is not goes and not new.serves
+        assert [task.cancelled() for task in owed] == [False, True]
+        owed[0].cancel()
+
+    asyncio.run(run())
+
+
 def test_it_rests_twice_as_long_each_time_it_fails_until_it_answers():
     """However many of its requests tell of one failure."""
 

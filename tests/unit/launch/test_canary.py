@@ -1,15 +1,17 @@
-"""What the nodes answer, as srun prints it, and what becomes of a job some of whose nodes do not see its folder."""
+"""What the nodes of a job answer when they are asked for its run folder, and what becomes of the job."""
 
+import re
+import subprocess
 from dataclasses import replace
-from subprocess import CompletedProcess
+from pathlib import Path
 
 import pytest
 
 from dapo_megatron.errors import ConfigError, DapoError
 from dapo_megatron.run_folder import RunFolder
 from launch import canary, slurm
-from launch.allocation import read_allocation
-from launch.canary import Unfit, read_answers, unfit_nodes
+from launch.allocation import Allocation, Group, Node, read_allocation
+from launch.canary import Unfit, main, read_answers, unfit_nodes
 from launch.states import Requeue
 from tests.tiny import run_config
 from tests.unit.launch.test_allocation import recorded
@@ -19,38 +21,58 @@ BLIND = ConfigError("run_dir=/x is not the same folder on every node (node2: Sta
 
 
 def test_answers_are_found_among_what_else_is_printed():
-    printed = (
-        "canary\tnode2\tsees it\nwarning: tab\there\ncanary\tnode1\tNo such file or directory: /x/.canary-1\ncanary\n"
-    )
+    printed = "canary\tnode2\tsees it\nwarning: tab\there\nnot\ta\tcanary\n"
+    printed += "canary\tnode1\tNo such file or directory: /x/.canary-1\ncanary\n"
     assert read_answers(printed) == {"node1": "No such file or directory: /x/.canary-1", "node2": "sees it"}
 
 
+ALLOCATION = Allocation(7, 0, tuple(Group(7 + i, (Node(name, 4, 0),)) for i, name in enumerate("ab")), True, None)
+
+
 @pytest.mark.parametrize(
-    ("answers", "written", "nodes", "kind", "says"),
+    ("of_b", "kind", "says"),
     [
-        ({"node1": "sees it", "node2": "sees it", "node3": "sees it"}, "123", (), None, ""),
-        ({"node1": "sees it", "node3": "sees it"}, "13", ("node2",), DapoError, "no answer from node2 within 120 s"),
-        (
-            {"node1": "sees it", "node2": "Stale file handle", "node3": "sees it"},
-            "13",
-            ("node2",),
-            ConfigError,
-            "is not the same folder on every node (node2: Stale file handle)",
-        ),
-        ({f"node{i}": "sees it" for i in (1, 2, 3)}, "2", ("node1", "node3"), ConfigError, "what node1, node3 wrote"),
+        ("sees it", None, None),
+        ("silent", DapoError, r"no answer from b within .* \(srun: error: b: killed\): exclude them"),
+        ("another folder", ConfigError, r"is not the same folder on every node \(b: sees another file there\)"),
+        ("no folder", ConfigError, r"is not the same folder on every node \(b: No such file or directory: .*\)"),
+        ("writes elsewhere", ConfigError, r"what b wrote into run_dir=.* is not seen here after 0 s"),
     ],
 )
-def test_nodes_that_do_not_see_the_folder_are_named(tmp_path, monkeypatch, answers, written, nodes, kind, says):
-    def ask(group, het_group, token, environment):
-        for i in written:
-            token.with_name(f"{token.name}.node{i}").touch()
-        return CompletedProcess([], 0, "".join(f"canary\t{n}\t{a}\n" for n, a in answers.items()), "")
+def test_every_node_reads_what_is_written_here_and_writes_what_is_read_here(
+    tmp_path, monkeypatch, capsys, of_b, kind, says
+):
+    other = tmp_path / "other"
+    other.mkdir()
+    folder = tmp_path / "run"
+    folder.mkdir()
+    asked = []
+
+    def ask(group, het_group, token: Path, environment):
+        asked.append(het_group)
+        (node,) = group.nodes
+        if node.name == "b" and of_b == "silent":
+            return subprocess.CompletedProcess([], 1, "", "srun: error: b: killed\n")
+        at = token
+        if node.name == "b" and of_b in ("another folder", "no folder"):
+            at = other / token.name
+            if of_b == "another folder":
+                at.write_text("of somebody else")
+        monkeypatch.setattr("sys.argv", ["canary", str(at)])
+        monkeypatch.setenv("SLURMD_NODENAME", node.name)
+        main()
+        if of_b == "writes elsewhere":
+            token.with_name(f"{token.name}.b").unlink(missing_ok=True)
+        return subprocess.CompletedProcess([], 0, capsys.readouterr().out, "")
 
     monkeypatch.setattr(canary, "_ask", ask)
     monkeypatch.setattr(canary, "APPEAR_S", 0.0)
-    found = unfit_nodes(JOB, tmp_path, {})
-    assert (found.nodes if found else ()) == nodes and list(tmp_path.iterdir()) == []
-    assert found is None or (type(found.error) is kind and says in str(found.error))
+    found = unfit_nodes(ALLOCATION, folder, {})
+    if kind is None:
+        assert found is None
+    else:
+        assert found.nodes == ("b",) and type(found.error) is kind and re.search(says, str(found.error))
+    assert asked == [0, 1] and list(folder.iterdir()) == []
 
 
 @pytest.mark.parametrize(

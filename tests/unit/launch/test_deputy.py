@@ -1,6 +1,7 @@
 """Where a launcher's deputy runs, and what it may put back."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 
@@ -74,3 +75,41 @@ def test_a_job_without_a_launcher_goes_back_or_ends(tmp_path, monkeypatch, refus
         watch(folder, 7, 0, "node1")
     assert (tmp_path / "told").read_text().splitlines()[-1] == ("scancel 7" if refuses else "scontrol requeue 7")
     assert failures(folder, 7) == 1
+    assert "node1" in folder.bad_nodes.read_text()
+
+
+UP, DOWN = "NodeName=node1 State=MIXED", "NodeName=node1 State=DOWN*"
+RUNS, OVER = "JobId=7 JobState=RUNNING Restarts=0", "JobId=7 JobState=RUNNING Restarts=1"
+AWAY, FORGOTTEN = DapoError("slurmctld did not answer"), DapoError("`scontrol show job 7` failed: Invalid job id")
+
+
+@pytest.mark.parametrize(
+    ("node", "job", "does"),
+    [
+        *((UP, job, "watches") for job in (RUNS, AWAY)),
+        *((AWAY, job, "watches") for job in (RUNS, AWAY)),
+        *((DOWN, job, "requeues") for job in (RUNS, AWAY)),
+        *((node, job, "ends") for node in (UP, DOWN, AWAY) for job in (OVER, FORGOTTEN)),
+    ],
+)
+def test_it_watches_until_its_attempt_is_over_or_the_launchers_host_is_down(tmp_path, monkeypatch, node, job, does):
+    def slurm(*command, tries=3):
+        if command[1] == "requeue":
+            raise InterruptedError("requeues")
+        answer = node if "node" in command else job
+        if isinstance(answer, DapoError):
+            raise answer
+        return answer
+
+    def sleep(seconds):
+        raise InterruptedError("watches")
+
+    folder = RunFolder(tmp_path)
+    folder.snapshot(7).mkdir(parents=True)
+    monkeypatch.setattr("launch.deputy.slurm", slurm)
+    monkeypatch.setattr("launch.deputy.time", SimpleNamespace(sleep=sleep))
+    if does == "ends":
+        watch(folder, 7, 0, "node1")
+    else:
+        with pytest.raises(InterruptedError, match=does):
+            watch(folder, 7, 0, "node1")

@@ -122,6 +122,8 @@ def test_a_node_is_fit_if_it_can_get_a_job():
         "draining@": False,
         "fail": False,
         "failing": False,
+        "error": False,
+        "future": False,
         "inval": False,
         "unknown": False,
     }

@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,25 @@ def test_who_leaves_without_a_word_has_failed_whatever_the_exit_code(folder):
     gone = child(folder, "controller", "sys.exit(0)")
     assert failed(folder, [gone]) == [gone]
     assert "the controller ended with exit code 0" in str(failure(folder, [gone])[0])
+
+
+def test_who_runs_has_not_failed_and_who_ends_well_says_so_with_both_code_and_record(folder):
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    runs = Child("controller", process, folder.path / "controller.log", True, ("controller",))
+    assert failed(folder, [runs]) == []
+    process.kill()
+    process.wait()
+    for kind, code, has_failed in ((None, 0, False), (None, 1, True), ("data", 0, True)):
+        leave_word(folder, "trainer-0", kind, "")
+        ended = child(folder, "trainer-0", f"sys.exit({code})")
+        assert failed(folder, [ended]) == ([ended] if has_failed else [])
+
+
+def test_the_srun_of_a_step_ends_with_128_and_its_signal(folder):
+    ended = child(folder, "trainer", "sys.exit(137)")
+    of_several = replace(ended, processes=("trainer-0", "trainer-1"))
+    assert "the trainer was killed by signal 9 (SIGKILL)" in str(failure(folder, [of_several])[0])
+    assert "the trainer ended with exit code 137" in str(failure(folder, [ended])[0])
 
 
 def test_a_full_disk_is_told_by_the_exit_code_where_no_record_fits(folder):

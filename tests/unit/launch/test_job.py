@@ -1,6 +1,7 @@
 """What a job begins with."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 import yaml
@@ -12,9 +13,10 @@ from dapo_megatron.checkpoint.manifest import Manifest, model_numbers
 from dapo_megatron.config import LaunchConfig, ModelConfig, RunConfig, load_config
 from dapo_megatron.observe.jsonl import append_lines
 from dapo_megatron.errors import ConfigError, StorageError
+from dapo_megatron.process import Reporter, read_exit
 from dapo_megatron.run_folder import RunFolder
 from dapo_megatron.weights.hf_config import read_model
-from launch.job import check_resume, prepare_new, prepare_resume
+from launch.job import Job, check_resume, prepare_new, prepare_restart, prepare_resume
 from launch.local import run_local
 from tests.tiny import hf_folder
 
@@ -71,11 +73,12 @@ def test_before_the_first_checkpoint_a_resume_begins_again(begun, capsys):
     assert not list(begun.checkpoints.iterdir())
 
 
-def test_a_run_from_weights_begins_again_with_the_same_weights(tmp_path, begun):
+def test_a_run_from_weights_begins_again_with_the_same_weights(tmp_path, begun, monkeypatch):
     weights = checkpoint(begun, 3)
     second = RunFolder(tmp_path / "second")
     second.path.mkdir()
-    job = prepare_new(config(second.path), second, weights)
+    monkeypatch.chdir(weights.parent)
+    job = prepare_new(config(second.path), second, Path(weights.name))  # it goes on from another folder
     assert job.trainer_arguments == ["--weights", str(weights.resolve())]
     assert prepare_resume(config(second.path), second, "latest").trainer_arguments == job.trainer_arguments
     other = config(tmp_path / "third").model_copy(update={"model": ModelConfig(path=str(MODELS[1]))})
@@ -83,6 +86,13 @@ def test_a_run_from_weights_begins_again_with_the_same_weights(tmp_path, begun):
         prepare_new(other, RunFolder(tmp_path / "third"), weights)
     with pytest.raises(ConfigError, match="nothing is no checkpoint: give one"):
         prepare_new(config(tmp_path / "third"), RunFolder(tmp_path / "third"), tmp_path / "nothing")
+
+
+def test_weights_that_lack_a_file_are_refused(tmp_path, begun):
+    weights = checkpoint(begun, 3)
+    (weights / store.CONTROLLER).unlink()
+    with pytest.raises(StorageError, match=f"{store.CONTROLLER}"):
+        prepare_new(config(tmp_path / "third"), RunFolder(tmp_path / "third"), weights)
 
 
 def test_a_resume_goes_on_from_the_newest_and_writes_what_changed_beside(begun):
@@ -94,8 +104,26 @@ def test_a_resume_goes_on_from_the_newest_and_writes_what_changed_beside(begun):
     assert job.config == begun.resumed_config(1) and yaml.safe_load(job.config.read_text())["trainer"]["steps"] == 7
     assert prepare_resume(config(begun.path, steps=8), begun, "latest").config == begun.resumed_config(2)
     assert begun.config.read_bytes() == before
-    with pytest.raises(ConfigError, match="cannot change seed"):
-        prepare_resume(config(begun.path).model_copy(update={"seed": 3}), begun, "latest")
+    for look in (check_resume, prepare_resume):
+        with pytest.raises(ConfigError, match="cannot change seed"):
+            look(config(begun.path).model_copy(update={"seed": 3}), begun, "latest")
+
+
+def test_what_an_earlier_start_was_asked_for_is_done(begun):
+    for request in (begun.stop_request, begun.save_request):
+        request.touch()
+    prepare_resume(config(begun.path), begun, "latest")
+    assert not begun.stop_request.exists() and not begun.save_request.exists()
+
+
+def test_a_restart_begins_with_the_newest_checkpoint_or_as_the_run_did(tmp_path, begun):
+    weights, second = checkpoint(begun, 3), RunFolder(tmp_path / "second")
+    second.path.mkdir()
+    job = prepare_new(config(second.path), second, weights)
+    Reporter(second, "trainer-0").ended("crash", "of the start before")
+    assert prepare_restart(second, job) == job and read_exit(second, "trainer-0") is None
+    path = checkpoint(second, 1)
+    assert prepare_restart(second, job) == Job(job.config, ["--resume", str(path)])
 
 
 def test_only_the_intact_one_is_gone_on_from_when_asked(begun, monkeypatch):
@@ -110,8 +138,9 @@ def test_only_the_intact_one_is_gone_on_from_when_asked(begun, monkeypatch):
     assert [p.name for p in store.published(begun)] == ["step_000001", "step_000002"]
     shutil.rmtree(begun.checkpoint(1))
     (begun.checkpoint(2) / store.CONTROLLER).unlink()
-    with pytest.raises(ConfigError, match="no intact checkpoint"):
-        prepare_resume(config(begun.path), begun, "latest-intact")
+    for look in (check_resume, prepare_resume):
+        with pytest.raises(ConfigError, match="no intact checkpoint"):
+            look(config(begun.path), begun, "latest-intact")
 
 
 def test_a_new_attempt_does_not_take_the_weights_or_the_bank_of_the_last(tmp_path, begun):
@@ -129,6 +158,9 @@ def test_a_new_attempt_does_not_take_the_weights_or_the_bank_of_the_last(tmp_pat
 @pytest.mark.parametrize("resume", ["latest", "latest-intact"])
 def test_records_are_not_given_up_for_want_of_checkpoints(begun, lost, resume):
     """20 steps are recorded before the second checkpoint, of step 20, is begun."""
+    append_lines(begun.metrics, [{"step": 20}])
+    check_resume(config(begun.path), begun, resume)
+    begun.metrics.unlink()
     append_lines(begun.metrics, [{"step": step} for step in range(22 if lost == "checkpoints" else 5)])
     if lost == "damaged":
         (begun.checkpoints / ".step_000010.damaged").mkdir(parents=True)
@@ -187,7 +219,8 @@ def test_where_processes_have_no_place_nothing_is_made(tmp_path, monkeypatch, la
     assert not (tmp_path / "none").exists()
 
 
-def test_a_folder_that_holds_a_run_is_refused(begun):
-    checkpoint(begun, 1)
+@pytest.mark.parametrize("holds", ["a checkpoint", "records"])
+def test_a_folder_that_holds_a_run_is_refused(begun, holds):
+    checkpoint(begun, 1) if holds == "a checkpoint" else append_lines(begun.metrics, [{"step": 1}])
     with pytest.raises(ConfigError, match="holds a run already"):
         prepare_new(config(begun.path), begun, None)

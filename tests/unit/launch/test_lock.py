@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from dapo_megatron.errors import ConfigError
-from launch.lock import Holder, locked
+from launch.lock import Holder, _remove_stale, locked
 
 HOLD = """
 import sys, time, pathlib
@@ -57,18 +57,31 @@ def test_the_lock_of_a_killed_launcher_is_taken(tmp_path):
         # The pid was given to another process since: this one is younger than the lock's.
         (Holder(socket.gethostname(), os.getpid(), psutil.Process().create_time() - 1000), True),
         (Holder("another-host", 2**22 - 7, 0.0), False),
+        (Holder("another-host", 2**22 - 7, 0.0, slurm_job=8), False),
+        # Before this job was requeued.
+        (Holder("another-host", 2**22 - 7, 0.0, slurm_job=7), True),
     ],
 )
 def test_who_is_gone(tmp_path, holder, taken):
     path = tmp_path / "launcher.lock"
     path.write_bytes(msgspec.json.encode(holder))
     if taken:
-        with locked(path):
+        with locked(path, slurm_job=7):
             pass
         assert not path.exists()
         return
-    with pytest.raises(ConfigError, match="another-host"), locked(path):
-        pass
+    for job in (None, 7):
+        with pytest.raises(ConfigError, match="another-host"), locked(path, job):
+            pass
+
+
+def test_the_lock_of_another_stays(tmp_path):
+    path, other = tmp_path / "launcher.lock", msgspec.json.encode(Holder("another-host", 1, 0.0))
+    with locked(path):
+        path.write_bytes(other)  # the folder was removed meanwhile, and made again by another run
+    assert path.read_bytes() == other
+    _remove_stale(path, Holder("a-third-host", 1, 0.0))  # which held it before; the other was faster to take it
+    assert path.read_bytes() == other and len(list(tmp_path.iterdir())) == 1
 
 
 def test_what_is_no_lock_is_not_taken(tmp_path):

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import time
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from dapo_megatron.errors import DapoError, Preempted
 from dapo_megatron.run_folder import RunFolder
 from launch import requeue as module
 from launch.allocation import read_allocation
+from launch.exclusions import Request
 from launch.requeue import count_failure, failures, remember, requeue
 from launch.slurm import _limits
 from launch.states import Requeue
@@ -23,12 +25,25 @@ case "$*" in
   "show hostnames"*) echo "${{@: -1}}" | tr , "\\n" ;;
   "show reservation"*) printf "ReservationName=ours StartTime=1\\n   Nodes=node1,node2,node3 NodeCnt=3\\n" ;;
   --noheader*) {sinfo} sed "s/$/|(null)|gpu:2/" {folder}/nodes ;;
-  *) echo "$*" >>{folder}/told ;;
+  update*) {update} echo "$*" >>{folder}/told ;;
+  *) echo "$*" >>{folder}/told; kill $PPID ;;
 esac
 """
 
 
-def told(monkeypatch, folder, name, by_users, bad, state="idle", sinfo="", is_failure=True, reservation="(null)"):
+def told(
+    monkeypatch,
+    folder,
+    name,
+    by_users,
+    bad,
+    state="idle",
+    sinfo="",
+    is_failure=True,
+    update="",
+    waits_s=0.0,
+    reservation="(null)",
+):
     """What SLURM is told, without the requeue itself, of a recorded job whose groups' users excluded nodes."""
     environment, shown, expand = recorded(name)
     users = iter(by_users)
@@ -36,10 +51,11 @@ def told(monkeypatch, folder, name, by_users, bad, state="idle", sinfo="", is_fa
     (folder / "shown").write_text(shown.replace("   Power=", f"   Reservation={reservation}\n   Power="))
     (folder / "nodes").write_text(f"node1|idle\nnode2|idle\nnode3|mixed\nnode4|{state}\n")
     for command in ("scontrol", "sinfo"):
-        (folder / command).write_text(SCRIPT.format(folder=folder, sinfo=sinfo))
+        (folder / command).write_text(SCRIPT.format(folder=folder, sinfo=sinfo, update=update))
         (folder / command).chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-    monkeypatch.setattr(module, "REQUEUED_S", 0.0)
+    monkeypatch.setattr(module, "REQUEUED_S", waits_s)
+    monkeypatch.setattr("launch.slurm_calls.PAUSE_S", 0.0)
     (folder / "told").unlink(missing_ok=True)
     run = RunFolder(folder)
     allocation = read_allocation(environment, shown, expand)
@@ -53,14 +69,20 @@ def told(monkeypatch, folder, name, by_users, bad, state="idle", sinfo="", is_fa
 
 @pytest.fixture(autouse=True)
 def sigterm_as_before():
-    """A requeue ignores it from then on."""
-    before = signal.getsignal(signal.SIGTERM)
+    """A requeue ignores it from then on: SLURM sends it at once, and nodes are still to be excluded."""
+    before = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("SLURM has ended the launcher"))
     yield
     signal.signal(signal.SIGTERM, before)
 
 
 def test_bad_nodes_join_what_the_user_excluded(monkeypatch, tmp_path):
     assert told(monkeypatch, tmp_path, "requeued", ["node4"], ("node3",)) == ["update JobId=6 ExcNodeList=node4,node3"]
+
+
+def test_nodes_are_excluded_as_soon_as_the_job_waits_and_slurm_has_its_time_to_end_the_launcher(monkeypatch, tmp_path):
+    busy, began = f"[ -e {tmp_path}/waits ] || {{ touch {tmp_path}/waits; exit 1; }};", time.monotonic()
+    bad = told(monkeypatch, tmp_path, "requeued", ["(null)"], ("node3",), update=busy, waits_s=1.5)
+    assert bad == ["update JobId=6 ExcNodeList=node3"] and time.monotonic() > began + 1.5
 
 
 def test_each_group_keeps_what_its_user_excluded(monkeypatch, tmp_path):
@@ -74,7 +96,8 @@ def test_each_group_keeps_what_its_user_excluded(monkeypatch, tmp_path):
 def test_what_the_user_excluded_stays_when_the_failures_there_are_forgotten(monkeypatch, tmp_path):
     remember(RunFolder(tmp_path), ["node3"])  # in an earlier job
     assert told(monkeypatch, tmp_path, "requeued", ["node3"], ("node4",)) == ["update JobId=6 ExcNodeList=node3,node4"]
-    RunFolder(tmp_path).bad_nodes.write_text('{"node3":1.0,"node4":1.0}')
+    long_ago = time.time() - 3601
+    RunFolder(tmp_path).bad_nodes.write_text(f'{{"node3":{long_ago},"node4":{long_ago}}}')
     assert told(monkeypatch, tmp_path, "requeued", ["node3,node4"], ()) == ["update JobId=6 ExcNodeList=node3"]
 
 
@@ -96,8 +119,17 @@ def test_what_a_reservation_lacks_is_not_excluded(monkeypatch, tmp_path):
     assert found == [["update JobId=6 ExcNodeList=node2,node3"], ["update JobId=6 ExcNodeList=node3"]]
 
 
+def test_groups_of_two_partitions_each_need_nodes_of_their_own(monkeypatch, tmp_path):
+    nodes = {
+        "main": "a|idle|(null)|(null)\nb|idle|(null)|(null)\n",
+        "gpu": "c|idle|(null)|(null)\nd|down|(null)|(null)\n",
+    }
+    monkeypatch.setattr(module, "_nodes_of", nodes.__getitem__)
+    requests = [Request("7+0", 1, "main", ()), Request("7+1", 1, "gpu", ())]
+    assert module._affordable(RunFolder(tmp_path), ["c", "a"], requests) == ["a"]
+
+
 def test_where_sinfo_fails_the_job_comes_back_on_any_nodes(monkeypatch, tmp_path):
-    monkeypatch.setattr("launch.slurm_calls.PAUSE_S", 0.0)
     assert told(monkeypatch, tmp_path, "requeued", ["node4"], ("node3",), sinfo="echo no >&2; exit 1;") == []
     (line,) = RunFolder(tmp_path).journal.read_text().splitlines()
     assert "node3 failed, and not excluded: `sinfo " in line and line.endswith("` failed: no")

@@ -46,6 +46,11 @@ def test_every_way_to_ask(nodes, gpus, cpus):
 
 def test_cpus_of_gpus():
     assert groups("--gres=gpu:8", "--cpus-per-gpu=12") == (Request(1, 8, 96),)
+    assert groups("--cpus-per-gpu=12") == (Request(1, 0, 12),)
+
+
+def test_a_resource_that_is_no_gpu_is_left_to_slurm():
+    assert groups("--tres-per-node=license/x:2") == (Request(1, 0, 1),)
 
 
 def test_a_heterogeneous_job():
@@ -103,6 +108,7 @@ def test_a_script_that_hands_on_no_argument():
             "--ntasks does not say how many nodes, or GPUs of each: write --nodes",
         ),
         (["-w node[1-4]"], "write --nodes"),
+        (["-n 16"], "--ntasks does not say how many nodes"),
         (["--gres=gpu:h100:4,gpu:a100:4"], "is no number of GPUs"),
         (["--comment=don't"], "is no whole line of words (No closing quotation)"),
         (["-G 16"], "write --gpus-per-node"),

@@ -1,5 +1,6 @@
 """The status of made-up run folders, written by those who write them in a run."""
 
+import io
 import json
 import os
 import time
@@ -15,9 +16,11 @@ from dapo_megatron.observe.metrics import MetricsWriter
 from dapo_megatron.process import Reporter
 from dapo_megatron.run_folder import RunFolder
 from launch import look, status
+from launch.culprit import Condition
 from launch.attempts import note_attempt, read_attempts
 from launch.lock import locked
 from tests.tiny import run_config
+from rich.console import Console
 from typer.testing import CliRunner
 
 
@@ -116,6 +119,20 @@ def test_a_run_that_has_ended(folder, kind, code, says):
     Reporter(folder, "launcher").ended(kind, "no engine is left")
     got, text = shown(folder)
     assert got == code and says in text
+    beats = {line.split()[0]: line for line in text.splitlines() if line.startswith(("launcher ", "trainer-0 "))}
+    assert (f"failed ({kind})" if kind else "ended") in beats["launcher"] and " none" in beats["trainer-0"]
+
+
+def test_it_is_watched_until_it_is_over(folder, monkeypatch):
+    def sleep(seconds):
+        raise InterruptedError("it goes on")
+
+    monkeypatch.setattr(status.time, "sleep", sleep)
+    console = Console(file=io.StringIO(), force_terminal=True)
+    with running(folder), pytest.raises(InterruptedError, match="it goes on"):
+        status._watch(folder, console)
+    Reporter(folder, "launcher").ended("engine", "no engine is left")
+    assert status._watch(folder, console).condition is Condition.FAILED
 
 
 def test_a_run_that_has_finished(folder):

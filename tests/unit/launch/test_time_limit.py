@@ -21,6 +21,8 @@ from launch.time_limit import check_time_limit, read_time
         ("infinite", None),
         ("0:00:00", None),
         ("0-0", None),
+        ("-1", None),
+        ("0", None),
     ],
 )
 def test_every_way_to_write_a_time_limit(text, seconds):

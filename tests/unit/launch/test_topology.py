@@ -7,7 +7,7 @@ import pytest
 
 from dapo_megatron.errors import ConfigError
 from launch.port_map import WEIGHT_GROUPS, PortMap, job_ports, ports_needed
-from launch.topology import Node, place, place_ranks, split
+from launch.topology import Node, place, place_engines, place_ranks, sides, split
 from tests.tiny import run_config
 
 
@@ -151,6 +151,16 @@ def test_sixteen_nodes_of_eight():
     assert again.ranks == found.ranks and again.engines == found.engines[:14]
 
 
+def test_engines_alone():
+    found = place_engines(config(replicas=2, engine_tp=2).engine, nodes(1, 4), PORTS)
+    assert [(e.name, e.devices, e.port) for e in found] == [
+        ("engine-0", (0, 1), PORTS[2]),
+        ("engine-1", (2, 3), PORTS[4]),
+    ]
+    with pytest.raises(ConfigError, match="32 engines on one node .* need 66 ports"):
+        place_engines(config(replicas=32).engine, nodes(1, 0), PORTS)
+
+
 def test_cpu_nodes_are_filled_evenly():
     found = place(config(replicas=3, engine_tp=2, tp=2, dp=3), nodes(2, 0), nodes(2, 0), PORTS)
     assert [r.node.name for r in found.ranks] == ["n0"] * 4 + ["n1"] * 2
@@ -196,6 +206,13 @@ def test_engines_leave_a_node_for_the_trainer():
     assert split(there, None) == (there, there) and split(there, 1) == (there[:2], there[2:])
     with pytest.raises(ConfigError, match="launch.engine_nodes=3 leaves no node for the trainer, there are 3"):
         split(there, 3)
+
+
+def test_of_two_groups_the_first_trains_and_the_second_generates():
+    a, b = nodes(3, 8)[:2], nodes(3, 8)[2:]
+    assert sides([a, b], None) == (a, b) and sides([a], 1) == (a[:1], a[1:])
+    with pytest.raises(ConfigError, match="a heterogeneous job has 2 groups, trainer and engines; this one has 3"):
+        sides([a, b, b], None)
 
 
 def test_ports_of_jobs():

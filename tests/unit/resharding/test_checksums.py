@@ -1,12 +1,14 @@
 """What an engine's ranks should hold, against parameters that are put together by hand."""
 
 import hashlib
+from contextlib import nullcontext
 
 import pytest
 import torch
 
+from dapo_megatron.errors import ConfigError
 from dapo_megatron.resharding.checksums import differing, engine_parameter, expected_checksums, find_checksum
-from dapo_megatron.resharding.engine_parts import vocabulary_rows
+from dapo_megatron.resharding.engine_parts import check_engine_layout, vocabulary_rows
 from dapo_megatron.weights.families import FAMILIES, Experts, ModelShape
 from dapo_megatron.weights.table import hf_shapes, parameter_mappings
 
@@ -50,9 +52,10 @@ def test_two_ranks_of_a_dense_model():
     assert found[mlp + "gate_up_proj.weight"] == [sha(torch.cat([gate[r], up[r]])) for r in (0, 1)]
     assert found[mlp + "down_proj.weight"] == [sha(c) for c in t[mlp + "down_proj.weight"].chunk(2, dim=1)]
     assert found["model.norm.weight"] == [sha(t["model.norm.weight"])] * 2
-    rows = torch.zeros(128, HIDDEN)  # 67 in multiples of 64
-    rows[:VOCAB] = t["lm_head.weight"]
-    assert found["lm_head.weight"] == [sha(part) for part in rows.chunk(2)]
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        rows = torch.zeros(128, HIDDEN)  # 67 in multiples of 64
+        rows[:VOCAB] = t[name]
+        assert found[name] == [sha(part) for part in rows.chunk(2)]
     # Embedding, output, norm; two norms, qkv with a bias, output, gate and up, down.
     assert len(found) == 3 + 2 + 2 + 3
 
@@ -70,6 +73,22 @@ def test_two_ranks_of_a_dense_model():
 )
 def test_rows_of_the_vocabulary_on_each_rank(vocab, tp_size, rows):
     assert vocabulary_rows(vocab, tp_size) == rows
+
+
+@pytest.mark.parametrize(
+    ("experts", "tp_size", "says"),
+    [
+        (None, 4, "does not divide the model's 6 attention heads"),
+        (None, 3, "neither divides the model's 2 key-value heads nor is a multiple of them"),
+        (Experts(3, 2, 8, True), 6, "does not divide the model's 8 channels of an expert"),
+        (Experts(3, 2, 6, True), 6, None),
+        (None, 6, None),
+    ],
+)
+def test_the_ranks_of_an_engine_share_heads_and_channels_evenly(experts, tp_size, says):
+    shape = shape_of("Qwen3MoeForCausalLM" if experts else "Qwen2ForCausalLM", experts=experts)
+    with nullcontext() if says is None else pytest.raises(ConfigError, match=f"tensor_parallel_size={tp_size} {says}"):
+        check_engine_layout(shape, tp_size)
 
 
 def test_experts_are_left_out_and_the_engines_type_counts():
