@@ -274,6 +274,25 @@ def test_it_rests_twice_as_long_each_time_it_fails_until_it_answers():
     asyncio.run(run())
 
 
+def test_one_that_rests_is_not_probed(monkeypatch):
+    async def run():
+        engines, probed = serving.ServingEngines(lambda: of_urls(["http://a", "http://b"]), 9.0, 4), []
+        engines._look()
+        rests, other = engines._servers
+        rests.rests_until = asyncio.get_running_loop().time() + 60
+
+        async def probe(server, session):
+            probed.append(server)
+
+        monkeypatch.setattr(engines, "_probe", probe)
+        engines.start(None)
+        await asyncio.sleep(0.05)
+        await engines.stop()
+        assert probed == [other]
+
+    asyncio.run(run())
+
+
 class Answers:
     """A session in which an engine gives these HTTP statuses."""
 
