@@ -49,6 +49,20 @@ def test_as_many_travel_together_as_may_be_in_flight_and_everybody_gets_another_
     asyncio.run(run())
 
 
+def test_of_another_prompt_or_with_other_parameters_is_another_request():
+    async def run():
+        client = Client()
+        coalescing = CoalescingClient(client)
+        other = SamplingParams(max_new_tokens=TOGETHER_TOKENS, temperature=0.5)
+        asked = [([1, 2], SHORT), ([1, 2], SHORT), ([1, 3], SHORT), ([1, 2], other)]
+        tasks = [asyncio.create_task(coalescing.generate(*one)) for one in asked]
+        client.go.set()
+        await asyncio.gather(*tasks)
+        assert client.counts == [2, 1, 1]
+
+    asyncio.run(run())
+
+
 def test_long_ones_go_alone():
     async def run():
         client = Client()
