@@ -73,7 +73,7 @@ def compare(args: argparse.Namespace) -> None:
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])
     out = args.out / time.strftime("%Y%m%d-%H%M%S")
     out.mkdir(parents=True)
-    console = Console()
+    console = Console(width=max(120, Console().width))
     for workload in WORKLOADS:
         if args.only not in (None, workload.name):
             continue
