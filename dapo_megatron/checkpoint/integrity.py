@@ -1,7 +1,8 @@
 """Are the files of a checkpoint those that were written? Sizes, names and hashes against the manifest."""
 
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import xxhash
@@ -57,17 +58,46 @@ def check_files(path: Path, manifest: Manifest) -> None:
             raise StorageError(f"{path / name} has {size} bytes, {record.size} were written")
 
 
-def check_hashes(path: Path, manifest: Manifest, share: int = 0, shares: int = 1) -> None:
-    """Compare the hashes of one of `shares` equal shares of the files.
+def check_hashes(
+    path: Path, manifest: Manifest, share: int = 0, shares: int = 1, *, names: Collection[str] | None = None
+) -> None:
+    """Compare the hashes of one of `shares` equal shares of the files, or of those with the given names.
 
     Raises:
         StorageError: a file has other content than was written, or cannot be read.
     """
-    by_size = sorted(manifest.files, key=lambda name: (-manifest.files[name].size, name))
+    by_size = sorted(manifest.files if names is None else names, key=lambda name: (-manifest.files[name].size, name))
     with ThreadPoolExecutor(READERS) as readers:
         for name, found in readers.map(lambda name: (name, _read(path / name)), by_size[share::shares]):
             if found != manifest.files[name]:
                 raise StorageError(f"{path / name} is damaged: its content does not have the hash that was written")
+
+
+def check_small(path: Path, manifest: Manifest) -> list[str]:
+    """Compare all names and sizes, and the hashes of small files (BLOCK bytes at most); returns the others' names.
+
+    Raises:
+        StorageError: says what is damaged.
+    """
+    check_files(path, manifest)
+    large = [name for name, record in manifest.files.items() if record.size > BLOCK]
+    check_hashes(path, manifest, names=manifest.files.keys() - set(large))
+    return large
+
+
+@contextmanager
+def checked_meanwhile(path: Path, manifest: Manifest, names: Collection[str]) -> Iterator[Future[None]]:
+    """The hashes of some files are compared while the block reads them, which ends when that has ended.
+
+    Raises:
+        StorageError: a file has other content than was written; also where the block failed over it.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        checked = thread.submit(check_hashes, path, manifest, names=names)
+        try:
+            yield checked
+        finally:
+            checked.result()
 
 
 def _read(path: Path) -> FileRecord:

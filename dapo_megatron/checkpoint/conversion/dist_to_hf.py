@@ -16,8 +16,8 @@ from dapo_megatron.checkpoint.conversion import output
 from dapo_megatron.checkpoint.conversion.output import Aside, Part
 from dapo_megatron.checkpoint.conversion.stored_keys import Place, account, places
 from dapo_megatron.checkpoint.conversion.stored_weights import StoredWeights
-from dapo_megatron.checkpoint.integrity import intact_manifest
-from dapo_megatron.checkpoint.manifest import HF, MANIFEST, MODEL, Manifest, model_numbers
+from dapo_megatron.checkpoint.integrity import check_small, checked_meanwhile
+from dapo_megatron.checkpoint.manifest import HF, MANIFEST, MODEL, Manifest, model_numbers, read_manifest
 from dapo_megatron.checkpoint.store import copy_files, write_synced
 from dapo_megatron.errors import ConfigError, DapoError
 from dapo_megatron.observe.progress import progress
@@ -59,7 +59,8 @@ def convert_dist_to_hf(
             f"{checkpoint} has no {MANIFEST}: give one checkpoint, such as runs/demo/checkpoints/step_000010"
         )
     output.require_outside(out, checkpoint, *([like] if like else []))
-    manifest = intact_manifest(checkpoint)
+    manifest = read_manifest(checkpoint)
+    large = check_small(checkpoint, manifest)
     sides = like or checkpoint / HF
     if not (sides / "config.json").is_file():
         raise ConfigError(f"{sides} has no config.json: give a Hugging Face folder of the same model with --like")
@@ -76,8 +77,11 @@ def convert_dist_to_hf(
         checkpoint, [MANIFEST]
     )
     options = {"dtype": "as stored" if dtype is None else str(dtype).removeprefix("torch."), "to": "hf"}
-    with output.written_aside(out, inputs, options) as aside:
-        written = _write(aside, layout, table, shape, weights, console)
+    with (
+        output.written_aside(out, inputs, options) as aside,
+        checked_meanwhile(checkpoint, manifest, large) as checked,
+    ):
+        written = _write(aside, layout, table, shape, weights, checked, console)
         copy_files(sides, names, aside.path)
         if layout.keys() != {SINGLE} and INDEX not in names:
             write_synced(aside.path / INDEX, index_text(layout).encode())
@@ -149,8 +153,10 @@ def _write(
     table: list[tuple[ParameterMapping, Place]],
     shape: ModelShape,
     weights: StoredWeights,
+    checked: Future[None],
     console: Console,
 ) -> int:
+    """Nothing is written down as done before the files that it comes from are checked."""
     total = sum(entry.size for header in layout.values() for entry in parse_header(header).values())
     there = sum(part.size for part in aside.journal.done.values())
     output.require_room(aside.path, total - there)
@@ -169,9 +175,11 @@ def _write(
                     advance(block.numel() * writer.entries[target].dtype.itemsize)
                     if row + len(block) == writer.entries[target].shape[0]:
                         pending[target] = Part(writer.entries[target].size, writer.digest(target))
-                if sum(part.size for part in pending.values()) >= output.JOURNAL_EVERY:
+                if sum(part.size for part in pending.values()) >= output.JOURNAL_EVERY and checked.done():
+                    checked.result()
                     settled.append(thread.submit(_settle, aside, writer, pending))
                     pending = {}
+            checked.result()
             settled.append(thread.submit(_settle, aside, writer, pending))
             for past in settled:
                 past.result()

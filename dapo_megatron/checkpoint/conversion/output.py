@@ -80,6 +80,8 @@ class Aside:
 def written_aside(out: Path, inputs: dict[str, tuple[int, int]], options: dict[str, str]) -> Iterator[Aside]:
     """A folder beside `out`, new or as an interrupted conversion left it; renamed to `out` at the end of the block.
 
+    A block that is refused before any part was written down leaves nothing.
+
     Raises:
         StorageError: the disk is full.
         DapoError: `out` exists, another process is at it, or what lies beside it is something else, or was left of
@@ -99,7 +101,12 @@ def written_aside(out: Path, inputs: dict[str, tuple[int, int]], options: dict[s
             raise DapoError(f"{folder} is being written by another process: wait, or choose another folder") from None
         aside = Aside(folder, Journal(inputs, options))
         _take_up(aside)
-        yield aside
+        try:
+            yield aside
+        except DapoError:
+            if not aside.journal.done:
+                shutil.rmtree(folder)
+            raise
         for path in [aside.path, *aside.path.rglob("*/")]:
             sync_folder(path)
         os.rename(aside.path, out)

@@ -4,13 +4,15 @@ import json
 import os
 import pickle
 import shutil
+import time
 from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dapo_megatron.checkpoint.conversion import stored_keys
+from dapo_megatron.checkpoint import integrity
+from dapo_megatron.checkpoint.conversion import output, stored_keys
 from dapo_megatron.checkpoint.conversion.stored_weights import StoredWeights
 from dapo_megatron.errors import DapoError
 from dapo_megatron.weights.hf_config import read_model
@@ -248,3 +250,38 @@ def test_a_table_that_forgets_or_repeats_a_tensor_is_an_error(tmp_path):
         stored_keys.account(forgotten, shape)
     with pytest.raises(DapoError, match=r"is used 2 times, .* is filled 2 times"):
         stored_keys.account(repeated, shape)
+
+
+@pytest.mark.parametrize("at", [0, -3000], ids=["what says how to read it", "a number"])
+def test_weights_that_are_damaged_are_named_though_they_are_read_before_they_are_checked(tmp_path, monkeypatch, at):
+    """They are checked meanwhile: what was made of them by then is neither kept nor written down as done."""
+    dist, out = there_and_small(tmp_path, monkeypatch)
+    (path,) = dist.glob("model/*.distcp")
+    content = bytearray(path.read_bytes())
+    content[at : at + 64 or None] = bytes(64)
+    path.write_bytes(content)
+    assert f"{path} is damaged" in refusal(lambda: back(dist, out), out)
+
+
+def test_nothing_is_published_before_the_weights_are_checked(tmp_path, monkeypatch):
+    dist, out = there_and_small(tmp_path, monkeypatch)
+    (path,) = dist.glob("model/*.distcp")
+    seen = []
+
+    def late(*_, names):
+        if f"model/{path.name}" in names:
+            time.sleep(1.0)
+            journal = out.with_name("out.partial") / output.JOURNAL
+            seen.append((out.exists(), b"xxh3" in journal.read_bytes()))
+
+    monkeypatch.setattr(integrity, "check_hashes", late)
+    back(dist, out)
+    assert seen == [(False, False)] and out.exists()
+
+
+def there_and_small(tmp_path, monkeypatch):
+    """A checkpoint whose weights are large, for a small BLOCK, each part of which is written down; and an output."""
+    monkeypatch.setattr(integrity, "BLOCK", 100_000)
+    monkeypatch.setattr(output, "JOURNAL_EVERY", 1)
+    there(hf_folder(tmp_path / "hf"), tmp_path / "dist")
+    return tmp_path / "dist", tmp_path / "out"
