@@ -6,6 +6,7 @@ import sys
 import time
 
 import msgspec
+import psutil
 import pytest
 
 from dapo_megatron.config.launch import ContainerConfig
@@ -59,7 +60,19 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def steps(folder, request):
+def only_own_children(monkeypatch):
+    """A launcher ends whatever runs below it; below pytest, servers of other tests do."""
+    others = {p.pid for p in psutil.Process().children(recursive=True)}
+
+    class Launcher(psutil.Process):
+        def children(self, recursive=False):
+            return [p for p in super().children(recursive) if p.pid not in others]
+
+    monkeypatch.setattr(psutil, "Process", Launcher)
+
+
+@pytest.fixture
+def steps(folder, request, only_own_children):
     """Of a job on four nodes."""
     allocation = Allocation(7, 0, (Group(7, tuple(Node(name, 4, 0) for name in "abcd")),), True, None)
     base, container = BASE | {"PATH": os.environ["PATH"]}, getattr(request, "param", None)
