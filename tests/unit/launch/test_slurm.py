@@ -3,6 +3,7 @@
 import signal
 import socket
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -88,7 +89,14 @@ def test_what_steps_get_of_the_batch_script_and_what_a_signal_asks_for(
             return asked()
 
     placement = SimpleNamespace(cpu=True, controller=SimpleNamespace(node=SimpleNamespace(address="10.0.0.1")))
-    stand_in(monkeypatch, Steps=Steps, Supervisor=Supervisor, unfit_nodes=lambda *_: None, ending=lambda _: None)
+    stand_in(
+        monkeypatch,
+        Steps=Steps,
+        Supervisor=Supervisor,
+        ProcessGroup=lambda *_, **__: nullcontext(),  # the real one ends whatever pytest has started
+        unfit_nodes=lambda *_: None,
+        ending=lambda _: None,
+    )
     monkeypatch.setenv(VISIBLE, "3")  # the batch script's: other nodes' devices have other numbers
     monkeypatch.setenv("KEPT", "1")
     config = run_of(tmp_path, interface=interface)
