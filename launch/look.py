@@ -14,12 +14,12 @@ from pathlib import Path
 from dapo_megatron.checkpoint.integrity import check_files
 from dapo_megatron.checkpoint.manifest import MANIFEST, read_manifest
 from dapo_megatron.checkpoint.published import published, step_of
-from dapo_megatron.config import TrainerConfig, load_config
+from dapo_megatron.config import load_config
 from dapo_megatron.engines.engine_set import EngineSet, read_engine_set
 from dapo_megatron.errors import ConfigError, StorageError
 from dapo_megatron.observe import catalog as m
 from dapo_megatron.observe.metrics import Record, read_metrics
-from dapo_megatron.observe.pace import Pace, pace
+from dapo_megatron.observe.pace import Pace, is_complete, pace
 from dapo_megatron.process import BEAT_S, Exit, Status, read_exit, read_status
 from dapo_megatron.run_folder import RunFolder
 from launch.attempts import Attempt, read_attempts
@@ -78,7 +78,7 @@ class Snapshot:
     step: int
     total_steps: int
     is_complete: bool
-    """Whether nothing is left to do: all steps, or the goals of trainer.stop_at, are reached."""
+    """Whether nothing is left to do."""
     ranks: int
     """Trainer ranks that there must be."""
     timeout_s: float
@@ -124,7 +124,7 @@ def look(folder: RunFolder) -> Snapshot:
         name=folder.name,
         step=int(records[-1][m.STEP]) if records else 0,
         total_steps=config.trainer.steps,
-        is_complete=_is_complete(config.trainer, records),
+        is_complete=is_complete(config, records),
         ranks=config.world_size,
         timeout_s=config.deadlines.heartbeat,
         pace=pace(records, config.trainer.steps),
@@ -195,11 +195,6 @@ def _process(folder: RunFolder, status: Status, written: float, now: float) -> P
         silence_s=max(now - written, 0),
         exit=read_exit(folder, status.process),
     )
-
-
-def _is_complete(trainer: TrainerConfig, records: Sequence[Record]) -> bool:
-    last = records[-1] if records else {}
-    return last.get(m.STEP, 0) >= trainer.steps or trainer.goals_reached(last)
 
 
 def _age(path: Path, now: float) -> float:

@@ -19,6 +19,7 @@ from dapo_megatron.keys import read_keys
 from dapo_megatron.observe.catalog import PHASES
 from dapo_megatron.observe.display import ProgressDisplay
 from dapo_megatron.observe.metrics import read_metrics
+from dapo_megatron.observe.pace import is_complete
 from dapo_megatron.process import Reporter, read_statuses
 from dapo_megatron.run_folder import RunFolder
 from launch.attempts import final_phase, note_attempt, told_restarts
@@ -184,7 +185,7 @@ class Supervisor:
     def _of_training(self) -> Iterator[Event]:
         if self._trainer and all(c.process.poll() == 0 for c in self._trainer):
             yield self._progress()
-            yield Finished(self._is_complete())
+            yield Finished(is_complete(self.config, read_metrics(self.folder)))
         elif failed(self.folder, [*self._controller, *self._trainer]):
             time.sleep(LAST_WORDS_S)
             if not failed(self.folder, [*self._controller, *self._trainer]):
@@ -272,9 +273,3 @@ class Supervisor:
             records = read_metrics(self.folder)
             self._recorded = (seen, int(records[-1]["step"]) if records else 0)
         return self._recorded[1]
-
-    def _is_complete(self) -> bool:
-        """Whether a run whose training has ended has nothing left to do."""
-        records = read_metrics(self.folder)
-        last = records[-1] if records else {}
-        return self.config.trainer.goals_reached(last) or last.get("step", 0) >= self.config.trainer.steps

@@ -1,9 +1,10 @@
-"""How long a step takes, and how long the rest of a run. Pure."""
+"""How long a step takes, how long the rest of a run, and whether there is one. Pure."""
 
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dapo_megatron.config import RunConfig
 from dapo_megatron.observe import catalog as m
 from dapo_megatron.observe.metrics import Record
 
@@ -28,6 +29,13 @@ def pace(records: Sequence[Record], total_steps: int) -> Pace | None:
     step_s = statistics.median(seconds[-LAST_STEPS:])
     done = max(int(record[m.STEP]) for record in records)
     return Pace(step_s, step_s * max(total_steps - done, 0))
+
+
+def is_complete(config: RunConfig, records: Sequence[Record]) -> bool:
+    """Whether a run with these metrics has reached its goals, or done all its steps and evaluated the last."""
+    last = records[-1] if records else {}
+    is_evaluated = config.data.eval is None or m.EVAL_ACCURACY in last
+    return config.trainer.goals_reached(last) or (is_evaluated and last.get(m.STEP, 0) >= config.trainer.steps)
 
 
 def clock(seconds: float) -> str:

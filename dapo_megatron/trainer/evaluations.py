@@ -9,7 +9,7 @@ max_policy_lag N    beside the next step: begun after step k, collected at the e
 
 With a lag, what ends a run is still measured on the weights that it ends with: the last step is waited for, and where
 a collected evaluation has reached trainer.stop_at, one of the newest weights decides. A run that ends before it could
-collect leaves a checkpoint without an evaluation, and whoever goes on from that makes it anew.
+wait for one, or collect it, leaves a checkpoint without an evaluation, and whoever goes on from that makes it anew.
 """
 
 from dapo_megatron.checkpoint.distributed import Checkpointer
@@ -34,7 +34,8 @@ class Evaluations:
         """`meanwhile`: what may have to be done while an evaluation is waited for."""
         self._config, self._controller, self._recorder = config, controller, recorder
         self._checkpointer, self._meanwhile = checkpointer, meanwhile
-        self._is_beside = config.rollout.max_policy_lag > 0 and config.data.eval is not None
+        self._has_prompts = config.data.eval is not None
+        self._is_beside = config.rollout.max_policy_lag > 0 and self._has_prompts
         self._begun: TrainState | None = None
 
     def first(self, state: TrainState) -> dict[str, float]:
@@ -44,12 +45,13 @@ class Evaluations:
         return known
 
     def resumed(self, state: TrainState, saved: dict[str, float]) -> dict[str, float]:
-        """Of the checkpoint that a run goes on from; made anew where it was begun, and not collected.
+        """Of the checkpoint that a run goes on from; made anew where it was due, and has not come.
 
         Args:
             saved: what the checkpoint holds of it.
         """
-        if saved or not self._is_beside or not self._is_due(state):
+        is_due = self._is_due(state) or state.step >= self._config.trainer.steps
+        if saved or not self._has_prompts or not is_due:
             return saved
         return self._told(state, self._wait_for(state))
 

@@ -8,7 +8,8 @@ evaluation              after some steps; with max_policy_lag, beside the next o
 checkpoint              after some steps; written while the next ones run, published by a later one
 
 While the controller is waited for, an engine that the launcher has replaced gets the live version; a request to stop
-ends the run at once, with the checkpoint of the step before.
+ends the run at once, with a checkpoint of the last step, and an evaluation that was under way is made anew by whoever
+goes on from that.
 """
 
 from collections.abc import Callable
@@ -83,24 +84,23 @@ def train(
             raise StopAsked
         follow_engines()
 
-    evaluating = Meanwhile(pusher.can_follow, follow_engines)
-    evaluations = Evaluations(config, controller, recorder, checkpointer, evaluating)
-    generating = Meanwhile(lambda: stop_request(config).exists() or pusher.can_follow(), stop_or_follow_engines)
+    waiting = Meanwhile(lambda: stop_request(config).exists() or pusher.can_follow(), stop_or_follow_engines)
+    evaluations = Evaluations(config, controller, recorder, checkpointer, waiting)
 
-    if start.resume is not None:
-        manifest = read_manifest(start.resume)
-        evaluation, saved = evaluations.resumed(state, manifest.metrics), (state.step, manifest.format)
-    else:
-        evaluation, saved = evaluations.first(state), (0, "weights")
-
+    manifest = None if start.resume is None else read_manifest(start.resume)
+    evaluation = {} if manifest is None else manifest.metrics
+    saved = (0, "weights") if manifest is None else (state.step, manifest.format)
+    unrecorded: dict[str, float] = {}
     published: dict[str, float] = {}
-    is_over = state.step >= config.trainer.steps or config.trainer.goals_reached(evaluation)
     try:
+        evaluation = evaluations.first(state) if manifest is None else evaluations.resumed(state, evaluation)
+        is_over = state.step >= config.trainer.steps or config.trainer.goals_reached(evaluation)
         while not is_over:
             with recorder.phase("step"):
                 with recorder.phase("generate"):
-                    batch, metrics = controller.next_batch(state.step + 1, state.version, generating)
+                    batch, metrics = controller.next_batch(state.step + 1, state.version, waiting)
                 state, trained = train_step(config, actor, pusher, verifier, recorder, objective, state, batch)
+            unrecorded, evaluation = {m.STEP: state.step, m.VERSION: state.version} | metrics | trained, {}
             before = evaluations.collect()
             is_over = state.step == config.trainer.steps
             evaluation = evaluations.after(state, waits=is_over or config.trainer.goals_reached(before))
@@ -108,9 +108,8 @@ def train(
             with recorder.phase("checkpoint"):
                 published |= checkpointer.poll()
             # Before the checkpoint, so that whoever goes on from it has the record of its step.
-            known = {m.STEP: state.step, m.VERSION: state.version}
-            recorder.record(known | metrics | trained | evaluation | published)
-            published = {}
+            recorder.record(unrecorded | evaluation | published)
+            unrecorded, published = {}, {}
             is_wanted = is_over or asked_to_save(config, actor.layout)
             if is_wanted or state.step % config.checkpoint.every == 0:
                 with recorder.phase("checkpoint"):
@@ -118,6 +117,8 @@ def train(
                     published = checkpointer.save(state, controller.state(), format=format, metrics=evaluation)
                     saved = (state.step, format)
     except StopAsked:
+        if unrecorded:
+            recorder.record(unrecorded | published)
         if state.step and saved != (state.step, "fully_reshardable"):
             checkpointer.save(state, controller.state(), format="fully_reshardable", metrics=evaluation)
         checkpointer.finish()

@@ -20,6 +20,7 @@ class Run:
             data={"eval": held_out},
             rollout={"max_policy_lag": lag},
             evaluation={"every": every},
+            trainer={"steps": 12},
             algorithm={"importance_cap": 2.0} if lag else {},
         )
         self.said, self.meanwhile = [], object()
@@ -88,9 +89,17 @@ def test_with_a_lag_it_is_begun_and_told_of_its_own_step_when_it_is_collected(tm
 
 @pytest.mark.parametrize(
     ("lag", "step", "saved", "is_made"),
-    [(1, 5, {}, True), (1, 5, accuracy(5), False), (1, 6, {}, False), (0, 5, {}, False)],
+    [
+        (1, 5, {}, True),
+        (1, 5, accuracy(5), False),
+        (1, 6, {}, False),
+        (0, 5, {}, True),
+        (0, 6, {}, False),
+        (0, 12, {}, True),  # the last step, whatever its number
+        (0, 12, accuracy(12), False),
+    ],
 )
-def test_what_a_checkpoint_lacks_is_made_anew_where_it_was_begun(tmp_path, lag, step, saved, is_made):
+def test_what_a_checkpoint_lacks_is_made_anew_where_it_was_due(tmp_path, lag, step, saved, is_made):
     run = Run(tmp_path, lag)
     found = run.evaluations.resumed(state(step), saved)
     assert found == (accuracy(step) if is_made else saved)
@@ -102,4 +111,5 @@ def test_without_held_out_prompts_nothing_goes_on_beside(tmp_path):
     run = Run(tmp_path, 1, held_out=None)
     run.evaluations.first(state(0))
     run.evaluations.after(state(5), waits=False)
+    assert run.evaluations.resumed(state(5), {}) == {}
     assert ("begin", 0) not in run.said and ("begin", 5) not in run.said

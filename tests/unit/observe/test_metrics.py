@@ -10,8 +10,9 @@ import torch
 from dapo_megatron.errors import DapoError, DataError
 from dapo_megatron.observe.catalog import reduce_updates
 from dapo_megatron.observe.metrics import MetricsWriter, read_metrics
-from dapo_megatron.observe.pace import Pace, pace
+from dapo_megatron.observe.pace import Pace, is_complete, pace
 from dapo_megatron.run_folder import RunFolder
+from tests.tiny import run_config
 
 
 def open_writer(run_dir, resume_step=None, **options):
@@ -72,6 +73,23 @@ def test_the_pace_is_that_of_the_last_ten_steps():
     records = [{"step": float(s), "time/step": 100.0 if s <= 20 or s == 27 else 2.0} for s in range(1, 31)]
     assert pace([{"step": 0.0}, *records, {"step": 30.0}], 40) == Pace(2.0, 20.0)
     assert pace(records, 30) == Pace(2.0, 0.0) and pace([{"step": 0.0}], 40) is None
+
+
+@pytest.mark.parametrize(
+    ("held_out", "records", "found"),
+    [
+        ("eval.jsonl", [{"step": 3, "eval/accuracy": 0.1}], False),
+        ("eval.jsonl", [{"step": 4}], False),  # its evaluation was cut short
+        ("eval.jsonl", [{"step": 4, "eval/accuracy": 0.1}], True),
+        ("eval.jsonl", [{"step": 2, "eval/accuracy": 0.5}], True),  # the goal
+        (None, [{"step": 4}], True),
+        (None, [], False),
+    ],
+)
+def test_a_run_is_complete_when_its_last_step_is_evaluated_or_its_goal_is_reached(tmp_path, held_out, records, found):
+    goal = {"eval/accuracy": 0.5} if held_out else {}
+    config = run_config(tmp_path, data={"eval": held_out}, trainer={"steps": 4, "stop_at": goal})
+    assert is_complete(config, records) == found
 
 
 def test_each_line_is_there_as_soon_as_it_is_written(tmp_path):
