@@ -70,7 +70,10 @@ def told(error: BaseException) -> DapoError | None:
 
 
 def exit_code(program: Callable[[], object]) -> int:
-    """Run a program: 0, or 1 after an error that can be told in one line, which goes to stderr as `error: ...`."""
+    """Run a program: 0, or 1 after an error that can be told in one line, which goes to stderr as `error: ...`.
+
+    One that ends itself by sys.exit, as typer's do, gives its own code.
+    """
     try:
         program()
     except (DapoError, OSError) as e:
@@ -79,4 +82,8 @@ def exit_code(program: Callable[[], object]) -> int:
             raise
         print(f"error: {line}", file=sys.stderr, flush=True)
         return 1
+    except SystemExit as e:
+        if e.code is not None and not isinstance(e.code, int):
+            raise
+        return e.code or 0
     return 0

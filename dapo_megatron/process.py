@@ -6,6 +6,7 @@ process that is stopped, or whose interpreter is, beats no more. exits/<process>
 
 import contextlib
 import faulthandler
+import gc
 import os
 import signal
 import socket
@@ -13,7 +14,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
@@ -172,11 +173,22 @@ def run_reported(reporter: Reporter, program: Callable[[], object]) -> int:
     return 0
 
 
-def leave(code: int) -> NoReturn:
-    """End a process that has used torch.distributed, without taking its interpreter down first.
+@contextlib.contextmanager
+def importing() -> Iterator[None]:
+    """Around imports of torch and the like: nothing of that is garbage, and looking for some takes up to a second."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
-    A thread of gloo that drops the last reference to a tensor meanwhile would abort it ("terminate called without an
-    active exception"), after all its work was done.
+
+def leave(code: int) -> NoReturn:
+    """End a process that has used torch, without taking its interpreter down first, which takes half a second.
+
+    With torch.distributed it is not safe either: a thread of gloo that drops the last reference to a tensor meanwhile
+    would abort the process ("terminate called without an active exception"), after all its work was done.
     """
     with contextlib.suppress(OSError):  # a log on a full disk
         sys.stdout.flush()

@@ -4,12 +4,11 @@ import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import typer
 from rich.console import Console
 
-from dapo_megatron.checkpoint.conversion.dist_to_hf import convert_dist_to_hf
 from dapo_megatron.errors import exit_code
+from dapo_megatron.process import importing, leave
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -34,6 +33,11 @@ def command(
 
     An interrupted conversion goes on where it was when it is called again.
     """
+    with importing():
+        import torch
+
+        from dapo_megatron.checkpoint.conversion.dist_to_hf import convert_dist_to_hf
+
     try:
         size = convert_dist_to_hf(checkpoint, out, getattr(torch, dtype) if dtype else None, like, Console(stderr=True))
     except KeyboardInterrupt:
@@ -42,10 +46,10 @@ def command(
     print(f"{out}: {size / 1e9:.2f} GB of weights")
 
 
-def main() -> None:
+def main() -> int:
     """Entry point: a DapoError is one line on stderr and exit code 1."""
-    sys.exit(exit_code(app))
+    return exit_code(app)
 
 
 if __name__ == "__main__":
-    main()
+    leave(main())

@@ -4,12 +4,11 @@ import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import typer
 from rich.console import Console
 
-from dapo_megatron.checkpoint.conversion.hf_to_dist import convert_hf_to_dist
 from dapo_megatron.errors import exit_code
+from dapo_megatron.process import importing, leave
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -27,6 +26,11 @@ def command(
 
     An interrupted conversion goes on where it was when it is called again.
     """
+    with importing():
+        import torch
+
+        from dapo_megatron.checkpoint.conversion.hf_to_dist import convert_hf_to_dist
+
     try:
         size = convert_hf_to_dist(source, out, getattr(torch, dtype) if dtype else None, Console(stderr=True))
     except KeyboardInterrupt:
@@ -35,10 +39,10 @@ def command(
     print(f"{out}: {size / 1e9:.2f} GB of weights")
 
 
-def main() -> None:
+def main() -> int:
     """Entry point: a DapoError is one line on stderr and exit code 1."""
-    sys.exit(exit_code(app))
+    return exit_code(app)
 
 
 if __name__ == "__main__":
-    main()
+    leave(main())

@@ -29,14 +29,17 @@ def main() -> int:
 
 
 async def _serve(reporter: "Reporter", config_path: Path, address: str) -> None:
-    from dapo_megatron.config import load_config
-    from dapo_megatron.engines.client import EngineClient
-    from dapo_megatron.engines.coalescing import CoalescingClient
-    from dapo_megatron.engines.engine_set import read_engine_set
-    from dapo_megatron.grading.pool import grading_pool
-    from dapo_megatron.keys import read_keys
-    from dapo_megatron.rollout.controller import Controller
-    from dapo_megatron.rpc import RpcServer
+    from dapo_megatron.process import importing
+
+    with importing():
+        from dapo_megatron.config import load_config
+        from dapo_megatron.engines.client import EngineClient
+        from dapo_megatron.engines.coalescing import CoalescingClient
+        from dapo_megatron.engines.engine_set import read_engine_set
+        from dapo_megatron.grading.pool import grading_pool
+        from dapo_megatron.keys import read_keys
+        from dapo_megatron.rollout.controller import Controller
+        from dapo_megatron.rpc import RpcServer
 
     config, keys = load_config(config_path), read_keys(reporter.folder)
     link = RpcServer(address, keys)

@@ -1,7 +1,10 @@
 """Entry point of a trainer rank; the launcher (or torchrun, srun) starts one for each device."""
 
-import argparse
 import gc
+
+gc.disable()  # until all is imported: nothing of that is garbage, and looking for some takes a second
+
+import argparse
 import logging
 import os
 from pathlib import Path
@@ -59,6 +62,7 @@ def _train(args: argparse.Namespace, reporter: Reporter) -> None:
     recorder = Recorder(config, layout, reporter)
     try:
         gc.freeze()  # a collection of what start-up left takes 0.3 s, on one rank while the others wait for it
+        gc.enable()
         with missing_ranks_named(folder):
             train(config, actor, controller, pusher, recorder, Start(args.resume, args.weights))
     finally:

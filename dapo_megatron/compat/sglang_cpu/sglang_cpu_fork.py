@@ -20,5 +20,6 @@ def register() -> None:
 def fork(result: Any, *_: Any, **__: Any) -> Any:
     """After SGLang has chosen to spawn, and before it starts a process."""
     gc.freeze()  # or each process looks through all that was imported, and gets its own copy of those pages
+    gc.enable()
     multiprocessing.set_start_method("fork", force=True)
     return result

@@ -11,6 +11,7 @@ Beside it lie plugins that SGLang loads itself: sglang_cpu_attention (speed), sg
 sglang_cpu_fork (half of a start).
 """
 
+import gc
 import importlib.abc
 import importlib.machinery
 import sys
@@ -53,4 +54,5 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         pass
 
 
+gc.disable()  # until sglang_cpu_fork: nothing of what SGLang imports is garbage, and looking for some takes a second
 sys.meta_path.insert(0, _Finder())
