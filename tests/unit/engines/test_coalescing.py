@@ -93,15 +93,19 @@ def test_a_request_ends_when_nobody_waits_for_any_of_its_responses():
     asyncio.run(run())
 
 
-def test_who_is_cancelled_before_the_request_is_sent_is_not_asked_for():
+@pytest.mark.parametrize(("cancelled", "counts"), [([0], [2]), ([2], [2]), ([0, 1], [1]), ([0, 1, 2], [])])
+def test_who_is_cancelled_before_the_request_is_sent_is_not_asked_for(cancelled, counts):
     async def run():
         client = Client()
-        coalescing = CoalescingClient(client)
-        tasks = [asyncio.create_task(coalescing.generate([1, 2], SHORT)) for _ in range(2)]
-        asyncio.get_running_loop().call_soon(tasks[0].cancel)
-        await asyncio.sleep(0.01)
         client.go.set()
-        assert await tasks[1] in (0, 1) and tasks[0].cancelled()
+        coalescing = CoalescingClient(client)
+        tasks = [asyncio.create_task(coalescing.generate([1, 2], SHORT)) for _ in range(3)]
+        for i in cancelled:
+            asyncio.get_running_loop().call_soon(tasks[i].cancel)
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert client.counts == counts
+        assert [i for i, task in enumerate(tasks) if task.cancelled()] == cancelled
+        assert [task.result() for task in tasks if not task.cancelled()] == list(range(sum(counts)))
 
     asyncio.run(run())
 
