@@ -61,6 +61,7 @@ class Options:
     gpu_memory_gib: float | None
     """None: that of the GPU's kind."""
     host_memory_gib: float | None
+    """Of a node; None: not known, only what a script asks for."""
     bandwidth_gbs: float
     tokens_per_second: float | None
     response_tokens: int | None
@@ -100,14 +101,13 @@ def dry_run(recipe: Path, overrides: Sequence[str], options: Options, console: C
     found: list[DapoError] = [error for error in map(_error, checks) if error is not None]
     cluster = Cluster(
         gpu.gib,
-        options.host_memory_gib,
         options.bandwidth_gbs,
         options.tokens_per_second,
         options.response_tokens,
     )
     ports = job_ports(config.launch.base_port, 0)
     try:
-        placement = place(config, *sides(_nodes(groups), config.launch.engine_nodes), ports)
+        placement = place(config, *sides(_nodes(groups, options.host_memory_gib), config.launch.engine_nodes), ports)
     except ConfigError as e:
         raise _last_of([*found, e]) from None
     plan = make_plan(config, shape, placement, cluster)
@@ -212,13 +212,14 @@ def _script_text(recipe: Path, overrides: Sequence[str], groups: Sequence[Reques
     return filled(head + run, overrides, "the script")
 
 
-def _nodes(groups: Sequence[Request]) -> list[list[Node]]:
-    """Nodes as each group may get them."""
+def _nodes(groups: Sequence[Request], memory_gib: float | None) -> list[list[Node]]:
+    """Nodes as each group may get them; where it asks for more of their memory than they have, they have that."""
     nodes: list[list[Node]] = []
     for group in groups:
         first = sum(map(len, nodes)) + 1
         names = [f"node{n}" for n in range(first, first + group.nodes)]
-        nodes.append([Node(name, name, group.gpus, group.cpus) for name in names])
+        memory = min((gib for gib in (group.memory_gib, memory_gib) if gib is not None), default=None)
+        nodes.append([Node(name, name, group.gpus, group.cpus, memory) for name in names])
     return nodes
 
 

@@ -1,9 +1,8 @@
 """What a job comes to: memory, a weight push, a checkpoint, a step; and why it cannot work, if it cannot. Pure."""
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import ceil, prod
+from math import ceil
 
 from dapo_megatron.actor.memory import StageMemory, fullest, trainer_memory
 from dapo_megatron.checkpoint.size import SaveBytes, save_bytes
@@ -13,13 +12,11 @@ from dapo_megatron.resharding.engine_parts import check_engine_layout
 from dapo_megatron.resharding.plan import plan_stages
 from dapo_megatron.weights.families import ModelShape
 from launch.engine_memory import EngineMemory, check_engine_memory, engine_memory
+from launch.host_memory import GIB, Hosts, check_host_memory, host_memory
 from launch.topology import Placement
 
-GIB = 2**30
 RESERVE_GIB = 5.0
 """Of each trainer GPU for the CUDA context, NCCL's buffers, kernels' workspace and fragmentation."""
-TOKEN_BYTES = 9
-"""Of one token of a response in the controller: int32 id, bool mask, float32 log-prob."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +25,6 @@ class Cluster:
 
     gpu_gib: float
     """Memory of each GPU."""
-    host_gib: float | None
-    """Memory of each node; None: not known, and not checked."""
     bandwidth_gbs: float
     """Gigabytes a second (10^9 bytes) of a broadcast from one trainer rank to all engines."""
     tokens_per_second: float | None
@@ -53,25 +48,6 @@ class Push:
 
 
 @dataclass(frozen=True)
-class HostMemory:
-    """Bytes on the fullest node of the trainer, by part."""
-
-    copy: int
-    """Of its ranks' shares, while a checkpoint is written."""
-    gather: int
-    """Of its ranks, while a fully_reshardable one is gathered."""
-    responses: int
-    """Of a step in the controller, all of them as long as may be; and of the steps that generation may run ahead."""
-    graders: int
-    """At most."""
-
-    @property
-    def total(self) -> int:
-        """All parts."""
-        return self.copy + self.gather + self.responses + self.graders
-
-
-@dataclass(frozen=True)
 class Plan:
     """All figures of a job."""
 
@@ -83,7 +59,7 @@ class Plan:
     engine: EngineMemory
     push: Push
     save: SaveBytes
-    host: HostMemory
+    hosts: list[Hosts]
 
     @property
     def step_seconds(self) -> float | None:
@@ -106,13 +82,14 @@ def make_plan(config: RunConfig, shape: ModelShape, placement: Placement, cluste
         engine_memory(config, shape, int(cluster.gpu_gib * GIB)),
         _push(config, shape, cluster.bandwidth_gbs),
         save,
-        _host_memory(config, placement, save),
+        host_memory(config, placement, save),
     )
 
 
 def refusals(plan: Plan, shape: ModelShape) -> list[ConfigError]:
     """Every reason why the job cannot work, one line each."""
-    found = [_refusal(check_engine_layout, shape, plan.config.engine.tensor_parallel_size), _host_refusal(plan)]
+    found = [_refusal(check_engine_layout, shape, plan.config.engine.tensor_parallel_size)]
+    found += [_refusal(check_host_memory, hosts) for hosts in plan.hosts]
     if not plan.placement.cpu:
         found += [
             _refusal(check_engine_memory, plan.config, plan.engine, plan.cluster.gpu_gib),
@@ -149,18 +126,6 @@ def _push(config: RunConfig, shape: ModelShape, bandwidth_gbs: float) -> Push:
         total / (bandwidth_gbs * 1e9),
         tuple(stage.sender_peak for stage in stages),
         max(b.bytes for b in buckets) if is_broadcast else 0,
-    )
-
-
-def _host_memory(config: RunConfig, placement: Placement, save: SaveBytes) -> HostMemory:
-    ranks = max(Counter(rank.node.name for rank in placement.ranks).values())
-    r, grading = config.rollout, config.grading
-    tokens = prod((r.prompts_per_step, r.group_size, r.max_response_tokens))
-    return HostMemory(
-        ranks * save.copy,
-        ranks * save.gather,
-        tokens * TOKEN_BYTES * (1 + r.max_policy_lag),
-        grading.workers * grading.memory_mib << 20,
     )
 
 
@@ -204,17 +169,6 @@ def _remedy(plan: Plan, most: StageMemory) -> str:
     if most.activations > most.held:
         return "raise actor.tensor_model_parallel_size or actor.context_parallel_size"
     return "raise actor.tensor_model_parallel_size, pipeline_model_parallel_size or data_parallel_size"
-
-
-def _host_refusal(plan: Plan) -> ConfigError | None:
-    gib = plan.cluster.host_gib
-    if gib is None or plan.host.total <= gib * GIB:
-        return None
-    return ConfigError(
-        f"the controller's node needs {plan.host.total / GIB:.0f} GiB of host memory when a fully_reshardable "
-        f"checkpoint is gathered ({plan.host.gather / GIB:.0f} for the gather), nodes have {gib:g}: raise "
-        "actor.pipeline_model_parallel_size or spread the ranks over more nodes"
-    )
 
 
 def _refusal(check: Callable[..., None], *arguments: object) -> ConfigError | None:

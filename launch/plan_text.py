@@ -6,7 +6,16 @@ from rich.console import Console
 from rich.table import Table
 
 from dapo_megatron.actor.memory import longest_micro_batch
-from launch.plan import GIB, RESERVE_GIB, Plan, micro_batches
+from launch.host_memory import GIB
+from launch.plan import RESERVE_GIB, Plan, micro_batches
+from launch.topology import named
+
+HOST_PARTS = {
+    "copy": "copy of the ranks' shares while a checkpoint is written",
+    "gather": "gather of a fully_reshardable checkpoint",
+    "responses": "responses of a step, all of the longest, at most",
+    "graders": "graders, at most",
+}
 
 
 def print_plan(plan: Plan, console: Console) -> None:
@@ -29,9 +38,8 @@ def _table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> _T
 
 def _placement(plan: Plan) -> _Titled:
     p = plan.placement
-    nodes = list(dict.fromkeys(place.node for place in (*p.ranks, *p.engines)))
     rows = []
-    for node in nodes:
+    for node in p.nodes:
         ranks = [r.rank for r in p.ranks if r.node == node]
         trains = f"ranks {ranks[0]}-{ranks[-1]}" if ranks else ""
         engines = [f"{e.name}{_devices(e.devices)}" for e in p.engines if e.node == node]
@@ -114,18 +122,14 @@ def _gpu_memory(plan: Plan) -> list[_Titled]:
 
 
 def _host(plan: Plan) -> _Titled:
-    h = plan.host
-    limit = f", of {plan.cluster.host_gib:g}" if plan.cluster.host_gib is not None else ""
+    limits = [hosts.nodes[0].memory_gib for hosts in plan.hosts]
+    rows = [(says, *(_gib(hosts.each.parts[part]) for hosts in plan.hosts)) for part, says in HOST_PARTS.items()]
+    rows.append(("together, at most", *(_gib(hosts.each.total) for hosts in plan.hosts)))
+    rows.append(("the job's, of the node's", *("not known" if gib is None else f"{gib:g}" for gib in limits)))
     return _table(
-        f"host memory of the controller's node, GiB{limit}",
-        ("part", ""),
-        [
-            ("copy of the ranks' shares while a checkpoint is written", _gib(h.copy)),
-            ("gather of a fully_reshardable checkpoint", _gib(h.gather)),
-            ("responses of a step, all of the longest, at most", _gib(h.responses)),
-            ("graders, at most", _gib(h.graders)),
-            ("together, at most", _gib(h.total)),
-        ],
+        "host memory of a node, GiB, beside Python and its libraries",
+        ("part", *(named(hosts.nodes) for hosts in plan.hosts)),
+        rows,
     )
 
 

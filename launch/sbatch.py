@@ -1,8 +1,8 @@
 """What a batch script asks SLURM for, and which run it starts: read from its #SBATCH lines and its last one. Pure.
 
 Only what decides the size of the job is read: --nodes, --gpus-per-node or --gres=gpu:, --ntasks-per-node with
---cpus-per-task, or --cpus-per-gpu; and --time. A line `#SBATCH hetjob` begins the next group of a heterogeneous job. A
-job array is refused.
+--cpus-per-task, or --cpus-per-gpu; --mem, --mem-per-cpu or --mem-per-gpu; and --time. A line `#SBATCH hetjob` begins
+the next group of a heterogeneous job. A job array is refused.
 """
 
 import re
@@ -31,6 +31,10 @@ READ = (
     "--ntasks-per-node",
     "--cpus-per-task",
     "--cpus-per-gpu",
+    "--mem",
+    "--mem-per-cpu",
+    "--mem-per-gpu",
+    "--exclusive",
     "--time",
     "--array",
 )
@@ -49,6 +53,8 @@ OPERATORS = frozenset(";|&<>")
 """Of the shell: what follows them is no argument of the launcher."""
 ARGUMENTS = re.compile(r""" *("?)\$(?:@|\{@\})\1""")
 """Where a script hands on what it was given itself: "$@"."""
+GIB_OF = {"K": 2**-20, "M": 2**-10, "": 2**-10, "G": 1, "T": 2**10}
+"""SLURM's units of memory."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,8 @@ class Request:
     """Of each node."""
     gpu_type: str | None = None
     """SLURM's name for the kind of GPU, such as h200."""
+    memory_gib: float | None = None
+    """Of each node; None: as much as the cluster gives, or all of it."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +169,19 @@ def _request(options: dict[str, str], where: str) -> Request:
         cpus = number("--cpus-per-gpu", 1) * max(1, gpus)
     else:
         cpus = number("--ntasks-per-node", 1) * number("--cpus-per-task", 1)
-    return Request(number("--nodes", 1), gpus, cpus, kind)
+    return Request(number("--nodes", 1), gpus, cpus, kind, _memory(options, cpus, gpus, where))
+
+
+def _memory(options: dict[str, str], cpus: int, gpus: int, where: str) -> float | None:
+    """GiB of a node; None: it is not said, it is all (0), or of CPUs or GPUs whose number the cluster chooses."""
+    for name, count in (("--mem", 1), ("--mem-per-cpu", cpus), ("--mem-per-gpu", gpus)):
+        if name not in options or (name != "--mem" and {"--exclusive", "--ntasks"} & options.keys()):
+            continue
+        found = re.fullmatch(r"([0-9]+)([KMGT]?)B?", options[name].upper())
+        if found is None:
+            raise ConfigError(f"{where}: {name}={options[name]} is no size of memory: write one, such as 64G")
+        return int(found[1]) * GIB_OF[found[2]] * count or None
+    return None
 
 
 def _gpus(options: dict[str, str], where: str) -> tuple[str | None, int]:

@@ -69,7 +69,9 @@ def main(
     gpus_per_node: Annotated[int, typer.Option(min=0, help="Dry run, with --nodes.")] = 0,
     cpus_per_node: Annotated[int, typer.Option(min=1, help="Dry run, with --nodes.")] = 64,
     gpu_memory_gib: Annotated[float | None, typer.Option(min=1, help="Dry run: default 80; 141 of an h200.")] = None,
-    host_memory_gib: Annotated[float | None, typer.Option(min=1, help="Dry run: of a node, to be checked.")] = None,
+    host_memory_gib: Annotated[
+        float | None, typer.Option(min=1, help="Dry run: of a node, where --mem asks for no less.")
+    ] = None,
     bandwidth_gbs: Annotated[
         float, typer.Option(min=0.001, help="Dry run: GB/s of a broadcast to all engines.")
     ] = 25.0,

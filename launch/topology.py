@@ -31,6 +31,8 @@ class Node:
     """That a process of the job sees there, numbered from 0."""
     cpus: int
     """Cores."""
+    memory_gib: float | None = None
+    """Of its host memory; None: not known."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,11 @@ class Placement:
     def cpu(self) -> bool:
         """Whether no process has a device."""
         return not self.engines[0].devices
+
+    @property
+    def nodes(self) -> list[Node]:
+        """On which anything runs, those of the trainer first."""
+        return list(dict.fromkeys(place.node for place in (*self.ranks, *self.engines)))
 
     @property
     def urls(self) -> list[str]:
@@ -212,7 +219,7 @@ def _engine_demand(engine: EngineConfig, nodes: Sequence[Node]) -> _Demand:
     size, most = engine.tensor_parallel_size, max((node.gpus for node in nodes), default=0)
     if 0 < most < size:
         raise ConfigError(
-            f"engine.tensor_parallel_size={size} needs {size} GPUs inside one node, {_names(nodes)} has {most}: an "
+            f"engine.tensor_parallel_size={size} needs {size} GPUs inside one node, {named(nodes)} has {most}: an "
             "engine never spans nodes, lower it"
         )
     return _Demand(f"engine.replicas={engine.replicas} engines", engine.replicas, size, nodes)
@@ -247,7 +254,7 @@ def _take(demand: _Demand, free: _Free | None) -> list[_Block]:
             del devices[:size]
     if len(blocks) < count:
         raise ConfigError(
-            f"{demand.what} need {count} times {size} GPUs inside one node, {_names(nodes)} has {there} free of "
+            f"{demand.what} need {count} times {size} GPUs inside one node, {named(nodes)} has {there} free of "
             f"{sum(node.gpus for node in nodes)}, which is room for {len(blocks)}: ask for more nodes, or lower it"
         )
     return blocks
@@ -281,5 +288,6 @@ def _cores(node: Node, gpus: int, head: Node | None) -> int:
     return gpus * (node.cpus // (node.gpus + (node == head))) if node.gpus else 0
 
 
-def _names(nodes: Sequence[Node]) -> str:
+def named(nodes: Sequence[Node]) -> str:
+    """Nodes behind each other, for people."""
     return nodes[0].name if len(nodes) == 1 else f"{nodes[0].name} .. {nodes[-1].name} ({len(nodes)} nodes)"

@@ -2,7 +2,7 @@
 
 request         the controller, for a response from its slot on                               < function
 function        the controller, for one call of a rollout function, but for waits for slots
-engine_call     a trainer rank, for one control call to an engine or one bucket of a push     < collective
+engine_call     a trainer rank, for one control call to an engine or one bucket of a push     < collective, <= engine
 batch_part      a replica's first rank, for a part of its batch                               < collective
 heartbeat       the launcher, for a sign of life of every process                             <= collective
 collective      the trainer ranks, for each other                                             < waiting
@@ -75,6 +75,12 @@ class Deadlines:
                 f"launch.heartbeat_timeout_s={heartbeat:g} must not exceed trainer.collective_timeout_s="
                 f"{collective:g}: the launcher names a process that hangs before the ranks that wait for it give up"
             )
+        answer = launch.engine_timeout_s or max(heartbeat, engine_call)
+        if answer < engine_call:
+            raise ValueError(
+                f"launch.engine_timeout_s={answer:g} must not be less than engine.call_timeout_s={engine_call:g}: an "
+                "engine answers nobody else during a call, and would be ended in it; lower both"
+            )
         return cls(
             request=rollout.request_timeout_s,
             function=rollout.function_timeout_s,
@@ -82,7 +88,7 @@ class Deadlines:
             batch_part=collective / 2,
             heartbeat=heartbeat,
             collective=collective,
-            engine=launch.engine_timeout_s or max(heartbeat, engine_call),
+            engine=answer,
             engine_start=engine.start_timeout_s,
             batch=trainer.batch_timeout_s,
             waiting=max(trainer.batch_timeout_s, engine.start_timeout_s) + collective,

@@ -24,7 +24,7 @@ class LaunchConfig(Section):
     trainer.collective_timeout_s."""
     engine_timeout_s: float | None = Field(None, ge=5)
     """Seconds without an answer after which an engine is taken for hung; null is the larger of heartbeat_timeout_s and
-    engine.call_timeout_s, for as long may it be busy with one call. One that loads its model has
+    engine.call_timeout_s; never less than that, for as long may it be busy with one call. One that loads its model has
     engine.start_timeout_s."""
     stop_grace_s: float = Field(15.0, ge=0)
     """Seconds that SIGTERM or Ctrl-C leave for the step in progress to be finished and saved; a second one ends all."""

@@ -230,7 +230,7 @@ def test_a_node_that_does_not_see_the_run_folder_is_named(cluster):
 
 @by_make_test_slurm
 def test_a_stopped_engine_is_replaced(cluster):
-    run = Run(cluster, "stopped", steps=8, launch=LAUNCH | {"engine_timeout_s": 10})
+    run = Run(cluster, "stopped", steps=8, engine={"call_timeout_s": 10}, launch=LAUNCH | {"engine_timeout_s": 10})
     run.wait_for_steps(3)
     os.kill(min(run.pids("sglang.launch_server")), signal.SIGSTOP)
     run.finish()

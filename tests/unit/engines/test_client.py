@@ -9,7 +9,7 @@ from dapo_megatron.engines.client import EngineClient
 from dapo_megatron.engines.engine_set import of_urls
 from dapo_megatron.engines.wire import SamplingParams
 from dapo_megatron.errors import EngineError
-from tests.unit.engines.test_serving import served
+from tests.unit.engines.fake_engine import served
 
 
 def reply(token, finish="stop"):

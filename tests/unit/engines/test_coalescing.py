@@ -14,7 +14,7 @@ SHORT, LONG = SamplingParams(max_new_tokens=TOGETHER_TOKENS), SamplingParams(max
 class Client:
     """Takes requests until it is let go, then gives each sample its number."""
 
-    concurrency = 3
+    share = 3
 
     def __init__(self, error=None):
         self.counts, self.cancelled, self.go, self.error = [], 0, asyncio.Event(), error
@@ -39,7 +39,7 @@ async def asked(client, count, params=SHORT):
     return tasks
 
 
-def test_as_many_travel_together_as_may_be_in_flight_and_everybody_gets_another_sample():
+def test_as_many_travel_together_as_an_engine_may_have_in_flight_and_everybody_gets_another_sample():
     async def run():
         client = Client()
         tasks = await asked(client, 7)
@@ -93,15 +93,19 @@ def test_a_request_ends_when_nobody_waits_for_any_of_its_responses():
     asyncio.run(run())
 
 
-def test_who_is_cancelled_before_the_request_is_sent_is_not_asked_for():
+@pytest.mark.parametrize(("cancelled", "counts"), [([0], [2]), ([2], [2]), ([0, 1], [1]), ([0, 1, 2], [])])
+def test_who_is_cancelled_before_the_request_is_sent_is_not_asked_for(cancelled, counts):
     async def run():
         client = Client()
-        coalescing = CoalescingClient(client)
-        tasks = [asyncio.create_task(coalescing.generate([1, 2], SHORT)) for _ in range(2)]
-        asyncio.get_running_loop().call_soon(tasks[0].cancel)
-        await asyncio.sleep(0.01)
         client.go.set()
-        assert await tasks[1] in (0, 1) and tasks[0].cancelled()
+        coalescing = CoalescingClient(client)
+        tasks = [asyncio.create_task(coalescing.generate([1, 2], SHORT)) for _ in range(3)]
+        for i in cancelled:
+            asyncio.get_running_loop().call_soon(tasks[i].cancel)
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert client.counts == counts
+        assert [i for i, task in enumerate(tasks) if task.cancelled()] == cancelled
+        assert [task.result() for task in tasks if not task.cancelled()] == list(range(sum(counts)))
 
     asyncio.run(run())
 

@@ -18,7 +18,8 @@ from launch import slurm
 from launch.demo import write_data, write_model
 from launch.dry_run import Gpu, Options, _gpu, dry_run
 from launch.engine_memory import engine_memory
-from launch.plan import GIB, micro_batches
+from launch.host_memory import GIB
+from launch.plan import micro_batches
 from launch.sbatch import Request
 from tests.unit.actor.test_memory import QWEN_32B
 from tests.unit.weights.real_configs import CONFIGS
@@ -117,6 +118,21 @@ def test_a_heterogeneous_job(tmp_path):
     assert "of 141 (engine.mem_fraction=0.6)" in told(tmp_path, "32b", "engine.mem_fraction=0.6", script=script)
 
 
+def test_the_host_memory_of_each_node(tmp_path):
+    """Controller and graders are on the first one; what each group of nodes asks for counts for itself."""
+    script = tmp_path / "het.sh"
+    trainer, engines = "--nodes=8 --gpus-per-node=8 --mem=430G", "--nodes=8 --gpus-per-node=8 --mem=1G"
+    script.write_text(f"#!/bin/bash\n#SBATCH {trainer}\n#SBATCH hetjob\n#SBATCH {engines}\n{RUN_32B}\n")
+    text = told(tmp_path, "32b", script=script)
+    rows = [" ".join(line.split("│")[1:-1]).split() for line in text.splitlines() if line.startswith("│")]
+    assert "node2 .. node8 (7 nodes)" in text and "node9 .." not in text
+    assert ["together,", "at", "most", "423.2", "404.4"] in rows
+    assert ["the", "job's,", "of", "the", "node's", "430", "430"] in rows
+    script.write_text(script.read_text().replace("430G", "400G"))
+    with pytest.raises(DapoError, match=r"node2 .. node8 \(7 nodes\): a node needs 404.4 GiB"):
+        told(tmp_path, "32b", script=script)
+
+
 def test_of_two_kinds_of_gpu_the_smaller_one_counts():
     kinds = [Request(8, 8, 96, "h200"), Request(8, 8, 96, "h100")]
     for groups in (kinds, kinds[::-1]):
@@ -172,7 +188,7 @@ CANNOT_WORK = {
         {"gpu_memory_gib": 50.0},
         "the sender of pipeline stage 0 needs 33.2 GiB for a push beside 17.2, GPUs of 50 GiB have 45 for both: lower",
     ),
-    "host memory": ([], {"host_memory_gib": 256.0}, "the controller's node needs 423 GiB of host memory"),
+    "host memory": ([], {"host_memory_gib": 415.0}, "node1: a node needs 423.2 GiB of host memory (copy 53.4, "),
     "engine context": (["engine.context_length=20480"], {}, "exceed engine.context_length=20480"),
     "context of the model": (["engine.context_length=131073"], {}, "max_position_embeddings=131072"),
     "a missing data file": (["data.train=nowhere.parquet"], {}, "data.train=nowhere.parquet does not exist"),
@@ -209,6 +225,9 @@ def test_refused(tmp_path, case, capsys):
     [
         ("--gpus-per-node=v100:8", {}, "the memory of a GPU called v100 is not known here"),
         ("--gpus-per-node=v100:8", {"gpu_memory_gib": 20.0}, "GPUs of 20 GiB have 15 for it"),
+        ("--gpus-per-node=8 --mem=420G", {}, "node1: a node needs 423.2 GiB of host memory"),
+        ("--gpus-per-node=8 --mem=500G", {"host_memory_gib": 420.0}, "the job has 420 there: ask for more (#SBATCH"),
+        ("--gpus-per-node=8 --mem=0", {"host_memory_gib": 420.0}, "the job has 420 there"),
         ("--gpus-per-node=8 --time=00:20:00", {}, "save_before_end_s=1500 leaves nothing of a job of 1200 s"),
     ],
 )

@@ -49,6 +49,28 @@ def test_cpus_of_gpus():
     assert groups("--cpus-per-gpu=12") == (Request(1, 0, 12),)
 
 
+@pytest.mark.parametrize(
+    ("options", "gib"),
+    [
+        ("--mem=64G", 64),
+        ("--mem 65536", 64),
+        ("--mem=1t", 1024),
+        ("--mem=512MB", 0.5),
+        ("--mem=1048576K", 1),
+        ("--mem=0", None),
+        ("--time=1:00:00", None),
+        ("--mem-per-cpu=2G --cpus-per-task=4 --ntasks-per-node=3", 24),
+        ("--mem-per-gpu=100G --gres=gpu:8", 800),
+        ("--mem=64G --exclusive", 64),
+        ("--mem-per-cpu=2G --exclusive", None),  # of all the node's CPUs
+        ("--mem-per-cpu=2G --nodes=2 --ntasks=16", None),
+    ],
+)
+def test_the_memory_of_a_node(options, gib):
+    (found,) = groups(options)
+    assert found.memory_gib == gib
+
+
 def test_a_resource_that_is_no_gpu_is_left_to_slurm():
     assert groups("--tres-per-node=license/x:2") == (Request(1, 0, 1),)
 
@@ -115,6 +137,8 @@ def test_a_script_that_hands_on_no_argument():
         (["--gres=gpu:h100"], "'h100' is no number of GPUs"),
         (["--gpus-per-node=h100:4,a100:4"], "is no number of GPUs"),
         (["--cpus-per-task=x"], "--cpus-per-task=x"),
+        (["--mem=1.5G"], "--mem=1.5G is no size of memory: write one, such as 64G"),
+        (["--mem-per-cpu=all"], "--mem-per-cpu=all is no size of memory"),
         (["--nodes=2", "--array=1-10%1"], "--array=1-10%1: no task of an array is put back alone: submit"),
         (["-a 0-3"], "--array=0-3: "),
     ],
