@@ -88,13 +88,8 @@ class EngineClient:
         except TimeoutError:
             raise EngineError(f"no engine serves within {timeout_s:g} s ({self._serving.why_none()})") from None
 
-    @property
-    def share(self) -> int:
-        """Most responses in flight on one engine."""
-        return self._serving.share
-
     async def generate(self, input_ids: list[int], params: SamplingParams, count: int = 1) -> list[Sampled]:
-        """`count` samples after one input: in one request, or one after the other where engines have room for fewer.
+        """`count` samples after one input, in one request.
 
         Aborted ones are asked for again: they are never mistaken for truncated responses.
 
@@ -142,8 +137,8 @@ class EngineClient:
                     f"{last or self._serving.why_none()}): see logs/latest/engine-*.log"
                 ) from None
             found += [msgspec.structs.replace(s, waited_s=waited_s) for s in some]
-            if last:
-                tries += 1
+            tries += 1
+            if len(some) < missing:
                 self.asked_again += 1
                 await asyncio.sleep(min(pause * random.uniform(0.5, 1.5), max(0.0, deadline - loop.time())))
                 pause = min(pause * 2, 5.0)
@@ -152,14 +147,13 @@ class EngineClient:
     async def _ask(
         self, input_ids: list[int], params: SamplingParams, count: int, limit: asyncio.Timeout, *, blames: bool
     ) -> tuple[list[Sampled], str]:
-        """What one engine gives of `count` completions, as many as it has room for, and what became of those it owes.
+        """What one engine gives: at most `count` completions, and what became of the rest.
 
         Args:
             limit: put off by the wait for room.
             blames: whether HTTP 500 or above is the engine's fault.
         """
         server = await self._serving.least_busy(limit)
-        count = min(count, self._serving.room(server))
         tokens = count * self._serving.expected_tokens(len(input_ids), params.max_new_tokens)
         server.responses += count
         server.tokens_in_flight += tokens
@@ -185,7 +179,7 @@ class EngineClient:
     async def _attempt(
         self, server: Server, input_ids: list[int], params: SamplingParams, count: int, blames: bool
     ) -> tuple[list[Sampled], str]:
-        """At most `count` completions, and what became of the rest; empty when there is none."""
+        """At most `count` completions, and what became of the rest."""
         url = server.url
         with self._cache_keys.key_for(input_ids) if self._cache_keys else nullcontext() as key:
             body = generate_request(input_ids, params, count, key)
@@ -195,7 +189,7 @@ class EngineClient:
             completions = await asyncio.to_thread(decode_sampled, data, url)
             found = [c for c in completions if c is not None][:count]
             self._serving.answered(server, [len(c.token_ids) for c in found])
-            return found, "" if len(found) == count else f"{url}: aborted"
+            return found, f"{url}: aborted"
         why = f"HTTP {status} {' '.join(data[:500].decode(errors='replace').split())}"
         if status >= 500 and blames:
             self._serving.failed(server, why)

@@ -105,7 +105,7 @@ class ServingEngines:
         Raises:
             ConfigError: the set cannot be read.
         """
-        while not (serving := [s for s in self._servers if s.serves and self.room(s) > 0]):
+        while not (serving := [s for s in self._servers if s.serves and s.responses < self._share]):
             if self._follower is not None and self._follower.done():
                 self._follower.result()
             self._changed.clear()
@@ -115,13 +115,8 @@ class ServingEngines:
         return min(serving, key=lambda s: s.tokens_in_flight)
 
     @property
-    def share(self) -> int:
-        """Most responses in flight on one engine."""
+    def _share(self) -> int:
         return -(-self._concurrency // max(1, len(self._servers)))
-
-    def room(self, server: Server) -> int:
-        """How many more responses it may have in flight."""
-        return self.share - server.responses
 
     def freed(self, server: Server, responses: int, tokens: int) -> None:
         """These are no longer in flight."""

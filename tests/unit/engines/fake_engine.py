@@ -12,10 +12,10 @@ PARAMS = SamplingParams(max_new_tokens=4)
 
 
 class Engine:
-    """Answers with its own token; `asked` counts requests, and `counts` holds how many samples each was for."""
+    """Answers with its own token."""
 
     def __init__(self, token, version="3"):
-        self.token, self.version, self.asked, self.counts, self.hangs = token, version, 0, [], False
+        self.token, self.version, self.asked, self.hangs = token, version, 0, False
         self.status, self.is_stopped, self.length, self.until, self.pause_s = 200, False, 1, None, 0.0
 
     async def model_info(self, _):
@@ -29,7 +29,6 @@ class Engine:
     async def generate(self, request):
         self.asked += 1
         ids = (await request.json())["input_ids"]
-        self.counts.append(len(ids) if isinstance(ids[0], list) else 1)
         if self.status != 200 or 13 in ids:
             return web.Response(status=max(self.status, 500), text="out of order")
         if self.until is not None:

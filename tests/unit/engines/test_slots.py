@@ -54,30 +54,6 @@ def test_an_engine_gets_no_more_than_its_share_while_another_is_away():
     asyncio.run(run())
 
 
-def test_samples_that_travel_together_are_no_more_than_their_engine_has_room_for():
-    """Of two that may have five each, the one that serves is given 3, and 2 of 4; the others when these are done."""
-
-    async def run():
-        engine, dead = Engine(7), "http://127.0.0.1:9"
-        async with (
-            served(engine) as url,
-            EngineClient(lambda: of_urls([url, dead]), concurrency=10, timeout_s=20) as client,
-        ):
-            await client.generate([1], PARAMS)
-            assert client.share == 5
-            engine.counts, engine.until = [], asyncio.Event()
-            asked = [asyncio.create_task(client.generate([1, 2], PARAMS, count)) for count in (3, 4)]
-            while len(engine.counts) < 2:
-                await asyncio.sleep(0.01)
-            await asyncio.sleep(0.3)
-            assert engine.counts == [3, 2]
-            engine.until.set()
-            assert [len(found) for found in await asyncio.gather(*asked)] == [3, 4]
-            assert engine.counts == [3, 2, 2] and client.asked_again == 0
-
-    asyncio.run(run())
-
-
 def test_the_wait_for_room_while_another_is_away_does_not_count():
     """An engine gets its share of two, one request at a time: the other waits for 3 s, then has 5 s for its own 3 s."""
 
