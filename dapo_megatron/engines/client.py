@@ -88,6 +88,11 @@ class EngineClient:
         except TimeoutError:
             raise EngineError(f"no engine serves within {timeout_s:g} s ({self._serving.why_none()})") from None
 
+    @property
+    def share(self) -> int:
+        """Most responses in flight on one engine, but for those that travel with the last one."""
+        return self._serving.share
+
     async def generate(self, input_ids: list[int], params: SamplingParams, count: int = 1) -> list[Sampled]:
         """`count` samples after one input, in one request.
 

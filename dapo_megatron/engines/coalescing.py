@@ -52,10 +52,11 @@ class CoalescingClient:
         return await response
 
     def _dispatch(self, key: Key, input_ids: list[int], params: SamplingParams) -> None:
-        """Send what is waiting under one key, at most as many together as may be in flight."""
+        """Send what is waiting under one key, at most as many together as one engine may have in flight."""
         waiting = [r for r in self._waiting.pop(key) if not r.done()]
-        for start in range(0, len(waiting), self._client.concurrency):
-            part = waiting[start : start + self._client.concurrency]
+        together = self._client.share
+        for start in range(0, len(waiting), together):
+            part = waiting[start : start + together]
             send = asyncio.ensure_future(self._client.generate(input_ids, params, len(part)))
             self._sends.add(send)
             send.add_done_callback(partial(self._answered, part))

@@ -105,7 +105,7 @@ class ServingEngines:
         Raises:
             ConfigError: the set cannot be read.
         """
-        while not (serving := [s for s in self._servers if s.serves and s.responses < self._share]):
+        while not (serving := [s for s in self._servers if s.serves and s.responses < self.share]):
             if self._follower is not None and self._follower.done():
                 self._follower.result()
             self._changed.clear()
@@ -115,7 +115,8 @@ class ServingEngines:
         return min(serving, key=lambda s: s.tokens_in_flight)
 
     @property
-    def _share(self) -> int:
+    def share(self) -> int:
+        """Most responses in flight on one engine, but for those that travel with the last one."""
         return -(-self._concurrency // max(1, len(self._servers)))
 
     def freed(self, server: Server, responses: int, tokens: int) -> None:

@@ -14,7 +14,7 @@ SHORT, LONG = SamplingParams(max_new_tokens=TOGETHER_TOKENS), SamplingParams(max
 class Client:
     """Takes requests until it is let go, then gives each sample its number."""
 
-    concurrency = 3
+    share = 3
 
     def __init__(self, error=None):
         self.counts, self.cancelled, self.go, self.error = [], 0, asyncio.Event(), error
@@ -39,7 +39,7 @@ async def asked(client, count, params=SHORT):
     return tasks
 
 
-def test_as_many_travel_together_as_may_be_in_flight_and_everybody_gets_another_sample():
+def test_as_many_travel_together_as_an_engine_may_have_in_flight_and_everybody_gets_another_sample():
     async def run():
         client = Client()
         tasks = await asked(client, 7)

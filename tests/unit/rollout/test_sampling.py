@@ -61,7 +61,7 @@ def test_only_requests_that_are_sampled_alike_travel_together():
     sent = []
 
     class Client:
-        concurrency = 8
+        share = 8
 
         async def generate(self, input_ids, params, count=1):
             sent.append((input_ids, params, count))
