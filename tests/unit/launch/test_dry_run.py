@@ -246,6 +246,8 @@ def test_refused(tmp_path, case, capsys):
         ("--gpus-per-node=8 --mem=420G", {}, "node1: a node needs 423.2 GiB of host memory"),
         ("--gpus-per-node=8 --mem=500G", {"host_memory_gib": 420.0}, "the job has 420 there: ask for more (#SBATCH"),
         ("--gpus-per-node=8 --mem=0", {"host_memory_gib": 420.0}, "the job has 420 there"),
+        ("--gpus-per-node=8 --signal=USR1@1800", {}, "--signal=USR1@1800 ends engines and trainer"),
+        ("--gpus-per-node=8 --time=1:00:00 --signal=B:USR1@3600", {}, "--signal comes 3600 s before the end of a job"),
         ("--gpus-per-node=8 --time=00:20:00", {}, "save_before_end_s=1500 leaves nothing of a job of 1200 s"),
     ],
 )
