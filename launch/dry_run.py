@@ -25,7 +25,7 @@ from launch.plan import Cluster, make_plan, refusals
 from launch.plan_text import print_plan
 from launch.port_map import job_ports
 from launch.sbatch import Request, Script, filled, read_script
-from launch.time_limit import check_time_limit
+from launch.time_limit import check_signal, check_time_limit
 from launch.topology import Node, place, sides
 
 ASK_NCCL = "import torch; print('.'.join(map(str, torch.cuda.nccl.version())) if torch.version.cuda else 'none')"
@@ -95,6 +95,7 @@ def dry_run(recipe: Path, overrides: Sequence[str], options: Options, console: C
         lambda: check_run_folder(config),
         lambda: check_nccl(config, groups),
         lambda: check_time_limit(config.launch, script.limit_s),
+        lambda: check_signal(config.launch, script.limit_s, script.signal_s),
     ]
     if not options.shape_only:
         checks.append(lambda: check_model_files(config))

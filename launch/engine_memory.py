@@ -1,4 +1,4 @@
-"""What one GPU of an SGLang engine holds, and whether that is enough. Pure.
+"""What one GPU of an SGLang engine holds, or one of its processes on a CPU, and whether that is enough. Pure.
 
 SGLang gives `engine.mem_fraction` of the GPU to weights and KV cache; activations and CUDA graphs take of the rest.
 """
@@ -14,25 +14,30 @@ from dapo_megatron.weights.families import ModelShape
 
 @dataclass(frozen=True)
 class EngineMemory:
-    """Bytes of one GPU."""
+    """Bytes of one GPU or process."""
 
     weights: int
     kv_cache: int
-    """0: the weights leave no room."""
+    """0: the weights leave no room, or it is not known."""
     kv_tokens: int
     """That the KV cache of the whole engine holds."""
 
 
-def engine_memory(config: RunConfig, shape: ModelShape, gpu_bytes: int) -> EngineMemory:
-    """Of an engine on GPUs of so many bytes, in its own type."""
+def engine_memory(config: RunConfig, shape: ModelShape, gpu_bytes: int | None) -> EngineMemory:
+    """Of an engine on GPUs of so many bytes, in its own type.
+
+    None: on a CPU. Without engine.max_total_tokens the KV cache there takes what the node has free, which is not known.
+    """
     tp, item = config.engine.tensor_parallel_size, ITEM[config.engine_dtype]
     weights = weight_elements(shape) * item // tp
     # Where there are more GPUs than key-value heads, several hold the same head.
     token = 2 * shape.layers * max(1, shape.kv_heads // tp) * shape.head_dim * item
-    room = max(0, int(gpu_bytes * config.engine.mem_fraction) - weights)
-    tokens = room // token
-    if config.engine.max_total_tokens is not None:
-        tokens = min(tokens, config.engine.max_total_tokens)
+    given = config.engine.max_total_tokens
+    if gpu_bytes is None:
+        tokens = given or 0
+    else:
+        tokens = max(0, int(gpu_bytes * config.engine.mem_fraction) - weights) // token
+        tokens = tokens if given is None else min(tokens, given)
     return EngineMemory(weights, tokens * token, tokens)
 
 

@@ -3,6 +3,7 @@
 Python, its libraries and the files that the kernel keeps in memory are not counted.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from itertools import groupby
 from math import prod
@@ -21,6 +22,10 @@ TOKEN_BYTES = 9
 class HostMemory:
     """Bytes on one node, by part."""
 
+    trainer: int
+    """Of its ranks, where they have no GPU."""
+    engines: int
+    """Likewise."""
     copy: int
     """Of its ranks' shares, while a checkpoint is written."""
     gather: int
@@ -49,11 +54,32 @@ class Hosts:
     each: HostMemory
 
 
-def host_memory(config: RunConfig, placement: Placement, save: SaveBytes) -> list[Hosts]:
-    """Of all nodes that hold anything."""
+def host_memory(
+    config: RunConfig, placement: Placement, save: SaveBytes, rank_bytes: Sequence[int], engine_bytes: int
+) -> list[Hosts]:
+    """Of all nodes that hold anything.
+
+    Args:
+        rank_bytes: what a rank of each pipeline stage holds there beside its parts of a save.
+        engine_bytes: what an engine holds there.
+    """
+
+    def of_node(node: Node) -> HostMemory:
+        ranks = [rank.rank for rank in placement.ranks if rank.node == node]
+        r, grading, is_head = config.rollout, config.grading, placement.controller.node == node
+        tokens = prod((r.prompts_per_step, r.group_size, r.max_response_tokens))
+        return HostMemory(
+            # Stages are behind each other.
+            trainer=sum(rank_bytes[rank * len(rank_bytes) // len(placement.ranks)] for rank in ranks),
+            engines=engine_bytes * sum(engine.node == node for engine in placement.engines),
+            copy=len(ranks) * save.copy,
+            gather=len(ranks) * save.gather,
+            responses=is_head * tokens * TOKEN_BYTES * (1 + r.max_policy_lag),
+            graders=is_head * (grading.workers * grading.memory_mib << 20),
+        )
 
     def alike(node: Node) -> tuple[HostMemory, float | None]:
-        return _of_node(config, placement, save, node), node.memory_gib
+        return of_node(node), node.memory_gib
 
     found = [Hosts(tuple(nodes), each) for (each, _), nodes in groupby(placement.nodes, alike)]
     return [hosts for hosts in found if hosts.each.total]
@@ -68,16 +94,4 @@ def check_host_memory(hosts: Hosts) -> None:
     raise ConfigError(
         f"{named(hosts.nodes)}: a node needs {total / GIB:.1f} GiB of host memory ({parts}), the job has {gib:g} "
         "there: ask for more (#SBATCH --mem), or spread the processes over more nodes"
-    )
-
-
-def _of_node(config: RunConfig, placement: Placement, save: SaveBytes, node: Node) -> HostMemory:
-    ranks = sum(rank.node == node for rank in placement.ranks)
-    r, grading, is_head = config.rollout, config.grading, placement.controller.node == node
-    tokens = prod((r.prompts_per_step, r.group_size, r.max_response_tokens))
-    return HostMemory(
-        copy=ranks * save.copy,
-        gather=ranks * save.gather,
-        responses=is_head * tokens * TOKEN_BYTES * (1 + r.max_policy_lag),
-        graders=is_head * (grading.workers * grading.memory_mib << 20),
     )

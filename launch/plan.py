@@ -73,17 +73,14 @@ class Plan:
 
 def make_plan(config: RunConfig, shape: ModelShape, placement: Placement, cluster: Cluster) -> Plan:
     """The figures of a job whose shape fits its layout (actor.layout_check)."""
-    save = save_bytes(config, shape)
-    return Plan(
-        config,
-        placement,
-        cluster,
-        trainer_memory(config, shape, fused=_is_fused(config, shape, placement)),
-        engine_memory(config, shape, int(cluster.gpu_gib * GIB)),
-        _push(config, shape, cluster.bandwidth_gbs),
-        save,
-        host_memory(config, placement, save),
-    )
+    save, push, cpu = save_bytes(config, shape), _push(config, shape, cluster.bandwidth_gbs), placement.cpu
+    trainer = trainer_memory(config, shape, fused=_is_fused(config, shape, placement))
+    engine = engine_memory(config, shape, None if cpu else int(cluster.gpu_gib * GIB))
+    of_ranks = [stage.peak if cpu else 0 for stage in trainer]
+    of_process = engine.weights + engine.kv_cache + push.engine
+    of_engine = of_process * config.engine.tensor_parallel_size if cpu else 0
+    hosts = host_memory(config, placement, save, of_ranks, of_engine)
+    return Plan(config, placement, cluster, trainer, engine, push, save, hosts)
 
 
 def refusals(plan: Plan, shape: ModelShape) -> list[ConfigError]:

@@ -10,17 +10,10 @@ from launch.host_memory import GIB
 from launch.plan import RESERVE_GIB, Plan, micro_batches
 from launch.topology import named
 
-HOST_PARTS = {
-    "copy": "copy of the ranks' shares while a checkpoint is written",
-    "gather": "gather of a fully_reshardable checkpoint",
-    "responses": "responses of a step, all of the longest, at most",
-    "graders": "graders, at most",
-}
-
 
 def print_plan(plan: Plan, console: Console) -> None:
     """Placement, layout, batches, memory, push, checkpoint and, where a rate was given, the time of a step."""
-    tables = [_placement(plan), _layout(plan), _batches(plan), *_gpu_memory(plan), _host(plan), _transfers(plan)]
+    tables = [_placement(plan), _layout(plan), _batches(plan), *_memory(plan), _host(plan), _transfers(plan)]
     for title, table in tables:
         console.print(f"\n{title}", highlight=False)
         console.print(table)
@@ -91,7 +84,7 @@ def _batches(plan: Plan) -> _Titled:
     return _table("batches", ("", ""), rows.items())
 
 
-def _gpu_memory(plan: Plan) -> list[_Titled]:
+def _memory(plan: Plan) -> list[_Titled]:
     stages, gpu = plan.trainer, plan.cluster.gpu_gib
     where = "process" if plan.placement.cpu else "GPU"
     rows = [(name, *(_gib(s.parts[name]) for s in stages)) for name in stages[0].parts]
@@ -102,35 +95,27 @@ def _gpu_memory(plan: Plan) -> list[_Titled]:
         ("part", *(f"stage {s.stage}" for s in stages)),
         rows,
     )
-    if plan.placement.cpu:
-        return [trainer]
     e, c = plan.engine, plan.config
     longest = c.data.max_prompt_tokens + c.rollout.max_response_tokens
-    engine = _table(
-        f"engine, GiB a GPU, of {gpu:g} (engine.mem_fraction={c.engine.mem_fraction:g})",
-        ("part", ""),
-        [
-            ("weights", _gib(e.weights)),
-            ("KV cache", _gib(e.kv_cache)),
-            (
-                "tokens in one engine's KV cache",
-                f"{e.kv_tokens}: {e.kv_tokens // longest} of the longest sequences",
-            ),
-        ],
-    )
-    return [trainer, engine]
+    limit = "" if plan.placement.cpu else f", of {gpu:g} (engine.mem_fraction={c.engine.mem_fraction:g})"
+    engine_rows = [("weights", _gib(e.weights))]
+    if plan.placement.cpu and c.engine.max_total_tokens is None:
+        engine_rows.append(("KV cache", "not known: as the node has room; set engine.max_total_tokens"))
+    else:
+        tokens = f"{e.kv_tokens}: {e.kv_tokens // longest} of the longest sequences"
+        engine_rows += [("KV cache", _gib(e.kv_cache)), ("tokens in one engine's KV cache", tokens)]
+    return [trainer, _table(f"engine, GiB a {where}{limit}", ("part", ""), engine_rows)]
 
 
 def _host(plan: Plan) -> _Titled:
-    limits = [hosts.nodes[0].memory_gib for hosts in plan.hosts]
-    rows = [(says, *(_gib(hosts.each.parts[part]) for hosts in plan.hosts)) for part, says in HOST_PARTS.items()]
-    rows.append(("together, at most", *(_gib(hosts.each.total) for hosts in plan.hosts)))
-    rows.append(("the job's, of the node's", *("not known" if gib is None else f"{gib:g}" for gib in limits)))
-    return _table(
-        "host memory of a node, GiB, beside Python and its libraries",
-        ("part", *(named(hosts.nodes) for hosts in plan.hosts)),
-        rows,
-    )
+    parts = [name for name in plan.hosts[0].each.parts if any(hosts.each.parts[name] for hosts in plan.hosts)]
+    rows = []
+    for hosts in plan.hosts:
+        gib = hosts.nodes[0].memory_gib
+        sizes = [*(hosts.each.parts[name] for name in parts), hosts.each.total]
+        rows.append((named(hosts.nodes), *map(_gib, sizes), "not known" if gib is None else f"{gib:g}"))
+    title = "host memory of a node, GiB at most, beside Python and its libraries; copy, gather: of a checkpoint"
+    return _table(title, ("", *parts, "together", "of"), rows)
 
 
 def _transfers(plan: Plan) -> _Titled:

@@ -1,8 +1,8 @@
 """What a batch script asks SLURM for, and which run it starts: read from its #SBATCH lines and its last one. Pure.
 
-Only what decides the size of the job is read: --nodes, --gpus-per-node or --gres=gpu:, --ntasks-per-node with
---cpus-per-task, or --cpus-per-gpu; --mem, --mem-per-cpu or --mem-per-gpu; and --time. A line `#SBATCH hetjob` begins
-the next group of a heterogeneous job. A job array is refused.
+Only what decides size and end of the job is read: --nodes, --gpus-per-node or --gres=gpu:, --ntasks-per-node with
+--cpus-per-task, or --cpus-per-gpu; --mem, --mem-per-cpu or --mem-per-gpu; --time and --signal. A line `#SBATCH hetjob`
+begins the next group of a heterogeneous job. A job array is refused.
 """
 
 import re
@@ -13,7 +13,7 @@ from itertools import takewhile
 
 from dapo_megatron.errors import ConfigError
 from launch.allocation import NO_ARRAY
-from launch.time_limit import read_time
+from launch.time_limit import read_signal, read_time
 
 SHORT = {
     "-N": "--nodes",
@@ -36,6 +36,7 @@ READ = (
     "--mem-per-gpu",
     "--exclusive",
     "--time",
+    "--signal",
     "--array",
 )
 UNREAD = {
@@ -83,6 +84,8 @@ class Script:
     """That the script sets itself."""
     limit_s: float | None = None
     """The time limit of the job, the shortest of its groups'; None: it says none."""
+    signal_s: float | None = None
+    """Seconds before it at which the launcher gets SIGUSR1; None: it gets none."""
 
 
 def read_script(text: str, where: str) -> Script:
@@ -99,8 +102,10 @@ def read_script(text: str, where: str) -> Script:
             groups[-1] |= _options(words)
     recipe, overrides = _run(text, where)
     limits = [limit for g in groups if "--time" in g and (limit := read_time(g["--time"], where)) is not None]
+    signals = [read_signal(g["--signal"], where) if "--signal" in g else None for g in groups]
     requests = tuple(_request(group, where) for group in groups)
-    return Script(requests, recipe, overrides, min(limits, default=None))
+    # The script runs in the first group, and a signal is of one.
+    return Script(requests, recipe, overrides, min(limits, default=None), signals[0])
 
 
 def filled(text: str, arguments: Sequence[str], where: str) -> str:

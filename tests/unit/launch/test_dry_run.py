@@ -63,6 +63,11 @@ def told(folder, size, *overrides, **options):
     return out.getvalue()
 
 
+def words_of_rows(text):
+    """Of every row of its tables."""
+    return [" ".join(line.split("│")[1:-1]).split() for line in text.splitlines() if line.startswith("│")]
+
+
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_loads(recipe):
     load_config(recipe, [])
@@ -86,7 +91,7 @@ def test_the_hyper_parameters_of_the_paper(size):
 
 def test_32b_on_16_nodes(tmp_path):
     text = told(tmp_path, "32b", script=ROOT / "slurm" / "dapo_32b.sh")
-    rows = [" ".join(line.split("│")[1:-1]).split() for line in text.splitlines() if line.startswith("│")]
+    rows = words_of_rows(text)
     assert ["node1", "ranks", "0-7", "controller"] in rows
     assert ["node16", "engine-14", "(0-3),", "engine-15", "(4-7)"] in rows
     assert ["parameters", "3.81", "3.81"] in rows and ["optimizer", "5.72", "5.72"] in rows
@@ -124,13 +129,26 @@ def test_the_host_memory_of_each_node(tmp_path):
     trainer, engines = "--nodes=8 --gpus-per-node=8 --mem=430G", "--nodes=8 --gpus-per-node=8 --mem=1G"
     script.write_text(f"#!/bin/bash\n#SBATCH {trainer}\n#SBATCH hetjob\n#SBATCH {engines}\n{RUN_32B}\n")
     text = told(tmp_path, "32b", script=script)
-    rows = [" ".join(line.split("│")[1:-1]).split() for line in text.splitlines() if line.startswith("│")]
-    assert "node2 .. node8 (7 nodes)" in text and "node9 .." not in text
-    assert ["together,", "at", "most", "423.2", "404.4"] in rows
-    assert ["the", "job's,", "of", "the", "node's", "430", "430"] in rows
+    rows = words_of_rows(text)
+    assert ["node1", "53.4", "351.0", "2.81", "16.0", "423.2", "430"] in rows
+    assert ["node2", "..", "node8", "(7", "nodes)", "53.4", "351.0", "0.00", "0.00", "404.4", "430"] in rows
+    assert "node9 .." not in text
     script.write_text(script.read_text().replace("430G", "400G"))
     with pytest.raises(DapoError, match=r"node2 .. node8 \(7 nodes\): a node needs 404.4 GiB"):
         told(tmp_path, "32b", script=script)
+
+
+def test_without_gpus_ranks_and_engines_are_in_host_memory(tmp_path):
+    options = {"nodes": 16, "gpus_per_node": 0}
+    text = told(tmp_path, "32b", "engine.max_total_tokens=45056", **options)
+    rows = words_of_rows(text)
+    assert ["KV", "cache", "2.75"] in rows and ["most", "at", "one", "time", "26.7", "26.7"] in rows
+    # Eight ranks; two engines of four processes, each with 15.26 of weights, its KV cache and a bucket of 1.45.
+    assert ["node1", "213.6", "0.00", "53.4", "351.0", "2.81", "16.0", "636.8", "not", "known"] in rows
+    assert ["node9", "..", "node16", "(8", "nodes)", "0.00", "155.7"] in [row[:7] for row in rows]
+    with pytest.raises(DapoError, match=r"\(8 nodes\): a node needs 155.7 GiB of host memory \(engines 155.7\), "):
+        told(tmp_path, "32b", "engine.max_total_tokens=45056", host_memory_gib=155.0, **options)
+    assert "not known: as the node has room; set engine.max_total_tokens" in told(tmp_path, "32b", **options)
 
 
 def test_of_two_kinds_of_gpu_the_smaller_one_counts():
@@ -228,6 +246,8 @@ def test_refused(tmp_path, case, capsys):
         ("--gpus-per-node=8 --mem=420G", {}, "node1: a node needs 423.2 GiB of host memory"),
         ("--gpus-per-node=8 --mem=500G", {"host_memory_gib": 420.0}, "the job has 420 there: ask for more (#SBATCH"),
         ("--gpus-per-node=8 --mem=0", {"host_memory_gib": 420.0}, "the job has 420 there"),
+        ("--gpus-per-node=8 --signal=USR1@1800", {}, "--signal=USR1@1800 ends engines and trainer"),
+        ("--gpus-per-node=8 --time=1:00:00 --signal=B:USR1@3600", {}, "--signal comes 3600 s before the end of a job"),
         ("--gpus-per-node=8 --time=00:20:00", {}, "save_before_end_s=1500 leaves nothing of a job of 1200 s"),
     ],
 )

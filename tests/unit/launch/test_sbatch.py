@@ -8,7 +8,7 @@ import pytest
 from dapo_megatron.errors import ConfigError
 from dapo_megatron.config import load_config
 from launch.sbatch import Request, filled, read_script
-from launch.time_limit import check_time_limit
+from launch.time_limit import check_signal, check_time_limit
 
 ROOT = Path(__file__).parents[3]
 RUN = 'exec python -m launch.slurm --recipe a.yaml "$@"\n'
@@ -86,6 +86,14 @@ def test_the_time_limit():
     assert read_script(script("--nodes=2"), "x.sh").limit_s is None
 
 
+def test_the_signal_is_that_of_the_group_in_which_the_script_runs():
+    assert read_script(script("--signal=B:USR1@600", "hetjob", "--signal=B:USR1@60"), "x.sh").signal_s == 600
+    assert read_script(script("--signal B:USR1@600"), "x.sh").signal_s == 600
+    assert read_script(script("--nodes=2", "hetjob", "--signal=B:USR1@60"), "x.sh").signal_s is None
+    with pytest.raises(ConfigError, match="--signal=USR1@60 ends engines and trainer"):
+        read_script(script("--signal=B:USR1@600", "hetjob", "--signal=USR1@60"), "x.sh")
+
+
 def test_what_slurm_does_not_read():
     text = (
         "#!/bin/bash\n##SBATCH --nodes=7\n#SBATCH --nodes=2 # not --nodes=5\nmodule load x\n#SBATCH --nodes=9\n" + RUN
@@ -158,7 +166,10 @@ def test_the_scripts_of_the_project():
     for path in (ROOT / "slurm").glob("*.sh"):
         found = read_script(path.read_text(), path.name)
         assert (ROOT / found.recipe).exists(), path
-        check_time_limit(load_config(ROOT / found.recipe, found.overrides).launch, found.limit_s)
+        launch = load_config(ROOT / found.recipe, found.overrides).launch
+        check_time_limit(launch, found.limit_s)
+        check_signal(launch, found.limit_s, found.signal_s)
+        assert found.signal_s > launch.stop_grace_s  # each is enough alone
 
 
 @pytest.mark.parametrize(
