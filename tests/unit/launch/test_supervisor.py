@@ -1,4 +1,4 @@
-"""In which order a supervisor tells what it sees, and what its log keeps of it."""
+"""In which order a supervisor tells what it sees, and what it starts and ends."""
 
 import time
 from contextlib import ExitStack
@@ -13,7 +13,6 @@ from dapo_megatron.process import Reporter
 from dapo_megatron.run_folder import RunFolder
 from launch import supervisor as under_test
 from launch.job import Job
-from launch.journal import Journal
 from launch.port_map import job_ports
 from launch.processes import Child
 from launch.states import End, GraceOver, HostLost, Limits, Phase, Progress, StopAsked, TrainingEnded
@@ -69,15 +68,6 @@ def test_what_is_saved_counts_from_the_start_on(folder):
     assert (watched._state.saved, watched._state.saved_at_start) == (40, 40)
     (folder.checkpoints / "step_000045").mkdir()
     assert Progress(0, saved=45) in list(watched._events(lambda: None))
-
-
-def test_what_leads_to_nothing_yet_is_in_the_log_too(folder):
-    journal = Journal(folder)
-    journal.decided(HostLost("node2"), [])
-    journal.decided(StopAsked("SIGTERM: the job is cancelled or preempted", comes_back=False), [])
-    journal.decided(TrainingEnded(), [])
-    said = [line.partition(" ")[2] for line in folder.journal.read_text().splitlines()]
-    assert said == ["node2 is lost", "SIGTERM: the job is cancelled or preempted"]
 
 
 class Processes:
