@@ -114,8 +114,9 @@ def _completion(meta: _Meta, url: str) -> Completion | None:
     tokens = meta.output_token_logprobs
     # Servers before 0.5.2x report one version for the whole response.
     spans = meta.weight_versions or [_Span(meta.weight_version, 0, len(tokens))]
-    if not all(span.version.isdigit() for span in spans):
-        raise EngineError(f"engine {url} serves weights of version '{spans[-1].version}': no version was pushed to it")
+    for span in spans:
+        if not span.version.isdigit():
+            raise EngineError(f"engine {url} serves weights of version '{span.version}': no version was pushed to it")
     return Completion(
         token_ids=[token for _, token, _ in tokens],
         logprobs=[logprob for logprob, _, _ in tokens],

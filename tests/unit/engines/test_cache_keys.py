@@ -1,5 +1,7 @@
 """Who shares a prefix cache."""
 
+import pytest
+
 from dapo_megatron.engines.cache_keys import CacheKeys
 
 
@@ -12,6 +14,14 @@ def test_requests_for_one_input_share_while_one_of_them_is_in_flight():
             assert third == first
     with keys.key_for([1, 2]) as later, CacheKeys().key_for([1, 2]) as of_another_client:
         assert len({first, later, of_another_client}) == 3
+
+
+def test_a_request_that_fails_is_no_longer_in_flight():
+    keys = CacheKeys()
+    with pytest.raises(ConnectionError), keys.key_for([1]) as first:
+        raise ConnectionError
+    with keys.key_for([1]) as second:
+        assert second != first
 
 
 def test_the_first_may_end_first():

@@ -19,10 +19,13 @@ def reply(token, finish="stop"):
 
 
 class Engine:
-    """Gives its answers, (HTTP status, body), one after the other; `asked` is how many samples each was for."""
+    """Gives its answers, (HTTP status, body), one after the other.
+
+    `asked` is how many samples each was for, `keys` what each was cached under.
+    """
 
     def __init__(self, *answers):
-        self.answers, self.asked = list(answers), []
+        self.answers, self.asked, self.keys = list(answers), [], []
 
     async def model_info(self, _):
         return web.json_response({"weight_version": "3"})
@@ -31,7 +34,9 @@ class Engine:
         return web.json_response({})
 
     async def generate(self, request):
-        ids = (await request.json())["input_ids"]
+        body = await request.json()
+        ids = body["input_ids"]
+        self.keys.append(body.get("extra_key"))
         self.asked.append(len(ids) if isinstance(ids[0], list) else 1)
         status, body = self.answers.pop(0)
         return web.json_response(body, status=status)
@@ -69,3 +74,20 @@ def test_only_what_was_aborted_is_asked_for_again():
 
 def test_no_more_is_taken_than_was_asked_for():
     assert tokens(Engine((200, [reply(1), reply(2), reply(3)]))) == [1, 2]
+
+
+@pytest.mark.parametrize("fresh_prefixes", [False, True])
+def test_only_requests_in_flight_share_a_prefix_where_pushes_leave_old_ones_behind(fresh_prefixes):
+    engine, params = Engine(*[(200, reply(1))] * 3), SamplingParams(max_new_tokens=4)
+
+    async def run():
+        async with (
+            served(engine) as url,
+            EngineClient(lambda: of_urls([url]), concurrency=4, timeout_s=20, fresh_prefixes=fresh_prefixes) as client,
+        ):
+            await asyncio.gather(*(client.generate([7, 8], params) for _ in range(2)))
+            await client.generate([7, 8], params)
+
+    asyncio.run(run())
+    first, second, later = engine.keys
+    assert (first == second != later) if fresh_prefixes else engine.keys == [None] * 3

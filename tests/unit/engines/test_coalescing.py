@@ -14,7 +14,7 @@ SHORT, LONG = SamplingParams(max_new_tokens=TOGETHER_TOKENS), SamplingParams(max
 class Client:
     """Takes requests until it is let go, then gives each sample its number."""
 
-    share = 3
+    share, asked_again = 3, 5
 
     def __init__(self, error=None):
         self.counts, self.cancelled, self.go, self.error = [], 0, asyncio.Event(), error
@@ -45,6 +45,21 @@ def test_as_many_travel_together_as_an_engine_may_have_in_flight_and_everybody_g
         tasks = await asked(client, 7)
         client.go.set()
         assert await asyncio.gather(*tasks) == list(range(7)) and client.counts == [3, 3, 1]
+
+    asyncio.run(run())
+
+
+def test_later_ones_are_another_request_and_of_the_first_nothing_is_left():
+    async def run():
+        client = Client()
+        client.go.set()
+        coalescing = CoalescingClient(client)
+        async with asyncio.timeout(5):
+            for samples in ([0, 1], [2, 3]):
+                assert await asyncio.gather(*(coalescing.generate([1, 2], SHORT) for _ in range(2))) == samples
+        await asyncio.sleep(0)
+        assert client.counts == [2, 2] and not coalescing._sends and not coalescing._waiting
+        assert coalescing.asked_again == 5
 
     asyncio.run(run())
 
@@ -93,6 +108,19 @@ def test_a_request_ends_when_nobody_waits_for_any_of_its_responses():
     asyncio.run(run())
 
 
+def test_a_request_ends_though_others_that_were_asked_for_with_it_are_waited_for():
+    async def run():
+        client = Client()
+        *three, last = await asked(client, 4)
+        last.cancel()
+        await asyncio.sleep(0.01)
+        assert client.counts == [3, 1] and client.cancelled == 1
+        client.go.set()
+        assert await asyncio.gather(*three) == [0, 1, 2]
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize(("cancelled", "counts"), [([0], [2]), ([2], [2]), ([0, 1], [1]), ([0, 1, 2], [])])
 def test_who_is_cancelled_before_the_request_is_sent_is_not_asked_for(cancelled, counts):
     async def run():
@@ -110,13 +138,16 @@ def test_who_is_cancelled_before_the_request_is_sent_is_not_asked_for(cancelled,
     asyncio.run(run())
 
 
-def test_what_fails_is_heard_by_all():
+@pytest.mark.parametrize("error", [EngineError("no engine answers"), asyncio.CancelledError()])
+def test_what_fails_is_heard_by_all(error):
     async def run():
-        client = Client(EngineError("no engine answers"))
+        client = Client(error)
         tasks = await asked(client, 2)
         client.go.set()
+        done, _ = await asyncio.wait(tasks, timeout=5)
+        assert len(done) == 2
         for task in tasks:
-            with pytest.raises(EngineError, match="no engine answers"):
+            with pytest.raises(type(error), match=str(error)):
                 await task
 
     asyncio.run(run())

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from dapo_megatron.engines.wire import decode_completions, decode_sampled
+from dapo_megatron.engines.wire import SamplingParams, decode_completions, decode_sampled, generate_request
 from dapo_megatron.errors import EngineError
 from dapo_megatron.records import VersionSpan
 
@@ -32,3 +32,17 @@ def test_completions_become_arrays_and_an_aborted_one_none():
 def test_what_is_no_reply_is_one_line(data):
     with pytest.raises(EngineError, match="engine url"):
         decode_sampled(data, "url")
+
+
+@pytest.mark.parametrize("versions", [("default", "3"), ("3", "default")])
+def test_a_response_that_nobodys_weights_began_or_ended_is_refused(versions):
+    spans = [{"version": version, "start": i, "end": i + 1} for i, version in enumerate(versions)]
+    with pytest.raises(EngineError, match="engine url serves weights of version 'default'"):
+        decode_sampled(json.dumps(reply(weight_versions=spans)).encode(), "url")
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_all_samples_of_a_request_are_cached_under_one_name(count):
+    params = SamplingParams(max_new_tokens=9)
+    body = generate_request([5, 6], params, count, "name")
+    assert body == generate_request([5, 6], params, count) | {"extra_key": "name"}
