@@ -17,6 +17,7 @@ A request and a function have no order with `batch`: a step takes as long as its
 with a lag no single response holds a batch up.
 """
 
+import math
 from dataclasses import dataclass
 
 from dapo_megatron.config.checkpoint import CheckpointConfig
@@ -63,7 +64,7 @@ class Deadlines:
                 "not return ends the run"
             )
         collective = trainer.collective_timeout_s
-        engine_call = engine.call_timeout_s or collective / 2
+        engine_call = engine.call_timeout_s or min(collective / 2, launch.engine_timeout_s or math.inf)
         if engine_call >= collective:
             raise ValueError(
                 f"engine.call_timeout_s={engine_call:g} must be less than trainer.collective_timeout_s={collective:g}: "

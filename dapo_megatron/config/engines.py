@@ -33,6 +33,6 @@ class EngineConfig(Section):
     """Further arguments for sglang.launch_server."""
     call_timeout_s: float | None = Field(None, gt=0)
     """Seconds for one control call or one broadcast to an engine, and for it to load a push from the disk; null is half
-    of trainer.collective_timeout_s."""
+    of trainer.collective_timeout_s, or launch.engine_timeout_s where that is less."""
     start_timeout_s: float = Field(600.0, gt=0)
     """Seconds until a started server must answer, and controller and trainer ranks give their first sign of life."""

@@ -118,6 +118,10 @@ class RolloutBank:
         except OSError as e:
             self._give_up(e)
 
+    def holds(self, order: int) -> bool:
+        """Whether a group of this number was finished, and has not been taken back."""
+        return order in self._places
+
     def take(self, order: int, prompt: Prompt) -> ScoredGroup | None:
         """The finished group of an issued prompt, if there is one that may be trained."""
         place = self._places.pop(order, None)

@@ -164,7 +164,7 @@ class Controller:
         bank = RolloutBank(self.folder, responses_digest(config), config.rollout.bank_bytes, step)
         banking = asyncio.Lock()
         make_group = partial(self._banked_group, bank, banking)
-        producer = Producer(config, buffer, make_group, ledger, lambda: self.grading.trouble)
+        producer = Producer(config, buffer, make_group, ledger, lambda: self.grading.trouble, bank.holds)
         self._session = _Session(producer, samples, bank, banking)
         longer = (p.input_ids for p in prompts if len(p.input_ids) > 1)
         return Welcome(list(itertools.islice(longer, config.resharding.verify_prompts)))

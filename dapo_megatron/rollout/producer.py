@@ -54,7 +54,7 @@ class _Flight:
 
     task: asyncio.Task[None]
     version: int
-    """That was live when it was issued last."""
+    """That was live when it was issued last; of one that is finished already, the oldest that it may be of."""
     round: int
     """0 if an earlier batch left it; else that of its issue (`Producer._next_round`)."""
     group: ScoredGroup | None = None
@@ -73,14 +73,16 @@ class Producer:
         make_group: MakeGroup,
         ledger: Ledger,
         trouble: Callable[[], str | None] = lambda: None,
+        is_finished: Callable[[int], bool] = lambda order: False,
     ):
         """
         Args:
             make_group: `make_group(prompt, order)` generates, grades and scores one group.
             trouble: says why responses are without a verdict, if there are any.
+            is_finished: whether the group of an order number comes back at once, made by an earlier start of the run.
         """
         self.config, self.buffer, self.make_group, self.ledger = config, buffer, make_group, ledger
-        self._trouble = trouble
+        self._trouble, self._is_finished = trouble, is_finished
         self._flights: dict[int, _Flight] = {}
         """By order number, in the order of their issue."""
         self._version = 0
@@ -176,7 +178,8 @@ class Producer:
         for _ in range(count):
             order, prompt = buffer.issue()
             task = asyncio.create_task(self._fly(order, prompt))
-            self._flights[order] = _Flight(task, self._version, round)
+            version = self._version - lag if self._is_finished(order) else self._version
+            self._flights[order] = _Flight(task, version, round)
             self._round = round
             self._issued += 1
             task.add_done_callback(self._landed)

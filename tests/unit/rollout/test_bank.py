@@ -56,7 +56,8 @@ def in_it(tmp_path, **options):
 
 def test_what_was_finished_comes_back_once_and_as_it_was(tmp_path, path):
     opened = bank(tmp_path)
-    assert same(opened.take(5, prompt(5)), group(5)) and opened.take(5, prompt(5)) is None
+    assert [order for order in range(20) if opened.holds(order)] == [5, 7, 9]
+    assert same(opened.take(5, prompt(5)), group(5)) and opened.take(5, prompt(5)) is None and not opened.holds(5)
     assert opened.take(6, prompt(6)) is None
     opened.add(group(6))
     opened.close()

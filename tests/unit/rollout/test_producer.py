@@ -244,6 +244,34 @@ def test_a_slow_group_is_waited_for_before_it_is_too_old_and_not_sooner(tmp_path
     assert buffer.issue()[0] == 1
 
 
+def test_what_an_earlier_start_has_finished_is_in_the_batch_or_carried_and_not_too_old_before(tmp_path):
+    """Its bank has more groups of version 0 than the batch of version 1 needs, and gives one after the other."""
+    world = World(lambda p: "mixed")
+    c = producer(tmp_path, world, wanted=2, rollout={"max_policy_lag": 1})
+    make_group, banked = world.make_group, range(4)
+
+    async def make(prompt, order):
+        if order in banked:
+            await asyncio.sleep(0.03 * order)
+            world.version = 0
+        group = await make_group(prompt, order)
+        world.version = 1
+        return group
+
+    async def run():
+        c.make_group, c._is_finished = make, banked.__contains__
+        first = await c.step(2, 1, lambda _: None)
+        assert [g.order for g in first.groups] == [0, 1] and [g.order for g in c.buffer.kept] == [2, 3]
+        c.run_ahead()
+        await c.step(3, 2, lambda _: None)
+        await c.close()
+
+    asyncio.run(asyncio.wait_for(run(), 30))
+    entries = read_ledger(tmp_path / "ledger.jsonl")
+    assert [e.fate for e in entries if e.order == 3][:2] == ["carried", "stale"]
+    assert check_exactly_once(entries).problems == []
+
+
 def test_a_group_that_is_issued_again_is_as_old_as_its_last_issue(tmp_path):
     """Its answers are of the version that is live then: a step does not wait for it sooner."""
     world = World(lambda p: "mixed")
