@@ -47,7 +47,7 @@ SIZES = {
 }
 MEMORY_LIMIT = 1.2e9
 RATE_LIMIT = 0.5
-"""Of the copy's, start-up left out."""
+"""Of the copy's, start-up included."""
 ROUNDS = 3
 START_UP = """
 from dapo_megatron.process import importing, leave
@@ -200,7 +200,7 @@ def run(folder: Path, size: str, rounds: int) -> int:
         without = f"{share:.2f}" if seconds > 1.5 * start_up.seconds else ""
         rates = f"{weights / seconds / 1e6:.0f}", f"{whole:.2f}", without
         table.add_row(name, f"{seconds:.1f}", f"{cpu:.1f}", *rates, f"{memory / 1e9:.2f}")
-        if share < RATE_LIMIT and size != "0.1B":
+        if whole < RATE_LIMIT and size != "0.1B":
             faults.append(f"{name}: slower than {RATE_LIMIT} of the copy")
         if memory > MEMORY_LIMIT:
             faults.append(f"{name}: more than {MEMORY_LIMIT / 1e9} GB")
